@@ -1,0 +1,41 @@
+"""Export a run: ``python launch/export.py RUN_DIR OUT_DIR [--format merged|adapter] [--dtype bfloat16] [--verify]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import torch
+
+from rosa_ds.export.merge import export_adapter, export_merged
+from rosa_ds.export.verify import verify
+from rosa_ds.logs import run_program
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+logger = logging.getLogger("rosa_ds.launch.export")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="export.py", description=__doc__)
+    parser.add_argument("run", help="run folder or adapter folder")
+    parser.add_argument("out", help="folder to write; an earlier export in it is replaced")
+    parser.add_argument("--format", choices=("merged", "adapter"), default="merged", help="default: merged")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="of the merged weights; auto: as the base stores them")
+    parser.add_argument("--verify", action="store_true", help="reload the merged model and compare its logits; exit status 1 if they differ")
+    options = parser.parse_args(arguments)
+    if options.format == "adapter":
+        if options.verify or options.dtype != "auto":
+            raise ValueError("--verify and --dtype belong to --format merged: an adapter is copied as it is")
+        logger.info("wrote %s", export_adapter(options.run, options.out))
+        return
+    logger.info("wrote %s", export_merged(options.run, options.out, DTYPES[options.dtype]))
+    if options.verify:
+        result = verify(options.run, options.out)
+        logger.info("verification %s", result)
+        if not result.passed:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_program(main)

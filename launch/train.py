@@ -1,0 +1,23 @@
+"""Train an adapter: ``deepspeed launch/train.py --config ds_configs/zero2.json [--name value ...]``; see ``--help``.
+
+Also runs under ``torchrun``, ``srun`` and plain ``python``.
+"""
+
+from __future__ import annotations
+
+from rosa_ds import distributed
+from rosa_ds.cli import parse_command_line
+from rosa_ds.logs import run_program
+from rosa_ds.training.run import train
+
+
+def main(arguments: list[str]) -> None:
+    command = parse_command_line(arguments)
+    try:
+        train(command)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,23 @@
+"""Robust (RoSA) and low-rank adaptation of language models, trained with DeepSpeed."""
+
+from rosa_ds.adapters.inject import adapted_layers, inject, merge, merged
+from rosa_ds.adapters.mask import compute_mask, load_mask, save_mask, set_mask
+from rosa_ds.adapters.state import AdapterDescription, load_adapter, save_adapter
+from rosa_ds.config import AdapterConfig, RunConfig
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdapterConfig",
+    "AdapterDescription",
+    "RunConfig",
+    "adapted_layers",
+    "compute_mask",
+    "inject",
+    "load_adapter",
+    "load_mask",
+    "merge",
+    "merged",
+    "save_adapter",
+    "save_mask",
+    "set_mask",
+]

@@ -1,0 +1,142 @@
+"""Put adapters into a model, and take them out again merged."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear
+from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
+from rosa_ds.config import LOW_RANK_METHODS, SPARSE_METHODS, AdapterConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class InjectReport:
+    """What :func:`inject` did: names of the adapted layers and counts of numbers."""
+
+    adapted: tuple[str, ...]
+    trained_whole: tuple[str, ...]
+    low_rank: int
+    sparse: int
+    whole: int
+    frozen: int
+
+    @property
+    def trained(self) -> int:
+        return self.low_rank + self.sparse + self.whole
+
+    def __str__(self) -> str:
+        share = self.trained / max(1, self.trained + self.frozen)
+        parts = [f"{count:,} {what}" for count, what in self._parts() if count]
+        return (
+            f"{len(self.adapted)} layers adapted; {self.trained:,} trained ({', '.join(parts)}), "
+            f"{self.frozen:,} frozen: {share:.2%} trained"
+        )
+
+    def _parts(self) -> tuple[tuple[int, str], ...]:
+        return ((self.low_rank, "low-rank"), (self.sparse, "sparse"), (self.whole, "whole modules"))
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The model's adapted layers by name, in the model's order."""
+    return {module.name: module for module in model.modules() if isinstance(module, AdaptedLinear)}
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, child, module)
+
+
+def _count_entries(name: str, weight: Tensor, density: float) -> int:
+    if density > 0 and weight.numel() > MAX_POSITIONS:
+        raise ValueError(
+            f"{name}.weight has {weight.numel():,} entries, int32 positions reach {MAX_POSITIONS:,}: leave it out "
+            "of the sparse part with adapter.density_pattern"
+        )
+    return round(density * weight.numel())
+
+
+def inject(model: nn.Module, config: AdapterConfig, seed: int = 42) -> InjectReport:
+    """Freeze a model and give it trainable parts; the function it computes does not change.
+
+    Args:
+        model: any model with ``nn.Linear`` or ``Conv1D`` layers; changed in place.
+        config: method, ranks, densities, targets. ``full`` makes everything trainable instead.
+        seed: of the initial ``A``, per layer.
+
+    Returns: what matched, and counts.
+    Raises: ValueError if a target, pattern or module to save matches nothing, or the model has adapters already.
+    """
+    if adapted_layers(model):
+        raise ValueError("this model has adapters already: rosa_ds.merge(model) folds them in first")
+    if config.method == "full":
+        model.requires_grad_(True)
+        model.rosa_injected = (config, seed)  # type: ignore[assignment]
+        return InjectReport((), ("all",), 0, 0, sum(p.numel() for p in model.parameters()), 0)
+    targets = find_targets(model, config.target_modules)
+    check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
+    check_patterns(config.density_pattern, targets, "adapter.density_pattern")
+    all_names = [name for name, _ in model.named_modules() if name]
+    whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
+    both = [name for name in targets if any(name == other or name.startswith(other + ".") for other in whole)]
+    if both:
+        raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
+
+    model.requires_grad_(False)
+    for name, layer in targets.items():
+        rank = by_pattern(name, config.rank_pattern, config.rank) if config.method in LOW_RANK_METHODS else 0
+        density = by_pattern(name, config.density_pattern, config.density) if config.method in SPARSE_METHODS else 0.0
+        entries = _count_entries(name, layer.weight, density)
+        if rank or entries:
+            scale = config.alpha / rank if rank else 1.0
+            adapted = AdaptedLinear(layer, name, rank, scale, config.dropout, entries, seed)
+            _set_submodule(model, name, adapted.train(layer.training))
+    for name in whole:
+        model.get_submodule(name).requires_grad_(True)
+    model.rosa_injected = (config, seed)  # type: ignore[assignment]
+    return _report(model, tuple(whole))
+
+
+def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
+    layers = adapted_layers(model)
+    count = {"A": 0, "B": 0, "values": 0, "whole": 0, "frozen": 0}
+    own = {id(getattr(layer, key)): key for layer in layers.values() for key in ("A", "B", "values", "positions")}
+    for parameter in model.parameters():
+        key = own.get(id(parameter), "whole" if parameter.requires_grad else "frozen")
+        if key != "positions":
+            count[key] += parameter.numel()
+    low_rank = count["A"] + count["B"]
+    return InjectReport(tuple(layers), whole, low_rank, count["values"], count["whole"], count["frozen"])
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Fold all adapters into the base weights and put plain layers back: an ordinary transformers model again.
+
+    The sum is formed in float32 and rounded once to the weight's dtype. Returns the same model, changed.
+    """
+    for name, layer in adapted_layers(model).items():
+        layer.weight.data.copy_(layer.merged_weight())
+        _set_submodule(model, name, layer.plain())
+    return model
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with its adapters folded in, for evaluation or generation; after the block as before, bit for bit.
+
+    Keeps a copy of the adapted base weights meanwhile.
+    """
+    layers = adapted_layers(model)
+    backup = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    try:
+        merge(model)
+        yield model
+    finally:
+        for name, layer in layers.items():
+            layer.weight.data.copy_(backup[name])
+            _set_submodule(model, name, layer)

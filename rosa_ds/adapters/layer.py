@@ -1,0 +1,129 @@
+"""One adapted linear layer: a frozen base weight with an optional low-rank and an optional sparse part."""
+
+from __future__ import annotations
+
+import rosa_kernels
+import torch
+from rosa_kernels.adapter_linear.op import Collect
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
+
+MAX_POSITIONS = 2**31 - 1
+
+
+class AdaptedLinear(nn.Module):
+    """``y = x (W + S)ᵀ + scale · drop(x) Aᵀ Bᵀ + bias`` in place of an ``nn.Linear`` or transformers' ``Conv1D``.
+
+    Parameters keep the base layer's names (``weight``, ``bias``), so the names of the base model do not change;
+    the trainable ones are ``A`` (R, M), ``B`` (N, R) and ``values`` (Z,), with ``positions`` (Z,) frozen int32.
+    The sparse part sleeps until :meth:`set_positions`; ``values`` then has a zero gradient.
+
+    Source: RoSA, arXiv 2401.04679.
+    """
+
+    positions: nn.Parameter | None
+
+    def __init__(
+        self, base: nn.Linear | Conv1D, name: str, rank: int, scale: float, dropout: float, entries: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.transposed = isinstance(base, Conv1D)
+        self.weight = base.weight
+        self.bias = base.bias
+        self.in_features, self.out_features = self.weight.shape if self.transposed else self.weight.shape[::-1]
+        self.rank, self.scale, self.dropout, self.entries, self.seed = rank, scale, dropout, entries, seed
+        self.collect: Collect | None = None
+        self.mask_known = False
+        device = self.weight.device
+        if rank:
+            self.A = nn.Parameter(initial_A(name, rank, self.in_features, seed).to(device))
+            self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        else:
+            self.A = self.B = None
+        if entries:
+            self.values = nn.Parameter(torch.zeros(entries, device=device))
+            self.positions = nn.Parameter(torch.zeros(entries, dtype=torch.int32, device=device), requires_grad=False)
+        else:
+            self.values = self.positions = None
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the base weight in the model, the key of this layer's mask."""
+        return f"{self.name}.weight"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (..., M); result (..., N), of x's dtype."""
+        return rosa_kernels.adapter_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.A,
+            self.B,
+            self.scale,
+            self.values,
+            self.positions if self.mask_known else None,
+            self.dropout if self.training else 0.0,
+            transposed=self.transposed,
+            collect=self.collect,
+        )
+
+    def check_positions(self, positions: Tensor) -> None:
+        """Raise ValueError unless ``positions`` is a mask of this layer: (Z,) int32, strictly increasing, in range."""
+        problem = ""
+        if positions.shape != (self.entries,) or positions.dtype != torch.int32:
+            problem = f"{tuple(positions.shape)} of {positions.dtype} given, ({self.entries},) of torch.int32 expected"
+        elif self.entries and (positions[0] < 0 or positions[-1] >= self.weight.numel()):
+            problem = f"indices from {int(positions[0])} to {int(positions[-1])} in {self.weight.numel()} entries"
+        elif bool((positions[1:] <= positions[:-1]).any()):
+            problem = "not sorted, or an entry stands twice"
+        if problem:
+            raise ValueError(f"mask of {self.weight_name}: {problem}")
+
+    @torch.no_grad()
+    def set_positions(self, positions: Tensor) -> None:
+        """Fix which entries the sparse part trains. Shapes: (Z,) int32, sorted. Raises: see check_positions."""
+        self.check_positions(positions)
+        assert self.positions is not None
+        self.positions.copy_(positions)
+        self.mask_known = True
+
+    @torch.no_grad()
+    def initial_parameters(self) -> dict[str, Tensor]:
+        """Fresh float32 numbers of the trainable parts, by parameter name: what a restart begins with."""
+        fresh: dict[str, Tensor] = {}
+        if self.A is not None and self.B is not None:
+            fresh["A"] = initial_A(self.name, self.rank, self.in_features, self.seed)
+            fresh["B"] = torch.zeros(self.B.shape)
+        if self.values is not None:
+            fresh["values"] = torch.zeros(self.values.shape)
+        return fresh
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """``W + scale · B A + S`` in float32 or wider, in the layout of ``weight``."""
+        wide = torch.promote_types(torch.float32, self.weight.dtype)
+        merged = self.weight.detach().to(wide, copy=True)
+        if self.A is not None and self.B is not None:
+            delta = low_rank_delta(self.A, self.B, self.scale)
+            merged += delta.T if self.transposed else delta
+        if self.values is not None and self.positions is not None and self.mask_known:
+            merged.view(-1).index_add_(0, self.positions, self.values.detach().to(wide))
+        return merged
+
+    def plain(self) -> nn.Linear | Conv1D:
+        """The base layer again, with this layer's ``weight`` and ``bias`` Parameters and without the adapter."""
+        layer: nn.Linear | Conv1D
+        with torch.device("meta"):
+            if self.transposed:
+                layer = Conv1D(self.out_features, self.in_features)
+            else:
+                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight = self.weight
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, entries={self.entries}"

@@ -1,0 +1,34 @@
+"""The low-rank part ``scale · B A``: initial numbers and the dense difference that it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+
+def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
+    """A CPU generator that depends on nothing but the seed and the key, e.g. ``(seed, layer name, "A")``.
+
+    Ranks, restarts and the order of calls do not matter: the same key draws the same numbers.
+    """
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def initial_A(name: str, rank: int, features_in: int, seed: int) -> Tensor:
+    """Kaiming-uniform with a = √5, i.e. uniform in ±1/√M; ``B`` starts at zero, so nothing changes at first.
+
+    Shapes: result (R, M), float32. Source: LoRA, arXiv 2106.09685, released code.
+    """
+    bound = 1.0 / math.sqrt(features_in)
+    generator = keyed_generator(seed, name, "A")
+    return torch.empty(rank, features_in).uniform_(-bound, bound, generator=generator)
+
+
+def low_rank_delta(A_RM: Tensor, B_NR: Tensor, scale: float) -> Tensor:
+    """``scale · B A`` in float32 (float64 for float64 factors). Shapes: result (N, M)."""
+    wide = torch.promote_types(torch.float32, torch.promote_types(A_RM.dtype, B_NR.dtype))
+    return (B_NR.detach().to(wide) @ A_RM.detach().to(wide)).mul_(scale)

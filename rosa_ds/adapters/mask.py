@@ -1,0 +1,211 @@
+"""Which entries of a matrix the sparse part trains: scores, top-k, and the gradients they come from.
+
+Everything here is local mathematics; how ranks share the work is passed in (``owners``, ``reduce``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.adapters.layer import AdaptedLinear
+from rosa_ds.adapters.low_rank import keyed_generator
+from rosa_ds.config import GRADIENT_SCORES, Score
+from rosa_ds.files import read_tensors
+from rosa_ds.suggest import did_you_mean
+
+Mask = dict[str, Tensor]
+"""Weight name -> (Z,) sorted int32 positions, flat row-major in the weight as it is stored."""
+
+
+def top_positions(score: Tensor, count: int) -> Tensor:
+    """The ``count`` entries with the largest score. Shapes: score any; result (count,) int32, sorted."""
+    if not torch.isfinite(score).all():
+        raise ValueError("a mask's score is not finite: the loss or its gradient overflowed while it was collected")
+    return score.flatten().topk(count, sorted=False).indices.sort().values.to(torch.int32)
+
+
+def gradient_score(kind: Score, total: Tensor, weight: Tensor) -> Tensor:
+    """The score from ``total``, the sum over steps of squared (mean_squared) or plain gradients.
+
+    The number of steps scales all entries alike, so it is left out.
+    Source: mean_squared is the diagonal empirical Fisher of RoSA (arXiv 2401.04679); gradient over magnitude is GaLLoP's.
+    """
+    if kind == "mean_squared":
+        return total
+    if kind == "mean":
+        return total.abs()
+    if kind == "gradient_over_magnitude":
+        return total.abs() / weight.detach().abs().to(total.dtype).clamp_min(torch.finfo(torch.float32).tiny)
+    raise ValueError(f"mask.score {kind!r} does not come from gradients: use one of {sorted(GRADIENT_SCORES)}")
+
+
+def static_positions(kind: Score, layer: AdaptedLinear, seed: int) -> Tensor:
+    """The mask of a score that needs no gradient (``random``, ``magnitude``). Shapes: (Z,) int32."""
+    if kind == "random":
+        generator = keyed_generator(seed, layer.name, "mask")
+        chosen = torch.randperm(layer.weight.numel(), generator=generator)[: layer.entries]
+        return chosen.sort().values.to(torch.int32)
+    if kind == "magnitude":
+        return top_positions(layer.weight.detach().float().abs(), layer.entries)
+    raise ValueError(f"mask.score {kind!r} needs gradients")
+
+
+class MaskCollector:
+    """Gathers, during backward, what the mask is chosen from, one layer at a time.
+
+    The gradient ``G = dYᵀ x`` of each adapted weight is formed inside its layer's backward, given to
+    ``reduce(G, owner)`` (which leaves the sum over ranks on the owner) and added up on the owner alone over the
+    micro-batches of one optimizer step. :meth:`end_step` then folds that gradient into the running score.
+
+    Args:
+        layers: the adapted layers by name; those without a sparse part are left alone.
+        score: a score that comes from gradients.
+        owners: layer name -> rank that keeps it.
+        rank: this rank.
+        reduce: sums a tensor over ranks onto the owner, in place.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, AdaptedLinear],
+        score: Score,
+        owners: Mapping[str, int],
+        rank: int,
+        reduce: Callable[[Tensor, int], None],
+    ) -> None:
+        self.layers = {name: layer for name, layer in layers.items() if layer.entries}
+        self.score = score
+        self.owners, self.rank, self.reduce = owners, rank, reduce
+        self.totals: dict[str, Tensor] = {}
+        self.steps = 0
+        self._current: dict[str, Tensor] = {}
+
+    def attach(self) -> None:
+        for name, layer in self.layers.items():
+            layer.collect = functools.partial(self._add, name)
+
+    def detach(self) -> None:
+        for layer in self.layers.values():
+            layer.collect = None
+
+    def _add(self, name: str, grad_TN: Tensor, x_TM: Tensor) -> None:
+        wide = torch.promote_types(torch.float32, x_TM.dtype)
+        left, right = (x_TM, grad_TN) if self.layers[name].transposed else (grad_TN, x_TM)
+        gradient = left.to(wide).T @ right.to(wide)
+        self.reduce(gradient, self.owners[name])
+        if self.owners[name] != self.rank:
+            return
+        if name in self._current:
+            self._current[name] += gradient
+        else:
+            self._current[name] = gradient
+
+    def end_step(self, scale: float = 1.0, valid: bool = True) -> None:
+        """Close an optimizer step. ``scale``: what the loss was multiplied with; ``valid`` false (fp16 overflow) forgets it."""
+        current, self._current = self._current, {}
+        if not valid:
+            return
+        self.steps += 1
+        for name, gradient in current.items():
+            gradient /= scale
+            term = gradient.square_() if self.score == "mean_squared" else gradient
+            if name in self.totals:
+                self.totals[name] += term
+            else:
+                self.totals[name] = term
+
+    def restore(self, totals: Mapping[str, Tensor], steps: int) -> None:
+        """Go on from the sums that another collector had after ``steps`` steps; this rank takes those it owns."""
+        owned = {name: layer for name, layer in self.layers.items() if self.owners[name] == self.rank}
+        self.totals = {name: totals[name].to(layer.weight.device) for name, layer in owned.items()}
+        self.steps = steps
+
+    def positions(self, name: str) -> Tensor:
+        """The mask of a layer that this rank owns.
+
+        Raises:
+            ValueError: no valid step was collected, or this layer's gradient was zero everywhere.
+        """
+        if self.steps == 0:
+            raise ValueError(
+                "no gradient was collected for the mask (every collect step overflowed): raise mask.steps, lower "
+                "fp16.initial_scale_power, or use bf16"
+            )
+        layer = self.layers[name]
+        total = self.totals.get(name)
+        if total is None or not bool(total.any()):
+            raise ValueError(
+                f"the gradient of {layer.weight_name} is zero everywhere, so it has no mask: leave the layer out of "
+                "adapter.target_modules, or raise mask.warmup_steps or mask.steps"
+            )
+        return top_positions(gradient_score(self.score, total, layer.weight), layer.entries)
+
+
+def compute_mask(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], score: Score = "mean_squared", seed: int = 42) -> Mask:
+    """The mask of every adapted layer with a sparse part, in one process.
+
+    Args:
+        model: a model after :func:`rosa_ds.inject`; its parameters and gradients are left as they are.
+        batches: keyword arguments of the model with ``labels``, one per optimizer step. Not read for ``random``
+            and ``magnitude``.
+        score: how entries are ranked.
+        seed: of ``random``.
+
+    Raises: ValueError if no layer has a sparse part, or a layer's gradient is zero everywhere.
+    """
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
+    if not layers:
+        raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")
+    if score not in GRADIENT_SCORES:
+        return {layer.weight_name: static_positions(score, layer, seed) for layer in layers.values()}
+    collector = MaskCollector(layers, score, dict.fromkeys(layers, 0), 0, lambda tensor, owner: None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    collector.attach()
+    try:
+        for batch in batches:
+            torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
+            collector.end_step()
+    finally:
+        collector.detach()
+    return {layer.weight_name: collector.positions(name) for name, layer in layers.items()}
+
+
+def set_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+    """Give every layer with a sparse part its positions; nothing is set unless all fit.
+
+    Raises:
+        ValueError: a layer without a mask, a mask without a layer, or positions that do not fit.
+    """
+    layers = {layer.weight_name: layer for layer in adapted_layers(model).values() if layer.entries}
+    unknown = sorted(set(mask) - set(layers))
+    missing = sorted(set(layers) - set(mask))
+    if unknown:
+        raise ValueError(f"the mask has {unknown[0]}, which has no sparse part here.{did_you_mean(unknown[0], layers)}")
+    if missing:
+        raise ValueError(f"the mask has nothing for {missing[0]} ({len(missing)} layers): was it made with other targets?")
+    for name, layer in layers.items():
+        layer.check_positions(mask[name])
+    for name, layer in layers.items():
+        layer.set_positions(mask[name])
+
+
+def save_mask(mask: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write positions as safetensors, one int32 tensor per weight name."""
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file({name: positions.cpu().contiguous() for name, positions in mask.items()}, temporary, dict(metadata))
+    temporary.rename(path)
+
+
+def load_mask(path: Path) -> Mask:
+    """Read a mask that :func:`save_mask` wrote. Raises ValueError if it is no such file."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get("kind") != "rosa_ds mask":
+        raise ValueError(f"{path} is not a mask: mask.load takes the mask.safetensors of a run folder")
+    return tensors

@@ -1,0 +1,128 @@
+"""Saving and loading what an adapter adds to its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rosa_ds.adapters.inject import adapted_layers, inject
+from rosa_ds.adapters.mask import set_mask
+from rosa_ds.config import AdapterConfig
+from rosa_ds.files import read_tensors, write_json, write_manifest, written_folder
+from rosa_ds.suggest import did_you_mean
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterDescription:
+    """What an adapter folder says of itself: enough to build the adapted model again."""
+
+    config: AdapterConfig
+    seed: int
+    base: dict[str, Any]
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, in the model's order; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def positions_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weight name -> positions of the layers whose mask is known."""
+    return {
+        layer.weight_name: layer.positions.detach()
+        for layer in adapted_layers(model).values()
+        if layer.positions is not None and layer.mask_known
+    }
+
+
+def describe(model: nn.Module, base: Mapping[str, Any] | None = None) -> AdapterDescription:
+    """The description of an injected model. ``base`` says where it comes from; by default the name it was loaded by."""
+    injected = getattr(model, "rosa_injected", None)
+    if injected is None:
+        raise ValueError("this model has no adapter: rosa_ds.inject(model, config) comes first")
+    if base is None:
+        base = {"name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
+    return AdapterDescription(*injected, base=dict(base))
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    base: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an adapter folder, whole or not at all.
+
+    Args:
+        base: where the base comes from (name, revision, hash); by default the name it was loaded by.
+        tensors: float32 numbers of the trained parameters by name, where the model's own are only a 16-bit copy.
+    """
+    description = describe(model, base)
+    tensors = trained_parameters(model) if tensors is None else tensors
+    content = {f"trained.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content |= {f"positions.{name}": positions.cpu().contiguous() for name, positions in positions_of(model).items()}
+    with written_folder(Path(folder)) as temporary:
+        save_file(content, temporary / TENSOR_FILE, {"format": "pt"})
+        write_json(
+            temporary / CONFIG_FILE,
+            {
+                "format": "rosa_ds adapter",
+                "format_version": FORMAT_VERSION,
+                "config": description.config.model_dump(),
+                "seed": description.seed,
+                "base": description.base,
+            },
+        )
+        write_manifest(temporary)
+
+
+def read_description(folder: str | Path) -> AdapterDescription:
+    """What ``adapter_config.json`` says. Raises ValueError if the folder holds no adapter of ours."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}")
+    content = json.loads(path.read_text())
+    if content.get("format") != "rosa_ds adapter" or content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} is not an adapter of rosa_ds, format version {FORMAT_VERSION}")
+    return AdapterDescription(AdapterConfig(**content["config"]), content["seed"], content["base"])
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
+    """Give a base model the adapter of a folder (injecting it where the model has none yet).
+
+    Raises:
+        ValueError: the folder is no adapter, or its tensors do not fit the model (named); the model's numbers are
+            then unchanged.
+    """
+    description = read_description(folder)
+    content, _ = read_tensors(Path(folder) / TENSOR_FILE)
+    if description.config.method == "full" or not adapted_layers(model):
+        inject(model, description.config, description.seed)
+    parameters = trained_parameters(model)
+    tensors = {name.removeprefix("trained."): t for name, t in content.items() if name.startswith("trained.")}
+    mask = {name.removeprefix("positions."): t for name, t in content.items() if name.startswith("positions.")}
+    if wrong := sorted(set(tensors) ^ set(parameters)):
+        where = "model" if wrong[0] in tensors else "adapter"
+        raise ValueError(f"{folder}: {wrong[0]} is not in the {where}.{did_you_mean(wrong[0], parameters)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != parameters[name].shape:
+            raise ValueError(
+                f"{folder}: {name} is {tuple(tensor.shape)}, the model's is {tuple(parameters[name].shape)}: is it another base?"
+            )
+    if mask:
+        set_mask(model, mask)
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+    return description

@@ -1,0 +1,113 @@
+"""Which layers of a model are adapted, and which modules are trained whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rosa_ds.suggest import did_you_mean
+
+Value = TypeVar("Value", int, float)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """All ``nn.Linear`` and ``Conv1D`` layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def head_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the output head among ``layers`` (what ``all-linear`` leaves out)."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    names = {name for name, layer in layers.items() if layer is head}
+    # Heads of classification models are not output embeddings, but train whole or not at all.
+    return names | {name for name in layers if name in ("score", "classifier")}
+
+
+def _matches(name: str, wanted: str) -> bool:
+    if name == wanted or name.endswith("." + wanted):
+        return True
+    try:
+        return re.fullmatch(wanted, name) is not None
+    except re.error:
+        return False
+
+
+def match_names(wanted: Iterable[str], names: Iterable[str], setting: str) -> list[str]:
+    """The ``names`` that equal a wanted one, end in it after a dot, or match it as a whole regular expression.
+
+    Raises:
+        ValueError: a wanted name that matches nothing, with the nearest names.
+    """
+    names = list(names)
+    found: set[str] = set()
+    for pattern in wanted:
+        matching = {name for name in names if _matches(name, pattern)}
+        if not matching:
+            endings = {part for name in names for part in (name, name.rsplit(".", 1)[-1])}
+            hint = did_you_mean(pattern, endings)
+            last = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+            raise ValueError(f"{setting} {pattern!r} matches no module.{hint} There are: {', '.join(last)}")
+        found |= matching
+    return [name for name in names if name in found]
+
+
+def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear | Conv1D]:
+    """The layers to adapt, by name, in the model's order.
+
+    Args:
+        wanted: ``["all-linear"]``, or names, name endings and regular expressions.
+
+    Raises:
+        ValueError: nothing matches, a matched module is not linear, or its weight is tied to another module's.
+    """
+    layers = linear_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
+    if wanted == ["all-linear"]:
+        heads = head_names(model, layers)
+        return {name: layer for name, layer in layers.items() if name not in heads}
+    names = match_names(wanted, [name for name, _ in model.named_modules() if name], "adapter.target_modules")
+    not_linear = [name for name in names if name not in layers]
+    if not_linear:
+        kind = type(model.get_submodule(not_linear[0])).__name__
+        raise ValueError(
+            f"adapter.target_modules names {not_linear[0]}, a {kind}: only nn.Linear and Conv1D can be adapted; "
+            "use adapter.modules_to_save to train it whole"
+        )
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in names:
+        shared = [other for other in owners[id(layers[name].weight)] if other != f"{name}.weight"]
+        if shared:
+            raise ValueError(
+                f"adapter.target_modules names {name}, whose weight is tied to {shared[0]}: an adapter on one of the two "
+                "cannot be merged; use adapter.modules_to_save, or untie them first"
+            )
+    return {name: layers[name] for name in names}
+
+
+def by_pattern(name: str, patterns: Mapping[str, Value], default: Value) -> Value:
+    """The value of the first pattern that is found in ``name`` (``re.search``), else ``default``."""
+    return next((value for pattern, value in patterns.items() if re.search(pattern, name)), default)
+
+
+def check_patterns(patterns: Mapping[str, object], names: Iterable[str], setting: str) -> None:
+    """Raise ValueError for a pattern that is no regular expression or is found in none of the ``names``."""
+    names = list(names)
+    for pattern in patterns:
+        try:
+            used = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise ValueError(f"{setting} {pattern!r} is not a regular expression: {error}") from None
+        if not used:
+            endings = {name.rsplit(".", 1)[-1] for name in names}
+            raise ValueError(
+                f"{setting} {pattern!r} is found in no adapted layer.{did_you_mean(pattern, endings)} "
+                f"Adapted are: {', '.join(sorted(endings))}"
+            )

@@ -1,0 +1,182 @@
+"""From a command line to a run: a DeepSpeed JSON file, its section ``"rosa"``, and overrides.
+
+``train.py --config FILE [--dotted.name value ...] [--ds.dotted.name value ...] [--resume [CHECKPOINT]]``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from rosa_ds.config import RunConfig, setting_names
+from rosa_ds.suggest import did_you_mean
+
+USAGE = """\
+--config FILE         any DeepSpeed JSON file; its section "rosa" holds the settings below
+--resume [PATH]       continue from the last complete checkpoint of training.output_dir, or from PATH
+--ds.NAME value       override any setting of the DeepSpeed file, e.g. --ds.zero_optimization.stage 1
+--NAME value          override a setting of ours:
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """What a user asked for. ``resume`` is ``None`` (new run), ``""`` (last checkpoint) or a path."""
+
+    config: RunConfig
+    deepspeed: dict[str, Any]
+    resume: str | None
+
+
+class _CliConfig(RunConfig, BaseSettings):
+    """:class:`RunConfig` read from keyword arguments and a command line; never from the environment."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, cli_parse_none_str="none", cli_use_class_docs_for_groups=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+@dataclasses.dataclass
+class _SplitArguments:
+    config: str | None = None
+    resume: str | None = None
+    help: bool = False
+    deepspeed: dict[str, str] = dataclasses.field(default_factory=dict)
+    ours: list[str] = dataclasses.field(default_factory=list)
+
+
+def _split(arguments: Sequence[str]) -> _SplitArguments:
+    """Sort the command line into the launcher's, DeepSpeed's and our arguments; unknown names are errors."""
+    split = _SplitArguments()
+    known = setting_names() + list(RunConfig.model_fields)
+    position = 0
+
+    def value_of(flag: str, inline: str | None) -> str:
+        nonlocal position
+        if inline is not None:
+            return inline
+        if position >= len(arguments) or _is_flag(arguments[position]):
+            raise ValueError(f"{flag} needs a value: {flag} VALUE")
+        position += 1
+        return arguments[position - 1]
+
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        flag, has_inline, inline_text = argument.partition("=")
+        inline = inline_text if has_inline else None
+        name = flag[2:]
+        if argument in ("-h", "--help"):
+            split.help = True
+        elif not _is_flag(argument):
+            raise ValueError(f"unexpected argument {argument!r}: settings are given as --name value")
+        elif name in ("local_rank", "local-rank"):
+            value_of(flag, inline)  # the deepspeed launcher puts it first; the environment says the same
+        elif name == "config":
+            split.config = value_of(flag, inline)
+        elif name == "resume":
+            follows = position < len(arguments) and not _is_flag(arguments[position])
+            split.resume = value_of(flag, inline) if follows or inline is not None else ""
+        elif name.startswith("ds."):
+            split.deepspeed[name[3:]] = value_of(flag, inline)
+        elif name in known:
+            split.ours.append(f"{flag}={value_of(flag, inline)}")
+        else:
+            allowed = [*known, "config", "resume", "help"]
+            raise ValueError(f"unknown setting --{name}.{did_you_mean(name, allowed)} --help lists all settings")
+    return split
+
+
+def _is_flag(argument: str) -> bool:
+    return argument.startswith("--")
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        near = [str(entry) for entry in Path(path).parent.glob("*.json")] if Path(path).parent.is_dir() else []
+        raise ValueError(f"--config {path}: no such file.{did_you_mean(path, near)}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config {path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: a DeepSpeed configuration is a JSON object, given {type(content).__name__}")
+    return content
+
+
+def _override(config: dict[str, Any], dotted: str, text: str) -> None:
+    """Set ``a.b.c`` in nested dictionaries; the text is read as JSON where it is JSON, else as a string."""
+    *sections, last = dotted.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+        if not isinstance(config, dict):
+            raise ValueError(f"--ds.{dotted}: {section} is not a section of the DeepSpeed file but {config!r}")
+    try:
+        config[last] = json.loads(text)
+    except json.JSONDecodeError:
+        config[last] = text
+
+
+def validation_message(error: ValidationError, source: str) -> str:
+    """One line for each thing that is wrong: setting, what was given, what is allowed."""
+    lines = []
+    for item in error.errors(include_url=False):
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {name}.{did_you_mean(name, setting_names())} --help lists all settings")
+        elif item["type"] == "value_error":
+            lines.append(item["msg"].removeprefix("Value error, ") + (f" ({name})" if name else ""))
+        else:
+            lines.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, given {item['input']!r}")
+    return f"{source}: " + "; ".join(lines)
+
+
+def build_config(section: Mapping[str, Any], arguments: Sequence[str] = (), source: str = "settings") -> RunConfig:
+    """The validated configuration of a section ``"rosa"`` and ``--name=value`` overrides.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest name), a wrong value or a wrong combination.
+    """
+    try:
+        parsed = _CliConfig(_cli_parse_args=list(arguments), _cli_exit_on_error=False, _cli_prog_name="train.py", **section)
+    except ValidationError as error:
+        raise ValueError(validation_message(error, source)) from None
+    except SettingsError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return RunConfig.model_validate(parsed.model_dump(exclude_unset=True))
+
+
+def parse_command_line(arguments: Sequence[str]) -> CommandLine:
+    """Read a command line of ``launch/train.py`` (without the program's name).
+
+    Raises:
+        ValueError: anything that is wrong with it, in one message.
+        SystemExit: after ``--help`` was printed.
+    """
+    split = _split(arguments)
+    if split.help:
+        print(USAGE, flush=True)
+        build_config({}, ["--help"])
+    deepspeed = _read_json(split.config) if split.config else {}
+    section = deepspeed.pop("rosa", {})
+    if not isinstance(section, dict):
+        raise ValueError(f'--config {split.config}: the section "rosa" is a JSON object, given {section!r}')
+    for dotted, text in split.deepspeed.items():
+        _override(deepspeed, dotted, text)
+    config = build_config(section, split.ours, source=f"--config {split.config}" if section else "settings")
+    return CommandLine(config, deepspeed, split.resume)

@@ -1,0 +1,106 @@
+"""Which examples each step, micro-batch and rank gets, and how they become tensors.
+
+The order is a pure function of (seed, epoch, sample number): no state, no replay, the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rosa_ds.data.prepare import TokenSet
+from rosa_ds.data.tokenise import Tokens
+
+IGNORE = -100
+PADDING_ROW = -1
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of ``count`` examples that depends on seed and epoch alone."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """Divides each optimizer step's examples into micro-batches for all ranks.
+
+    The last step of an epoch may have fewer examples; rows without any trained token stand in for the missing ones,
+    so that each example is seen once an epoch and every rank has as many micro-batches.
+    """
+
+    lengths: NDArray[np.int64]
+    batch_size: int
+    micro_batch_size: int
+    world_size: int
+    seed: int
+    sort_by_length: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def step_indices(self, step: int) -> NDArray[np.int64]:
+        """The examples of a step, (batch_size,), padded with -1; longest first if ``sort_by_length``."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = epoch_order(len(self.lengths), self.seed, epoch)
+        chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
+        if self.sort_by_length:
+            chosen = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
+        padding = np.full(self.batch_size - len(chosen), PADDING_ROW, dtype=np.int64)
+        return np.concatenate([chosen, padding])
+
+    def micro_batches(self, step: int, rank: int) -> NDArray[np.int64]:
+        """This rank's share of a step, (accumulation steps, micro_batch_size).
+
+        Neighbours in :meth:`step_indices` go to all ranks at once, so that ranks wait little for each other.
+        """
+        return self.step_indices(step).reshape(-1, self.world_size, self.micro_batch_size)[:, rank]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch, on the CPU.
+
+    ``targets`` are the next tokens of the ``kept`` positions, :data:`IGNORE` where nothing is trained.
+    Shapes: input_ids, attention_mask (B, L) int64; kept (K,) int64; targets (B, K) int64.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    kept: Tensor
+    targets: Tensor
+
+    @property
+    def trained_tokens(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+
+def collate(examples: Sequence[Tokens], pad_id: int) -> Batch:
+    """Pad on the right and keep only positions whose next token is trained in some row."""
+    length = max(len(tokens.ids) for tokens in examples)
+    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(examples), length), dtype=torch.int64)
+    targets = torch.full((len(examples), length), IGNORE, dtype=torch.int64)
+    for row, tokens in enumerate(examples):
+        ids = torch.tensor(tokens.ids, dtype=torch.int64)
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        following = ids[1:].masked_fill(~torch.tensor(tokens.trained[1:], dtype=torch.bool), IGNORE)
+        targets[row, : len(following)] = following
+    kept = (targets != IGNORE).any(0).nonzero().flatten()
+    if kept.numel() == 0:
+        kept = torch.zeros(1, dtype=torch.int64)
+    return Batch(input_ids, attention_mask, kept, targets[:, kept])
+
+
+def load_batch(data: TokenSet, indices: Sequence[int] | NDArray[np.int64], pad_id: int) -> Batch:
+    """The examples of ``indices`` as a batch; -1 gives a row of two padding tokens without a target."""
+    blank = Tokens([pad_id, pad_id], [False, False])
+    return collate([blank if index == PADDING_ROW else data.tokens(index) for index in indices], pad_id)

@@ -1,0 +1,117 @@
+"""A data source becomes a :class:`TokenSet`: token ids, loss masks and lengths, on disk where the source is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from rosa_ds.config import DataSettings
+from rosa_ds.data.formats import PlainText, parse_row
+from rosa_ds.data.sources import Rows, load_rows
+from rosa_ds.data.tokenise import Tokens, tokenise
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSet:
+    """Tokenised examples.
+
+    ``lengths`` and ``trained`` are the number of tokens and of trained tokens of each example (int64).
+    ``dropped`` says how many rows were left out and why.
+    """
+
+    data: datasets.Dataset
+    lengths: NDArray[np.int64]
+    trained: NDArray[np.int64]
+    dropped: str
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, index: int) -> Tokens:
+        row = self.data[int(index)]
+        return Tokens(row["ids"], row["trained"])
+
+
+def columns_of(settings: DataSettings) -> tuple[str, str] | None:
+    """The named prompt and completion column, for :func:`rosa_ds.data.formats.parse_row`."""
+    if settings.prompt_column is None or settings.completion_column is None:
+        return None
+    return settings.prompt_column, settings.completion_column
+
+
+def _fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> str:
+    vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    relevant = (columns_of(settings), settings.separator, settings.max_length, settings.too_long == "truncate")
+    key = (rows.data._fingerprint, rows.name, rows.first, vocabulary, tokenizer.chat_template, relevant, "v1")
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+
+
+def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> TokenSet:
+    """Load and tokenise a source. A second call (or another rank's) with the same arguments finds the result on disk.
+
+    Raises:
+        ValueError: a row that fits no format, is too long (``data.too_long error``), or a source whose tokens are all
+            trained or not at all, each with what to do.
+    """
+    rows = load_rows(source, purpose)
+    columns = columns_of(settings)
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            example = parse_row(row, columns)
+            tokens = tokenise(example, tokenizer, settings.separator)
+        except ValueError as error:
+            raise ValueError(f"{rows.where(index)}: {error}") from None
+        full = len(tokens.ids)
+        if settings.too_long == "truncate":
+            tokens = Tokens(tokens.ids[: settings.max_length], tokens.trained[: settings.max_length])
+        return {
+            "ids": tokens.ids,
+            "trained": tokens.trained,
+            "length": len(tokens.ids),
+            "full_length": full,
+            # the first token of a sequence is predicted by nothing
+            "trained_count": sum(tokens.trained[1:]),
+            "plain": isinstance(example, PlainText),
+        }
+
+    encoded = rows.data.map(
+        encode,
+        with_indices=True,
+        remove_columns=rows.data.column_names,
+        new_fingerprint=_fingerprint(rows, tokenizer, settings),
+        desc=f"tokenising {rows.name}",
+    )
+    return _select(encoded, rows, settings)
+
+
+def _select(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> TokenSet:
+    lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))
+    long = np.flatnonzero(lengths > settings.max_length)
+    if len(long) and settings.too_long == "error":
+        raise ValueError(
+            f"{rows.where(int(long[0]))} has {lengths[long[0]]} tokens, data.max_length is {settings.max_length} "
+            f"({len(long)} of {len(lengths)} rows are longer, the longest has {lengths.max()}): raise data.max_length, or "
+            "set data.too_long to truncate or drop"
+        )
+    if trained.sum() == 0:
+        raise ValueError(f"{rows.name}: no token is trained: the completions are empty, or cut off by data.max_length")
+    if not any(encoded["plain"]) and trained.sum() >= (lengths - 1).sum():
+        raise ValueError(f"{rows.name}: every token is trained, so no prompt was found: check columns and chat template")
+    keep = (lengths <= settings.max_length) & (trained > 0)
+    reasons = []
+    if cut := int((np.asarray(encoded["full_length"]) > lengths).sum()):
+        reasons.append(f"{cut} cut to {settings.max_length} tokens")
+    if len(long):
+        reasons.append(f"{len(long)} dropped, longer than {settings.max_length} tokens")
+    if untrained := int(((lengths <= settings.max_length) & (trained == 0)).sum()):
+        reasons.append(f"{untrained} dropped, no trained token")
+    if not keep.all():
+        encoded = encoded.select(np.flatnonzero(keep))
+    return TokenSet(encoded, lengths[keep], trained[keep], ", ".join(reasons))

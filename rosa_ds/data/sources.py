@@ -1,0 +1,116 @@
+"""Where rows come from: files, folders, hub names and the built-in task."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from rosa_ds.data.sql import generate_pairs
+from rosa_ds.suggest import did_you_mean
+
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+BUILTIN = "builtin:sql"
+BUILTIN_ROWS = {"train": 1600, "eval": 200}
+BUILTIN_SEEDS = {"train": 1, "eval": 2}
+_NAME = re.compile(r"(?P<name>.+?)(?::(?P<split>\w+))?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a source; ``where(i)`` names the file and the row (from 1) for messages."""
+
+    data: datasets.Dataset
+    name: str
+    first: int
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, row {self.first + index + 1}"
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.data)
+
+
+def load_rows(source: str, purpose: str) -> Rows:
+    """Load a source.
+
+    Args:
+        source: file, folder or hub name, ``:split`` and ``[start:stop]`` (from 0) optional; or ``builtin:sql``.
+        purpose: ``train`` or ``eval``: which split where none is named, and which built-in rows.
+
+    Raises:
+        ValueError: nothing is there, it cannot be read (file and row named), or the slice is empty.
+    """
+    if Path(source).exists():
+        name, split, start, stop = source, None, 0, None
+    elif source.startswith(BUILTIN):
+        match = re.fullmatch(r"(?:\[(\d*):(\d*)\])?", source.removeprefix(BUILTIN))
+        if match is None:
+            raise ValueError(f"{source!r}: the built-in task is {BUILTIN}, with a slice such as {BUILTIN}[:100] if wanted")
+        name, split, start, stop = BUILTIN, None, int(match[1] or 0), int(match[2]) if match[2] else None
+    else:
+        match = _NAME.fullmatch(source)
+        if match is None:
+            raise ValueError(f"data source {source!r} is not a name")
+        name, split = match["name"], match["split"]
+        start, stop = int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+    data = _load_whole(name, split, purpose)
+    stop = len(data) if stop is None else min(stop, len(data))
+    if start >= stop:
+        raise ValueError(f"{source}: no rows from {start} to {stop}; there are {len(data)}")
+    whole = start == 0 and stop == len(data)
+    return Rows(data if whole else data.select(range(start, stop)), name, start)
+
+
+def _load_whole(name: str, split: str | None, purpose: str) -> datasets.Dataset:
+    if name == BUILTIN:
+        return datasets.Dataset.from_list(generate_pairs(BUILTIN_ROWS[purpose], BUILTIN_SEEDS[purpose]))
+    path = Path(name)
+    if path.is_file():
+        return _load_file(path)
+    if path.suffix in FILE_TYPES or name.startswith((".", "/", "~")):
+        near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(f"data source {name}: no such file or folder.{did_you_mean(name, near)}")
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # the hub client raises many types; all mean that there is nothing to train on
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"data source {name!r} could not be loaded from this folder or the hub: {text}") from error
+    wanted = split or ("train" if purpose == "train" else "validation")
+    if wanted not in loaded:
+        raise ValueError(f"data source {name} has no split {wanted!r}: write {name}:SPLIT with one of {', '.join(loaded)}")
+    return loaded[wanted]
+
+
+def _load_file(path: Path) -> datasets.Dataset:
+    if path.suffix not in FILE_TYPES:
+        raise ValueError(f"data source {path}: files end in {', '.join(FILE_TYPES)}; this one in {path.suffix!r}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"data source {path} is empty")
+    try:
+        return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # arrow, pandas and datasets each raise their own
+        if path.suffix == ".jsonl":
+            _find_bad_line(path)
+        cause = error.__cause__ or error
+        raise ValueError(f"data source {path} cannot be read as {path.suffix}: {cause}") from error
+
+
+def _find_bad_line(path: Path) -> None:
+    """Raise ValueError that names the first line that is not a JSON object like the first one's."""
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, row {number} is not JSON: {error.msg} at character {error.pos + 1}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, row {number} is not a JSON object but {type(row).__name__}")

@@ -1,0 +1,149 @@
+"""Examples become token ids with a mask of the tokens that are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rosa_ds.data.formats import Conversation, Example, Pair, PlainText
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """``ids`` of an example and, for each, whether it is ``trained`` (predicted with a loss)."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def as_messages(example: Example) -> list[dict[str, Any]]:
+    """The example as chat messages."""
+    if isinstance(example, Conversation):
+        return [dict(message) for message in example.messages]
+    assert isinstance(example, Pair)
+    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the row holds chat messages, but the model's tokenizer has no chat template: use an instruct model, or rows "
+            "with prompt and completion"
+        )
+
+
+def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, separator: str) -> Tokens:
+    """Token ids and loss mask of one example.
+
+    Conversations (and pairs, where the tokenizer has a chat template): the template's text; trained are the
+    assistant's contents and the end-of-turn token after each. Other pairs: prompt, separator, completion, end of
+    text; trained are the last two. Plain texts are trained whole.
+
+    Raises:
+        ValueError: messages without a chat template, or a template that hides where an assistant's turn stands.
+    """
+    if isinstance(example, PlainText):
+        return _with_end(tokenizer, _encode(tokenizer, example.text, [(0, len(example.text))], special=True))
+    if isinstance(example, Pair) and not tokenizer.chat_template:
+        start = len(example.prompt) + len(separator)
+        text = example.prompt + separator + example.completion
+        return _with_end(tokenizer, _encode(tokenizer, text, [(start, len(text))], special=True))
+    _require_template(tokenizer)
+    messages = as_messages(example)
+    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        return Tokens(list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]])
+    text = _render(tokenizer, messages)
+    return _encode(tokenizer, text, assistant_spans(tokenizer, messages, text), special=False, end_of_turn=True)
+
+
+def assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], text: str
+) -> list[tuple[int, int]]:
+    """Where the assistant's turns stand in the rendered ``text``: character ranges, from after the header to the content's end.
+
+    A turn begins where the rendering of everything before it (with the generation prompt) ends.
+    """
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:index], prompt=True)
+        content = message["content"].strip()
+        at = text.find(content, len(before)) if text.startswith(before) else -1
+        if at < 0:
+            raise ValueError(
+                f"the chat template does not show where message {index + 1} (assistant) stands in the rendered text: use a "
+                "template with {% generation %} markers, or one row per assistant turn"
+            )
+        spans.append((len(before), at + len(content)))
+    return spans
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], special: bool, end_of_turn: bool = False
+) -> Tokens:
+    """Token ids of ``text``; trained are tokens that end inside a span, and with ``end_of_turn`` all up to and with the
+    next special token behind it (or, where a template has none, up to the next span or the end)."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: load a fast tokenizer for this model")
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    trained = [False] * len(ids)
+    specials = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for start, end in spans:
+        inside = [i for i, (a, b) in enumerate(offsets) if start < b <= end and a < b]
+        for i in inside:
+            trained[i] = True
+        if end_of_turn and inside:
+            i = inside[-1] + 1
+            while i < len(ids):
+                trained[i] = True
+                if ids[i] in specials:
+                    break
+                i += 1
+    return Tokens(ids, trained)
+
+
+def _with_end(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tokens:
+    """The tokens with a trained end-of-text token, if the tokenizer did not put one there."""
+    if tokenizer.eos_token_id is None or (tokens.ids and tokens.ids[-1] == tokenizer.eos_token_id):
+        return Tokens(tokens.ids, [*tokens.trained[:-1], True])
+    return Tokens([*tokens.ids, tokenizer.eos_token_id], [*tokens.trained, True])
+
+
+def prompt_and_reference(example: Example, tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], str]:
+    """Token ids that ask for the last completion, and the completion that is expected.
+
+    Raises:
+        ValueError: a plain text, which asks for nothing.
+    """
+    if isinstance(example, PlainText):
+        raise ValueError("a row with only 'text' has no prompt to generate from: use metric perplexity")
+    if isinstance(example, Pair) and not tokenizer.chat_template:
+        ids = tokenizer(example.prompt + separator)["input_ids"]
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return list(ids), example.completion
+    _require_template(tokenizer)
+    messages = as_messages(example)
+    text = _render(tokenizer, messages[:-1], prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), str(messages[-1]["content"])
+
+
+def show_sample(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The example as text, trained stretches between ``⟦`` and ``⟧``."""
+    parts, start = [], 0
+    for end in range(1, len(tokens.ids) + 1):
+        if end == len(tokens.ids) or tokens.trained[end] != tokens.trained[start]:
+            text = tokenizer.decode(tokens.ids[start:end], skip_special_tokens=False)
+            parts.append(f"⟦{text}⟧" if tokens.trained[start] else text)
+            start = end
+    return "".join(parts)

@@ -1,0 +1,147 @@
+"""Everything that concerns more than one rank. No other file talks to ``torch.distributed``.
+
+Every function works with a single process that has no process group, too. All ranks call each of them in the
+same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def initialize(timeout_minutes: float = 30.0) -> None:
+    """Join the process group that the launcher describes in the environment; alone, be a group of one.
+
+    Works under ``deepspeed``, ``torchrun``, ``srun`` (with RANK and WORLD_SIZE set) and plain ``python``.
+    """
+    import deepspeed  # slow, and needed by nobody who only imports this module
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def planned_world_size() -> int:
+    """Number of ranks by the environment, before :func:`initialize`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this rank prints and writes what is written once."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether this rank has a GPU that computes in bfloat16."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def use_threads() -> int:
+    """Share this machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise; threads of this rank."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", planned_world_size())))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return torch.get_num_threads()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The block runs on each node's first rank, then on its others: for work that leaves a cache on disk."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:
+            barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum in place, on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_to_owner(tensor: Tensor, owner: int) -> None:
+    """Leave the sum on the owner; on other ranks the content is undefined afterwards."""
+    if world_size() > 1:
+        dist.reduce(tensor, dst=owner)
+
+
+def broadcast(tensor: Tensor, owner: int) -> Tensor:
+    """Copy the owner's content into every rank's tensor, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=owner)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank: the same answer on all."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor([int(flag)], device=device())).item())
+
+
+def raise_everywhere(error: BaseException | None) -> None:
+    """Raise a rank's own error there, and on all other ranks one that says so, so that none waits for it."""
+    failed = any_rank(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("another rank failed; its message says why")
+
+
+def owners_by_cost(costs: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Divide named work over ranks: the most costly first, each to the rank with the least so far."""
+    load = [0] * ranks
+    owners = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += costs[name]
+    return owners

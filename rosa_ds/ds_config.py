@@ -1,0 +1,211 @@
+"""Turn a user's DeepSpeed JSON into one that ``deepspeed.initialize`` takes and that agrees with our settings.
+
+Resolves ``"auto"``, works out the batch sizes for the number of ranks, and takes over what this system does
+itself (learning-rate schedule, optimizer groups). The original dictionary is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from rosa_ds.config import RunConfig
+from rosa_ds.suggest import did_you_mean
+
+DEFAULT_TRAIN_BATCH_SIZE = 16
+MAX_AUTO_MICRO_BATCH_SIZE = 8
+SUPPORTED_STAGES = (0, 1, 2)
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# DeepSpeed ignores top-level keys that it does not know; one that nearly matches these is a typing error.
+# Source: https://www.deepspeed.ai/docs/config-json/
+_TOP_LEVEL_KEYS = (
+    *_BATCH_KEYS,
+    *("optimizer", "scheduler", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("sparse_gradients", "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping", "zero_optimization"),
+    *("steps_per_print", "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "activation_checkpointing"),
+    *("sparse_attention", "data_efficiency", "curriculum_learning", "tensorboard", "wandb", "comet", "csv_monitor"),
+    *("elasticity", "autotuning", "aio", "checkpoint", "data_types", "compression_training", "nebula", "compile"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "seed", "disable_allgather", "hybrid_engine"),
+    *("memory_breakdown", "dataloader_drop_last", "use_data_before_expert_parallelism", "tensor_parallel", "pipeline"),
+)
+_SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerChoice:
+    """The optimizer's name and arguments without the learning rate, e.g. ``("AdamW", {"eps": 1e-8})``."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSpeedPlan:
+    """``config`` goes to ``deepspeed.initialize``; the rest is what our own code needs of it."""
+
+    config: dict[str, Any]
+    optimizer: OptimizerChoice
+    micro_batch_size: int
+    accumulation_steps: int
+    dtype: str
+    stage: int
+
+    @property
+    def uses_loss_scale(self) -> bool:
+        return self.dtype == "float16"
+
+
+def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, int]:
+    """Global batch, micro-batch and accumulation steps, with ``global = micro · accumulation · world``.
+
+    Whatever is missing or ``"auto"`` follows from the rest; with nothing given the global batch is 16 examples
+    and the micro-batch the largest divisor of a rank's share that is at most 8.
+
+    Raises:
+        ValueError: three numbers that do not agree, or a global batch that the ranks cannot share equally.
+    """
+    given = {key: config.get(key, "auto") for key in _BATCH_KEYS}
+    for key, value in given.items():
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{key} is a whole number of 1 or more, or \"auto\"; given {value!r}")
+    total, micro, steps = (None if value == "auto" else value for value in given.values())
+    if total is None:
+        if micro is not None or steps is not None:
+            total = (micro or 1) * (steps or 1) * world_size
+        else:
+            total = max(DEFAULT_TRAIN_BATCH_SIZE, world_size)
+    share, rest = divmod(total, world_size)
+    if rest:
+        raise ValueError(f"train_batch_size {total} cannot be shared by {world_size} ranks: use a multiple of {world_size}")
+    if micro is None and steps is None:
+        micro = max(size for size in range(1, min(share, MAX_AUTO_MICRO_BATCH_SIZE) + 1) if share % size == 0)
+    if micro is None:
+        micro = share // steps if share % steps == 0 else 0
+    if steps is None:
+        steps = share // micro if share % micro == 0 else 0
+    if micro * steps * world_size != total:
+        raise ValueError(
+            f"train_batch_size {total} is not train_micro_batch_size_per_gpu × gradient_accumulation_steps × ranks "
+            f"({given['train_micro_batch_size_per_gpu']} × {given['gradient_accumulation_steps']} × {world_size}): "
+            'change one of them or set it to "auto"'
+        )
+    return total, micro, steps
+
+
+def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) -> str:
+    """Compute type from ``model.dtype`` and the file's ``bf16``/``fp16``; writes both sections."""
+    enabled = {}
+    for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+        section = config.get(key, {})
+        if not isinstance(section, dict):
+            raise ValueError(f'"{key}" in the DeepSpeed file is a section such as {{"enabled": true}}, given {section!r}')
+        enabled[name] = section.get("enabled", "auto")
+    on = [name for name, value in enabled.items() if value is True]
+    if len(on) == 2:
+        raise ValueError("bf16.enabled and fp16.enabled are both true in the DeepSpeed file: choose one")
+    if on and wanted not in ("auto", on[0]):
+        raise ValueError(f"model.dtype {wanted} but the DeepSpeed file enables {on[0]}: change one of the two")
+    if wanted == "auto":
+        refused = enabled["bfloat16"] is False
+        wanted = on[0] if on else ("bfloat16" if gpu_has_bfloat16 and not refused else "float32")
+    elif enabled.get(wanted) is False and not on:
+        raise ValueError(f"model.dtype {wanted} but the DeepSpeed file sets it to enabled: false: change one of the two")
+    for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if name == wanted:
+            config.setdefault(key, {})["enabled"] = True
+        else:
+            config.pop(key, None)
+    return wanted
+
+
+def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> OptimizerChoice:
+    """The optimizer section, taken out: learning rates come per parameter group from our settings."""
+    section = config.pop("optimizer", None) or {"type": "AdamW", "params": {}}
+    if not isinstance(section, dict) or "type" not in section:
+        raise ValueError(f'"optimizer" in the DeepSpeed file needs a "type", e.g. {{"type": "AdamW"}}; given {section!r}')
+    arguments = {key: value for key, value in section.get("params", {}).items() if value != "auto"}
+    arguments.pop("lr", None)
+    arguments.setdefault("weight_decay", settings.training.weight_decay)
+    return OptimizerChoice(section["type"], arguments)
+
+
+def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
+    """DeepSpeed's warm-up schedulers become ours (a pure function of the step), unless ours was set."""
+    section = config.pop("scheduler", None)
+    if section is None:
+        return settings
+    name = section.get("type") if isinstance(section, dict) else section
+    if name not in _SCHEDULERS:
+        raise ValueError(
+            f"scheduler {name!r} of the DeepSpeed file is not one of {', '.join(_SCHEDULERS)}: remove the section and "
+            "use training.scheduler and training.warmup_steps"
+        )
+    training = settings.training
+    update: dict[str, Any] = {"scheduler": _SCHEDULERS[name]}
+    warmup = section.get("params", {}).get("warmup_num_steps", "auto")
+    if warmup != "auto":
+        update["warmup_steps"] = int(warmup)
+    given = {key for key in update if key in training.model_fields_set and getattr(training, key) != update[key]}
+    if given:
+        raise ValueError(
+            f"the DeepSpeed file's scheduler {name} and training.{sorted(given)[0]} disagree: remove one of the two"
+        )
+    return settings.model_copy(update={"training": training.model_copy(update=update)})
+
+
+def _learning_rate(config: dict[str, Any], settings: RunConfig) -> RunConfig:
+    """A learning rate in the file's optimizer section is ``training.learning_rate``, unless that was set."""
+    lr = ((config.get("optimizer") or {}).get("params") or {}).get("lr", "auto")
+    if lr == "auto" or "learning_rate" in settings.training.model_fields_set:
+        return settings
+    training = settings.training.model_copy(update={"learning_rate": float(lr)})
+    return settings.model_copy(update={"training": training})
+
+
+def _drop_auto(section: dict[str, Any], path: str) -> None:
+    """Remove ``"auto"`` where DeepSpeed has a default of its own; elsewhere it is an error."""
+    for key, value in list(section.items()):
+        if isinstance(value, dict):
+            _drop_auto(value, f"{path}{key}.")
+        elif value == "auto":
+            if not path.startswith(("zero_optimization.", "fp16.", "bf16.")):
+                raise ValueError(f'"{path}{key}": "auto" in the DeepSpeed file cannot be resolved: give a value or remove it')
+            del section[key]
+
+
+def plan_deepspeed(
+    config: dict[str, Any], settings: RunConfig, world_size: int, gpu_has_bfloat16: bool
+) -> tuple[DeepSpeedPlan, RunConfig]:
+    """Resolve a DeepSpeed configuration for this run.
+
+    Args:
+        config: the user's DeepSpeed JSON, without the section ``"rosa"``.
+        settings: our settings; what the file says of schedule and learning rate is merged into the returned copy.
+        world_size: number of ranks.
+        gpu_has_bfloat16: whether ``model.dtype auto`` may choose bfloat16.
+
+    Raises:
+        ValueError: what cannot work, with what to change.
+    """
+    config = copy.deepcopy(config)
+    for key in config:
+        if key not in _TOP_LEVEL_KEYS and (hint := did_you_mean(key, _TOP_LEVEL_KEYS)):
+            raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
+    zero = config.setdefault("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in SUPPORTED_STAGES:
+        raise ValueError(f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2")
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            raise ValueError(f"zero_optimization.{key} is not supported yet: remove it (adapters have a small optimizer state)")
+    settings = _take_scheduler(config, _learning_rate(config, settings))
+    optimizer = _take_optimizer(config, settings)
+    dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)
+    total, micro, steps = resolve_batch(config, world_size)
+    config.update(zip(_BATCH_KEYS, (total, micro, steps), strict=True))
+    if config.setdefault("gradient_clipping", 1.0) == "auto":
+        config["gradient_clipping"] = 1.0
+    config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did
+    _drop_auto(config, "")
+    return DeepSpeedPlan(config, optimizer, micro, steps, dtype, stage), settings

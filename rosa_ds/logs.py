@@ -1,0 +1,36 @@
+"""What a program of ours prints: the messages of rank 0, and warnings and errors of the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import datasets
+import transformers
+
+
+def set_up_logging() -> None:
+    """Send our messages to standard error with their time; quieten what libraries say of themselves."""
+    main = os.environ.get("RANK", "0") == "0"
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if main else f"[rank {os.environ['RANK']}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    ours = logging.getLogger("rosa_ds")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO if main else logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not main:
+        datasets.disable_progress_bars()
+
+
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """Call ``main`` with the command line; a user's mistake ends it with one message and exit status 2."""
+    set_up_logging()
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        logging.getLogger("rosa_ds").debug("where it was found", exc_info=True)
+        sys.exit(f"error: {error}")

@@ -1,0 +1,111 @@
+"""Load a base model and its tokenizer, and say exactly which base it was."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from rosa_ds.config import ModelSettings
+from rosa_ds.suggest import did_you_mean
+
+TINY = "tiny"
+TINY_FOLDER = Path(__file__).parent / "tiny"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
+
+
+def resolve(name_or_path: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes for a name: its first argument and further ones.
+
+    Raises:
+        ValueError: a path that does not exist.
+    """
+    if name_or_path == TINY:
+        return str(TINY_FOLDER), {}
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model.name_or_path {name_or_path}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(f"model.name_or_path {name_or_path}: no such folder.{did_you_mean(str(path), near)}")
+    return (str(path), {}) if path.is_dir() else (name_or_path, {})
+
+
+def load_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model, dense, in ``dtype``, on the CPU, in evaluation mode. Code from the hub is never run.
+
+    Raises:
+        ValueError: it cannot be loaded, with transformers' reason.
+    """
+    name, arguments = resolve(settings.name_or_path)
+    if settings.attn_implementation is not None:
+        arguments["attn_implementation"] = settings.attn_implementation
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=settings.revision or "main", trust_remote_code=False, **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    if "gguf_file" in arguments:
+        # The weights are dense now; forget the quantised file so that the model can be trained and saved.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
+    return model.eval()
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
+    name, arguments = resolve(settings.name_or_path)
+    arguments.pop("attn_implementation", None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=settings.revision or "main", trust_remote_code=False, **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer of {settings.name_or_path!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stored_dtype(settings: ModelSettings) -> torch.dtype:
+    """The type in which the base stores its weights (float32 for a .gguf file)."""
+    name, arguments = resolve(settings.name_or_path)
+    if "gguf_file" in arguments:
+        return torch.float32
+    config = AutoConfig.from_pretrained(name, revision=settings.revision or "main", trust_remote_code=False)
+    return config.dtype or torch.float32
+
+
+def _sampled_hash(path: Path) -> str:
+    """SHA-256 of a file's size and 256 blocks of 4 KiB, evenly spread from its first byte to its last."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        for sample in range(_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def identify(settings: ModelSettings) -> dict[str, Any]:
+    """Name, revision and a hash of the weight files: what an adapter or a checkpoint belongs to.
+
+    The hash samples each file (1 MiB of it), so that it costs the same for any model.
+    """
+    name, arguments = resolve(settings.name_or_path)
+    if "gguf_file" in arguments:
+        files = [Path(name) / arguments["gguf_file"]]
+    else:
+        config = cached_file(name, "config.json", revision=settings.revision or "main")
+        assert config is not None
+        files = sorted(path for path in Path(config).parent.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    digest = hashlib.sha256("".join(_sampled_hash(path) for path in files).encode()).hexdigest()
+    return {"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest}

@@ -1,0 +1,26 @@
+"""Error texts that name the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(given: str, allowed: Iterable[str], count: int = 3, cutoff: float = 0.75) -> list[str]:
+    """Up to ``count`` of the ``allowed`` names that resemble ``given``, best first.
+
+    A name whose last dotted part equals that of ``given`` counts as near, so ``rank`` finds ``adapter.rank``.
+    """
+    allowed = sorted(set(allowed))
+    tail = given.rsplit(".", 1)[-1]
+    same_tail = [name for name in allowed if name.rsplit(".", 1)[-1] == tail]
+    close = difflib.get_close_matches(given, allowed, n=count, cutoff=cutoff)
+    by_tail = {name.rsplit(".", 1)[-1]: name for name in allowed}
+    close_tails = [by_tail[part] for part in difflib.get_close_matches(tail, by_tail, n=count, cutoff=0.75)]
+    return list(dict.fromkeys(same_tail + close + close_tails))[:count]
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """``" Did you mean a or b?"`` (with the leading blank), or nothing where nothing is near."""
+    names = nearest(given, allowed)
+    return f" Did you mean {' or '.join(names)}?" if names else ""

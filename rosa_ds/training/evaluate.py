@@ -1,0 +1,28 @@
+"""Evaluation loss of a model, divided over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from rosa_ds import distributed
+from rosa_ds.data.batches import load_batch
+from rosa_ds.data.prepare import TokenSet
+from rosa_ds.training.loss import token_loss_sum
+
+
+@torch.no_grad()
+def evaluate_loss(model: Any, data: TokenSet, batch_size: int, pad_id: int, selects: bool) -> float:
+    """Mean negative log-likelihood of all trained tokens of ``data``, in nats a token: the same on every rank.
+
+    Each rank takes every n-th batch of the examples in order of length; ranks without one take part in the sum.
+    """
+    order = np.argsort(-data.lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    device = model.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for indices in batches[distributed.rank() :: distributed.world_size()]:
+        total += token_loss_sum(model, load_batch(data, indices, pad_id), device, selects).double()
+    return float(distributed.sum_over_ranks(total)) / int(data.trained.sum())

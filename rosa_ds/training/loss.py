@@ -1,0 +1,35 @@
+"""The loss: a sum over trained tokens, so that its mean does not depend on how a batch is split."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_ds.data.batches import IGNORE, Batch
+
+
+def accepts_kept_positions(model: nn.Module) -> bool:
+    """Whether the model computes logits of chosen positions alone (transformers' ``logits_to_keep``)."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def token_loss_sum(model: Any, batch: Batch, device: torch.device, selects: bool) -> Tensor:
+    """Sum of the negative log-likelihoods of a batch's targets, float32; 0 with gradients where there is no target.
+
+    Args:
+        model: the model or its DeepSpeed engine.
+        selects: see :func:`accepts_kept_positions`; otherwise logits of all positions are computed and selected.
+    """
+    kept = batch.kept.to(device)
+    arguments = {"logits_to_keep": kept} if selects else {}
+    logits = model(
+        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False, **arguments
+    ).logits
+    if not selects:
+        logits = logits[:, kept]
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), batch.targets.to(device).flatten(), ignore_index=IGNORE, reduction="sum"
+    )

@@ -1,0 +1,68 @@
+"""What a run reports: ``metrics.jsonl``, TensorBoard, and memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this process so far: on the accelerator where there is one, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class MetricsLog:
+    """One JSON object a line, flushed at once; the same numbers go to TensorBoard if wanted.
+
+    Args:
+        folder: the run's folder, or ``None`` on ranks that do not write.
+        resume_step: lines of later steps are removed, since those steps will be done again.
+    """
+
+    def __init__(self, folder: Path | None, tensorboard: bool, resume_step: int) -> None:
+        self._stream = None
+        self._board: Any = None
+        if folder is None:
+            return
+        path = folder / "metrics.jsonl"
+        kept = path.read_text().splitlines() if path.exists() and resume_step else []
+        lines = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= resume_step]
+        path.write_text("".join(line + "\n" for line in lines))
+        self._stream = path.open("a", buffering=1)
+        if tensorboard:
+            self._board = _open_tensorboard(folder, resume_step)
+
+    def write(self, **fields: Any) -> None:
+        """Add a line; ``step`` is required. Numbers (also inside dictionaries) are drawn by TensorBoard."""
+        if self._stream is None:
+            return
+        self._stream.write(json.dumps(fields) + "\n")
+        if self._board is not None:
+            group = fields.get("event", "train")
+            for name, value in fields.items():
+                values = value if isinstance(value, dict) else {"": value}
+                for part, number in values.items():
+                    if isinstance(number, (int, float)) and name not in ("step", "epoch"):
+                        self._board.add_scalar("/".join(filter(None, (group, name, part))), number, fields["step"])
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("training.tensorboard needs the package tensorboard: pip install 'rosa-ds[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)

@@ -1,0 +1,172 @@
+"""One training run from a command line to the finished run folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rosa_ds import distributed
+from rosa_ds.adapters.inject import inject
+from rosa_ds.adapters.mask import load_mask
+from rosa_ds.adapters.state import save_adapter
+from rosa_ds.cli import CommandLine
+from rosa_ds.config import LOW_RANK_METHODS, RunConfig
+from rosa_ds.data.batches import BatchPlan
+from rosa_ds.data.prepare import TokenSet, prepare
+from rosa_ds.data.sources import BUILTIN
+from rosa_ds.data.tokenise import show_sample
+from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
+from rosa_ds.files import move_aside, write_json
+from rosa_ds.models.load import identify, load_model, load_tokenizer
+from rosa_ds.training import checkpoint
+from rosa_ds.training.checkpoint import Checkpoint
+from rosa_ds.training.engine import build_engine, parameter_groups
+from rosa_ds.training.loop import Loop, Run
+from rosa_ds.training.metrics import MetricsLog
+from rosa_ds.training.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+
+def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
+    """The run's steps. A method without a low-rank part has nothing to warm up."""
+    training, mask = settings.training, settings.mask
+    warms_up = settings.collects_gradients and settings.method in LOW_RANK_METHODS
+    return Schedule(
+        train_steps=training.max_steps or training.epochs * steps_per_epoch,
+        mask_warmup=mask.warmup_steps if warms_up else 0,
+        mask_steps=mask.steps if settings.collects_gradients else 0,
+        restart=mask.after == "restart",
+        lr_warmup=training.warmup_steps,
+        lr_kind=training.scheduler,
+    )
+
+
+def _prepare_data(
+    settings: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenSet, TokenSet | None]:
+    data = settings.data
+    source = data.eval or (BUILTIN if data.train.startswith(BUILTIN) else None)
+    with distributed.main_first():
+        train = prepare(data.train, "train", tokenizer, data)
+        evaluation = prepare(source, "eval", tokenizer, data) if source else None
+    for name, tokens in ((data.train, train), (source, evaluation)):
+        if tokens is not None:
+            share = tokens.trained.sum() / tokens.lengths.sum()
+            dropped = f" ({tokens.dropped})" if tokens.dropped else ""
+            logger.info("%s: %d examples, %s tokens, %.1f %% trained%s", name, len(tokens), f"{tokens.lengths.sum():,}", 100 * share, dropped)
+    logger.info("an example, trained between ⟦ and ⟧:\n%s", show_sample(train.tokens(0), tokenizer))
+    return train, evaluation
+
+
+def _open_folder(settings: RunConfig, plan: DeepSpeedPlan, resuming: bool) -> Path:
+    """Create the run's folder with its resolved configuration; an older run in it is moved aside."""
+    folder = Path(settings.training.output_dir)
+    if distributed.is_main():
+        if not resuming and folder.exists() and any(folder.iterdir()):
+            logger.info("the run that was in %s is in %s now", folder, move_aside(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", settings.model_dump())
+        write_json(folder / "ds_config.json", plan.config)
+    distributed.barrier()
+    return folder
+
+
+def _prepare_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
+    with distributed.main_first():
+        model = load_model(settings.model, getattr(torch, plan.dtype))
+    report = inject(model, settings.adapter_config(), settings.training.seed)
+    logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
+    if settings.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
+    """``adapter/`` in the run's folder: what training added to the base, in float32."""
+    tensors = run.state.read()
+    if distributed.is_main():
+        save_adapter(run.model, run.folder / "adapter", run.base, tensors)
+        tokenizer.save_pretrained(run.folder / "tokenizer")
+    distributed.barrier()
+
+
+def train(command: CommandLine) -> Path:
+    """Do a whole run, or the rest of one; every rank calls it.
+
+    Returns: the run's folder.
+    Raises: ValueError for anything that is wrong with settings, model or data, before training begins.
+    """
+    distributed.initialize()
+    threads = distributed.use_threads()
+    plan, settings = plan_deepspeed(
+        command.deepspeed, command.config, distributed.world_size(), distributed.gpu_has_bfloat16()
+    )
+    for unused in settings.settings_without_effect():
+        logger.warning("setting without effect: %s", unused)
+    logger.info(
+        "%d ranks, %d threads each, ZeRO-%d, %s; a step: %d ranks × %d micro-batches × %d examples",
+        *(distributed.world_size(), threads, plan.stage, plan.dtype),
+        *(distributed.world_size(), plan.accumulation_steps, plan.micro_batch_size),
+    )
+    saved: Checkpoint | None = None
+    if command.resume is not None:
+        source = checkpoint.find(Path(settings.training.output_dir), command.resume)
+        saved = checkpoint.load(source)
+        logger.info("resuming from %s, step %d", source, saved.step)
+    if settings.mask.load is not None:
+        load_mask(Path(settings.mask.load))  # a wrong path should not be found out after an hour
+    tokenizer = load_tokenizer(settings.model)
+    data, eval_data = _prepare_data(settings, tokenizer)
+    model = _prepare_model(settings, plan)
+    run = _assemble(settings, plan, model, tokenizer, data, eval_data, resuming=saved is not None)
+    log = MetricsLog(run.folder if distributed.is_main() else None, settings.training.tensorboard, saved.step if saved else 0)
+    loop = Loop(run, log)
+    if saved is not None:
+        loop.restore(saved)
+    loop.train()
+    _save_result(run, tokenizer)
+    log.close()
+    logger.info("done: %s", run.folder)
+    return run.folder
+
+
+def _assemble(
+    settings: RunConfig,
+    plan: DeepSpeedPlan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TokenSet,
+    eval_data: TokenSet | None,
+    resuming: bool,
+) -> Run:
+    batches = BatchPlan(
+        lengths=data.lengths,
+        batch_size=plan.config["train_batch_size"],
+        micro_batch_size=plan.micro_batch_size,
+        world_size=distributed.world_size(),
+        seed=settings.training.seed,
+        sort_by_length=settings.data.batching == "sorted",
+    )
+    schedule = build_schedule(settings, batches.steps_per_epoch)
+    whole = parameter_groups(model).get("whole", {})
+    restarts = schedule.restart and schedule.mask_steps > 0
+    at_start = {name: p.detach().float().clone() for name, p in whole.items()} if restarts else {}
+    engine, state = build_engine(model, settings, plan)
+    return Run(
+        settings=settings,
+        folder=_open_folder(settings, plan, resuming),
+        base=identify(settings.model),
+        pad_id=tokenizer.pad_token_id,
+        model=model,
+        engine=engine,
+        state=state,
+        schedule=schedule,
+        batches=batches,
+        data=data,
+        eval_data=eval_data,
+        whole_at_start=at_start,
+    )

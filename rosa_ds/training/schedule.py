@@ -1,0 +1,82 @@
+"""What each step of a run does, as a pure function of the step's number."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+Phase = Literal["warmup", "collect", "train"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    ``phase``: what it does. ``data_step``: the number of its batch since the data order began. ``lr_factor``: every
+    group's learning rate is its base rate times this. ``mask_after``: the mask is chosen when it is done.
+    ``restart_after``: low-rank part, optimizer and data order then begin again.
+    """
+
+    number: int
+    phase: Phase
+    data_step: int
+    lr_factor: float
+    mask_after: bool = False
+    restart_after: bool = False
+
+
+def lr_factor(step: int, total: int, warmup: int, kind: str) -> float:
+    """Linear growth over ``warmup`` steps, then linear, cosine or no decay to step ``total``."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if kind == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    return 1.0 - progress if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The whole run: ``warmup`` and ``collect`` steps before the mask, ``train`` steps in all after a restart.
+
+    Without a mask to compute, ``mask_warmup`` and ``mask_steps`` are 0. With ``restart`` the run has
+    ``mask_warmup + mask_steps + train_steps`` steps; without, the mask is chosen on the way through ``train_steps``.
+    """
+
+    train_steps: int
+    mask_warmup: int
+    mask_steps: int
+    restart: bool
+    lr_warmup: int
+    lr_kind: str
+
+    def __post_init__(self) -> None:
+        if self.mask_steps and not self.restart and self._before >= self.train_steps:
+            raise ValueError(
+                f"mask.warmup_steps + mask.steps = {self._before} leave no step of {self.train_steps} to train the sparse "
+                "part with mask.after continue: lower them, train longer, or use mask.after restart"
+            )
+
+    @property
+    def _before(self) -> int:
+        return self.mask_warmup + self.mask_steps
+
+    @property
+    def total_steps(self) -> int:
+        return self._before + self.train_steps if self.restart and self.mask_steps else self.train_steps
+
+    def at(self, number: int) -> Step:
+        """Step ``number``, from 0 to ``total_steps - 1``."""
+        if not 0 <= number < self.total_steps:
+            raise ValueError(f"step {number} of a run of {self.total_steps} steps")
+        before = self._before if self.mask_steps else 0
+        restarts = self.restart and before > 0
+        begun = number - before if restarts and number >= before else number
+        if number >= before:
+            phase: Phase = "train"
+        else:
+            phase = "warmup" if number < self.mask_warmup else "collect"
+        last_of_collect = before > 0 and number == before - 1
+        factor = lr_factor(begun, self.train_steps, self.lr_warmup, self.lr_kind)
+        return Step(number, phase, begun, factor, last_of_collect, last_of_collect and restarts)
