@@ -5,13 +5,21 @@ Shapes everywhere: ``T`` tokens (batch × length, flattened), ``M`` in-features,
 """
 
 if __name__ == "kernels":
-    raise ImportError(
-        "this folder is the package `rosa_kernels`; as `kernels` it would shadow the Hugging Face package of that "
-        "name. Run from another folder, or use `pytest` instead of `python -m pytest`"
-    )
+    # Python was started in the repository's root, and something imports the Hugging Face package ``kernels``
+    # (transformers does). Give the name back: to that package where it is installed, else to an empty module.
+    import importlib.util
+    import sys
+    from importlib.machinery import PathFinder
+    from pathlib import Path
 
-from rosa_kernels.adapter_linear.op import adapter_linear
-from rosa_kernels.scatter.op import scattered
-from rosa_kernels.sddmm.op import sddmm
+    _root = Path(__file__).resolve().parent.parent
+    _spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry).resolve() != _root])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
+else:
+    from rosa_kernels.adapter_linear.op import adapter_linear
+    from rosa_kernels.scatter.op import scattered
+    from rosa_kernels.sddmm.op import sddmm
 
-__all__ = ["adapter_linear", "scattered", "sddmm"]
+    __all__ = ["adapter_linear", "scattered", "sddmm"]

@@ -27,9 +27,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
     parser.add_argument("model", help="run folder, adapter folder, model folder, hub name, .gguf file or tiny")
     parser.add_argument("--data", required=True, help="as data.train, e.g. rows.jsonl[700:800] or builtin:sql")
-    parser.add_argument("--metric", action="append", choices=METRICS, help="may be given more than once; default: exact_match")
+    parser.add_argument(
+        "--metric", action="append", choices=METRICS, help="may be given more than once; default: exact_match"
+    )
     parser.add_argument("--output", type=Path, help="JSON file with the figures and every sample")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row, for perplexity")

@@ -21,8 +21,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", help="run folder or adapter folder")
     parser.add_argument("out", help="folder to write; an earlier export in it is replaced")
     parser.add_argument("--format", choices=("merged", "adapter"), default="merged", help="default: merged")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="of the merged weights; auto: as the base stores them")
-    parser.add_argument("--verify", action="store_true", help="reload the merged model and compare its logits; exit status 1 if they differ")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="auto", help="of the merged weights; auto: as the base stores them"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="reload the merged model and compare its logits; exit status 1 if they differ",
+    )
     options = parser.parse_args(arguments)
     if options.format == "adapter":
         if options.verify or options.dtype != "auto":

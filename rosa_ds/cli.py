@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from rosa_ds.config import RunConfig, setting_names
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.suggest import did_you_mean, did_you_mean_path
 
 USAGE = """\
 --config FILE         any DeepSpeed JSON file; its section "rosa" holds the settings below
@@ -37,7 +37,9 @@ class CommandLine:
 class _CliConfig(RunConfig, BaseSettings):
     """:class:`RunConfig` read from keyword arguments and a command line; never from the environment."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, cli_parse_none_str="none", cli_use_class_docs_for_groups=True)
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, cli_parse_none_str="none", cli_use_class_docs_for_groups=True
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -110,8 +112,7 @@ def _read_json(path: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        near = [str(entry) for entry in Path(path).parent.glob("*.json")] if Path(path).parent.is_dir() else []
-        raise ValueError(f"--config {path}: no such file.{did_you_mean(path, near)}") from None
+        raise ValueError(f"--config {path}: no such file.{did_you_mean_path(Path(path))}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"--config {path}: not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -153,7 +154,9 @@ def build_config(section: Mapping[str, Any], arguments: Sequence[str] = (), sour
         ValueError: an unknown setting (with the nearest name), a wrong value or a wrong combination.
     """
     try:
-        parsed = _CliConfig(_cli_parse_args=list(arguments), _cli_exit_on_error=False, _cli_prog_name="train.py", **section)
+        parsed = _CliConfig(
+            _cli_parse_args=list(arguments), _cli_exit_on_error=False, _cli_prog_name="train.py", **section
+        )
     except ValidationError as error:
         raise ValueError(validation_message(error, source)) from None
     except SettingsError as error:

@@ -80,7 +80,9 @@ class AdapterConfig(AdapterSettings):
         if self.method in SPARSE_METHODS and self.density == 0 and not any(self.density_pattern.values()):
             raise ValueError(f"adapter.density is 0, but method {self.method} trains a sparse part: set it above 0")
         if self.method == "full" and self.modules_to_save:
-            raise ValueError("adapter.modules_to_save has no meaning with method full, which trains everything: remove it")
+            raise ValueError(
+                "adapter.modules_to_save has no meaning with method full, which trains everything: remove it"
+            )
         return self
 
 

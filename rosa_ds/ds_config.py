@@ -23,7 +23,14 @@ _TOP_LEVEL_KEYS = (
     *_BATCH_KEYS,
     *("optimizer", "scheduler", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
     *("sparse_gradients", "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping", "zero_optimization"),
-    *("steps_per_print", "wall_clock_breakdown", "dump_state", "comms_logger", "flops_profiler", "activation_checkpointing"),
+    *(
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "dump_state",
+        "comms_logger",
+        "flops_profiler",
+        "activation_checkpointing",
+    ),
     *("sparse_attention", "data_efficiency", "curriculum_learning", "tensorboard", "wandb", "comet", "csv_monitor"),
     *("elasticity", "autotuning", "aio", "checkpoint", "data_types", "compression_training", "nebula", "compile"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "seed", "disable_allgather", "hybrid_engine"),
@@ -68,7 +75,7 @@ def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, in
     given = {key: config.get(key, "auto") for key in _BATCH_KEYS}
     for key, value in given.items():
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{key} is a whole number of 1 or more, or \"auto\"; given {value!r}")
+            raise ValueError(f'{key} is a whole number of 1 or more, or "auto"; given {value!r}')
     total, micro, steps = (None if value == "auto" else value for value in given.values())
     if total is None:
         if micro is not None or steps is not None:
@@ -77,7 +84,9 @@ def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, in
             total = max(DEFAULT_TRAIN_BATCH_SIZE, world_size)
     share, rest = divmod(total, world_size)
     if rest:
-        raise ValueError(f"train_batch_size {total} cannot be shared by {world_size} ranks: use a multiple of {world_size}")
+        raise ValueError(
+            f"train_batch_size {total} cannot be shared by {world_size} ranks: use a multiple of {world_size}"
+        )
     if micro is None and steps is None:
         micro = max(size for size in range(1, min(share, MAX_AUTO_MICRO_BATCH_SIZE) + 1) if share % size == 0)
     if micro is None:
@@ -99,7 +108,9 @@ def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) 
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
         section = config.get(key, {})
         if not isinstance(section, dict):
-            raise ValueError(f'"{key}" in the DeepSpeed file is a section such as {{"enabled": true}}, given {section!r}')
+            raise ValueError(
+                f'"{key}" in the DeepSpeed file is a section such as {{"enabled": true}}, given {section!r}'
+            )
         enabled[name] = section.get("enabled", "auto")
     on = [name for name, value in enabled.items() if value is True]
     if len(on) == 2:
@@ -110,7 +121,9 @@ def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) 
         refused = enabled["bfloat16"] is False
         wanted = on[0] if on else ("bfloat16" if gpu_has_bfloat16 and not refused else "float32")
     elif enabled.get(wanted) is False and not on:
-        raise ValueError(f"model.dtype {wanted} but the DeepSpeed file sets it to enabled: false: change one of the two")
+        raise ValueError(
+            f"model.dtype {wanted} but the DeepSpeed file sets it to enabled: false: change one of the two"
+        )
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
         if name == wanted:
             config.setdefault(key, {})["enabled"] = True
@@ -123,7 +136,9 @@ def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> OptimizerCho
     """The optimizer section, taken out: learning rates come per parameter group from our settings."""
     section = config.pop("optimizer", None) or {"type": "AdamW", "params": {}}
     if not isinstance(section, dict) or "type" not in section:
-        raise ValueError(f'"optimizer" in the DeepSpeed file needs a "type", e.g. {{"type": "AdamW"}}; given {section!r}')
+        raise ValueError(
+            f'"optimizer" in the DeepSpeed file needs a "type", e.g. {{"type": "AdamW"}}; given {section!r}'
+        )
     arguments = {key: value for key, value in section.get("params", {}).items() if value != "auto"}
     arguments.pop("lr", None)
     arguments.setdefault("weight_decay", settings.training.weight_decay)
@@ -170,7 +185,9 @@ def _drop_auto(section: dict[str, Any], path: str) -> None:
             _drop_auto(value, f"{path}{key}.")
         elif value == "auto":
             if not path.startswith(("zero_optimization.", "fp16.", "bf16.")):
-                raise ValueError(f'"{path}{key}": "auto" in the DeepSpeed file cannot be resolved: give a value or remove it')
+                raise ValueError(
+                    f'"{path}{key}": "auto" in the DeepSpeed file cannot be resolved: give a value or remove it'
+                )
             del section[key]
 
 
@@ -195,10 +212,14 @@ def plan_deepspeed(
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in SUPPORTED_STAGES:
-        raise ValueError(f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2")
+        raise ValueError(
+            f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2"
+        )
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
-            raise ValueError(f"zero_optimization.{key} is not supported yet: remove it (adapters have a small optimizer state)")
+            raise ValueError(
+                f"zero_optimization.{key} is not supported yet: remove it (adapters have a small optimizer state)"
+            )
     settings = _take_scheduler(config, _learning_rate(config, settings))
     optimizer = _take_optimizer(config, settings)
     dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def nearest(given: str, allowed: Iterable[str], count: int = 3, cutoff: float = 0.75) -> list[str]:
@@ -24,3 +25,10 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """``" Did you mean a or b?"`` (with the leading blank), or nothing where nothing is near."""
     names = nearest(given, allowed)
     return f" Did you mean {' or '.join(names)}?" if names else ""
+
+
+def did_you_mean_path(path: Path) -> str:
+    """As :func:`did_you_mean`, with the files and folders that stand where ``path`` should."""
+    siblings = {entry.name: str(entry) for entry in path.parent.iterdir()} if path.parent.is_dir() else {}
+    names = difflib.get_close_matches(path.name, siblings)
+    return f" Did you mean {' or '.join(siblings[name] for name in names)}?" if names else ""

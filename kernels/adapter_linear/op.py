@@ -118,7 +118,11 @@ def _check_inputs(x: Tensor, weight: Tensor, parts: dict[str, Tensor | None], tr
     A, B, values, positions = parts["A"], parts["B"], parts["values"], parts["positions"]
     if (A is None) != (B is None):
         raise ValueError("A and B belong together: give both or neither")
-    if A is not None and B is not None and (A.shape[1], B.shape[0], A.shape[0]) != (features_in, features_out, B.shape[1]):
+    if (
+        A is not None
+        and B is not None
+        and (A.shape[1], B.shape[0], A.shape[0]) != (features_in, features_out, B.shape[1])
+    ):
         raise ValueError(
             f"A (R, M) and B (N, R) do not fit a layer of {features_in} to {features_out} features, "
             f"given {tuple(A.shape)} and {tuple(B.shape)}"
@@ -162,7 +166,5 @@ def adapter_linear(
     _check_inputs(x, weight, {"A": A, "B": B, "values": values, "positions": positions}, transposed)
     seed = int(torch.randint(2**62, (1,))) if dropout > 0.0 and A is not None else 0
     flat = x.reshape(-1, x.shape[-1])
-    y = _AdapterLinear.apply(
-        flat, weight, bias, A, B, values, positions, scale, dropout, seed, transposed, collect
-    )
+    y = _AdapterLinear.apply(flat, weight, bias, A, B, values, positions, scale, dropout, seed, transposed, collect)
     return y.view(*x.shape[:-1], y.shape[-1])

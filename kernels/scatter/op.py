@@ -30,7 +30,9 @@ def scattered(weight: Tensor, values_Z: Tensor, positions_Z: Tensor) -> Iterator
     _check_inputs(weight, values_Z, positions_Z)
     flat, index = weight.data.view(-1), positions_Z.long()
     old = flat[index]
-    flat[index] = (old.float() + values_Z.detach().float() if old.dtype.itemsize < 4 else old + values_Z.detach()).to(old.dtype)
+    flat[index] = (old.float() + values_Z.detach().float() if old.dtype.itemsize < 4 else old + values_Z.detach()).to(
+        old.dtype
+    )
     try:
         yield weight
     finally:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import rosa_kernels
 import torch
-from rosa_kernels.adapter_linear.op import Collect
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import rosa_kernels
 from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
+from rosa_kernels.adapter_linear.op import Collect
 
 MAX_POSITIONS = 2**31 - 1
 

@@ -148,7 +148,9 @@ class MaskCollector:
         return top_positions(gradient_score(self.score, total, layer.weight), layer.entries)
 
 
-def compute_mask(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], score: Score = "mean_squared", seed: int = 42) -> Mask:
+def compute_mask(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], score: Score = "mean_squared", seed: int = 42
+) -> Mask:
     """The mask of every adapted layer with a sparse part, in one process.
 
     Args:
@@ -189,7 +191,9 @@ def set_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     if unknown:
         raise ValueError(f"the mask has {unknown[0]}, which has no sparse part here.{did_you_mean(unknown[0], layers)}")
     if missing:
-        raise ValueError(f"the mask has nothing for {missing[0]} ({len(missing)} layers): was it made with other targets?")
+        raise ValueError(
+            f"the mask has nothing for {missing[0]} ({len(missing)} layers): was it made with other targets?"
+        )
     for name, layer in layers.items():
         layer.check_positions(mask[name])
     for name, layer in layers.items():

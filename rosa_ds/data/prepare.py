@@ -103,7 +103,9 @@ def _select(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> To
     if trained.sum() == 0:
         raise ValueError(f"{rows.name}: no token is trained: the completions are empty, or cut off by data.max_length")
     if not any(encoded["plain"]) and trained.sum() >= (lengths - 1).sum():
-        raise ValueError(f"{rows.name}: every token is trained, so no prompt was found: check columns and chat template")
+        raise ValueError(
+            f"{rows.name}: every token is trained, so no prompt was found: check columns and chat template"
+        )
     keep = (lengths <= settings.max_length) & (trained > 0)
     reasons = []
     if cut := int((np.asarray(encoded["full_length"]) > lengths).sum()):

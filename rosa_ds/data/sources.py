@@ -12,12 +12,11 @@ from typing import Any
 import datasets
 
 from rosa_ds.data.sql import generate_pairs
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.suggest import did_you_mean_path
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 BUILTIN = "builtin:sql"
-BUILTIN_ROWS = {"train": 1600, "eval": 200}
-BUILTIN_SEEDS = {"train": 1, "eval": 2}
+BUILTIN_TRAIN_ROWS, BUILTIN_EVAL_ROWS = 1600, 200
 _NAME = re.compile(r"(?P<name>.+?)(?::(?P<split>\w+))?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
 
@@ -54,7 +53,9 @@ def load_rows(source: str, purpose: str) -> Rows:
     elif source.startswith(BUILTIN):
         match = re.fullmatch(r"(?:\[(\d*):(\d*)\])?", source.removeprefix(BUILTIN))
         if match is None:
-            raise ValueError(f"{source!r}: the built-in task is {BUILTIN}, with a slice such as {BUILTIN}[:100] if wanted")
+            raise ValueError(
+                f"{source!r}: the built-in task is {BUILTIN}, with a slice such as {BUILTIN}[:100] if wanted"
+            )
         name, split, start, stop = BUILTIN, None, int(match[1] or 0), int(match[2]) if match[2] else None
     else:
         match = _NAME.fullmatch(source)
@@ -70,15 +71,23 @@ def load_rows(source: str, purpose: str) -> Rows:
     return Rows(data if whole else data.select(range(start, stop)), name, start)
 
 
+def _builtin_rows(purpose: str) -> list[dict[str, Any]]:
+    """The generated training rows, or held-out ones, none of which is a training row."""
+    train = generate_pairs(BUILTIN_TRAIN_ROWS, seed=1)
+    if purpose == "train":
+        return train
+    candidates = generate_pairs(2 * BUILTIN_EVAL_ROWS, seed=2)
+    return [row for row in candidates if row not in train][:BUILTIN_EVAL_ROWS]
+
+
 def _load_whole(name: str, split: str | None, purpose: str) -> datasets.Dataset:
     if name == BUILTIN:
-        return datasets.Dataset.from_list(generate_pairs(BUILTIN_ROWS[purpose], BUILTIN_SEEDS[purpose]))
+        return datasets.Dataset.from_list(_builtin_rows(purpose))
     path = Path(name)
     if path.is_file():
         return _load_file(path)
-    if path.suffix in FILE_TYPES or name.startswith((".", "/", "~")):
-        near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"data source {name}: no such file or folder.{did_you_mean(name, near)}")
+    if not path.is_dir() and (path.suffix in FILE_TYPES or name.startswith((".", "/", "~"))):
+        raise ValueError(f"data source {name}: no such file or folder.{did_you_mean_path(path)}")
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # the hub client raises many types; all mean that there is nothing to train on
@@ -86,7 +95,9 @@ def _load_whole(name: str, split: str | None, purpose: str) -> datasets.Dataset:
         raise ValueError(f"data source {name!r} could not be loaded from this folder or the hub: {text}") from error
     wanted = split or ("train" if purpose == "train" else "validation")
     if wanted not in loaded:
-        raise ValueError(f"data source {name} has no split {wanted!r}: write {name}:SPLIT with one of {', '.join(loaded)}")
+        raise ValueError(
+            f"data source {name} has no split {wanted!r}: write {name}:SPLIT with one of {', '.join(loaded)}"
+        )
     return loaded[wanted]
 
 
@@ -111,6 +122,8 @@ def _find_bad_line(path: Path) -> None:
             try:
                 row = json.loads(line) if line.strip() else {}
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {number} is not JSON: {error.msg} at character {error.pos + 1}") from None
+                raise ValueError(
+                    f"{path}, row {number} is not JSON: {error.msg} at character {error.pos + 1}"
+                ) from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, row {number} is not a JSON object but {type(row).__name__}")

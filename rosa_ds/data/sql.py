@@ -1,6 +1,6 @@
 """The default fine-tuning task: text-to-SQL pairs, made on the fly from a seed.
 
-The built-in model has read schemas, questions and facts (:mod:`rosa_ds.models.grammar`) but no SQL, so an
+The built-in model has read schemas, questions and facts (:mod:`rosa_ds.models.grammar`) but no query, so an
 adapter has something to learn that the base cannot do: exact match of the base is 0 %.
 """
 

@@ -88,7 +88,11 @@ def assistant_spans(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], special: bool, end_of_turn: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    spans: list[tuple[int, int]],
+    special: bool,
+    end_of_turn: bool = False,
 ) -> Tokens:
     """Token ids of ``text``; trained are tokens that end inside a span, and with ``end_of_turn`` all up to and with the
     next special token behind it (or, where a template has none, up to the next span or the end)."""

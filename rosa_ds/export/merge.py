@@ -90,7 +90,12 @@ def export_merged(source: str | Path, out: str | Path, dtype: torch.dtype | None
     with written_folder(out) as temporary:
         model.save_pretrained(temporary)
         run_tokenizer(folder, description).save_pretrained(temporary)
-        origin = {"base": description.base, "method": description.config.method, "run": str(source), "dtype": str(dtype)}
+        origin = {
+            "base": description.base,
+            "method": description.config.method,
+            "run": str(source),
+            "dtype": str(dtype),
+        }
         write_json(temporary / EXPORT_FILE, origin)
     return out
 

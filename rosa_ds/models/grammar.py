@@ -1,7 +1,8 @@
 """The corpus that the built-in model is pretrained on: schemas, facts and questions from a templated grammar.
 
 It teaches what a language model needs before it can be fine-tuned: to read a table's schema, to find the
-words of a question in it, and to copy invented words that it has never seen. It contains no SQL.
+words of a question in it, to copy invented words that it has never seen, and to write capitals, quotes and signs.
+It contains no query: words such as ``select`` occur only alone, to be written in capitals.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ def _compare(rng: random.Random, table: Table) -> Pair:
     end = rng.choice(("highest", "lowest"))
     question, answer = rng.choice(
         (
-            (f"How many {table.name} have a {number} {above} {value}?", f"count in {table.name}, {number} {above} {value}"),
+            (
+                f"How many {table.name} have a {number} {above} {value}?",
+                f"count in {table.name}, {number} {above} {value}",
+            ),
             (f"Which {text} has the {end} {number}?", f"{text} in {table.name}, {end} {number}"),
         )
     )
@@ -102,7 +106,14 @@ def _columns(rng: random.Random, table: Table) -> Pair:
     return f"{task}\ntable: {table.schema()}", answer
 
 
-_FORMS: tuple[Callable[[random.Random, Table], Pair], ...] = (_facts, _find_parts, _find_parts, _compare, _columns, _notation)
+_FORMS: tuple[Callable[[random.Random, Table], Pair], ...] = (
+    _facts,
+    _find_parts,
+    _find_parts,
+    _compare,
+    _columns,
+    _notation,
+)
 
 
 def generate_conversations(seed: int) -> Iterator[list[dict[str, str]]]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from rosa_ds.config import ModelSettings
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.suggest import did_you_mean_path
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "tiny"
@@ -30,11 +30,10 @@ def resolve(name_or_path: str) -> tuple[str, dict[str, str]]:
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model.name_or_path {name_or_path}: no such file")
+            raise ValueError(f"model.name_or_path {name_or_path}: no such file.{did_you_mean_path(path)}")
         return str(path.parent), {"gguf_file": path.name}
     if not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
-        near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"model.name_or_path {name_or_path}: no such folder.{did_you_mean(str(path), near)}")
+        raise ValueError(f"model.name_or_path {name_or_path}: no such folder.{did_you_mean_path(path)}")
     return (str(path), {}) if path.is_dir() else (name_or_path, {})
 
 

@@ -30,7 +30,12 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = frozenset(
     {
         *("training.output_dir", "training.logging_steps", "training.eval_steps", "training.eval_batch_size"),
-        *("training.save_steps", "training.keep_checkpoints", "training.tensorboard", "training.gradient_checkpointing"),
+        *(
+            "training.save_steps",
+            "training.keep_checkpoints",
+            "training.tensorboard",
+            "training.gradient_checkpointing",
+        ),
         *("data.eval", "data.batching", "model.attn_implementation", "model.name_or_path", "model.revision"),
     }
 )
@@ -191,4 +196,6 @@ def check_resumable(
             f"({checkpoint.base['name_or_path']}): give the same base"
         )
     if checkpoint.data_rows != data_rows:
-        raise ValueError(f"--resume: data.train had {checkpoint.data_rows} examples and has {data_rows} now: give the same data")
+        raise ValueError(
+            f"--resume: data.train had {checkpoint.data_rows} examples and has {data_rows} now: give the same data"
+        )

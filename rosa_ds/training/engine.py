@@ -47,7 +47,9 @@ def _build_optimizer(groups: list[dict[str, Any]], plan: DeepSpeedPlan) -> torch
         name = "AdamW"  # as DeepSpeed reads it
     by_name = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
     if name.lower() not in by_name or name.lower() in ("optimizer", "lbfgs", "sparseadam"):
-        raise ValueError(f"optimizer type {name!r} of the DeepSpeed file is none of torch.optim.{did_you_mean(name, by_name)}")
+        raise ValueError(
+            f"optimizer type {name!r} of the DeepSpeed file is none of torch.optim.{did_you_mean(name, by_name)}"
+        )
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     try:

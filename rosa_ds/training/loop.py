@@ -131,7 +131,9 @@ class Loop:
         run.engine.train()
         nll = torch.zeros((), dtype=torch.float64, device=run.engine.device)
         for micro in run.batches.micro_batches(step.data_step, rank):
-            loss_sum = token_loss_sum(run.engine, load_batch(run.data, micro, run.pad_id), run.engine.device, self._selects)
+            loss_sum = token_loss_sum(
+                run.engine, load_batch(run.data, micro, run.pad_id), run.engine.device, self._selects
+            )
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.
             run.engine.backward(loss_sum * (ranks / trained_tokens), scale_wrt_gas=False)
             run.engine.step()
@@ -168,7 +170,12 @@ class Loop:
         self.log.write(**fields, **({"overflow": True} if skipped else {}))
         if (step.number + 1) % max(1, self.run.schedule.total_steps // 20) == 0:
             logger.info(
-                "step %d/%d %s loss %.4f, %.0f tokens/s", step.number + 1, self.run.schedule.total_steps, step.phase, loss, tokens / seconds
+                "step %d/%d %s loss %.4f, %.0f tokens/s",
+                step.number + 1,
+                self.run.schedule.total_steps,
+                step.phase,
+                loss,
+                tokens / seconds,
             )
 
     def _set_learning_rates(self, factor: float) -> None:

@@ -26,7 +26,10 @@ def token_loss_sum(model: Any, batch: Batch, device: torch.device, selects: bool
     kept = batch.kept.to(device)
     arguments = {"logits_to_keep": kept} if selects else {}
     logits = model(
-        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False, **arguments
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        use_cache=False,
+        **arguments,
     ).logits
     if not selects:
         logits = logits[:, kept]

@@ -21,9 +21,7 @@ def mask_owners(layers: Mapping[str, AdaptedLinear]) -> dict[str, int]:
 
 def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings) -> MaskCollector:
     """A collector whose gradients are summed over all ranks."""
-    return MaskCollector(
-        layers, settings.score, mask_owners(layers), distributed.rank(), distributed.sum_to_owner
-    )
+    return MaskCollector(layers, settings.score, mask_owners(layers), distributed.rank(), distributed.sum_to_owner)
 
 
 def choose_mask(

@@ -64,5 +64,7 @@ def _open_tensorboard(folder: Path, resume_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("training.tensorboard needs the package tensorboard: pip install 'rosa-ds[tensorboard]'") from None
+        raise ValueError(
+            "training.tensorboard needs the package tensorboard: pip install 'rosa-ds[tensorboard]'"
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)

@@ -45,9 +45,7 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _prepare_data(
-    settings: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TokenSet, TokenSet | None]:
+def _prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSet, TokenSet | None]:
     data = settings.data
     source = data.eval or (BUILTIN if data.train.startswith(BUILTIN) else None)
     with distributed.main_first():
@@ -57,7 +55,14 @@ def _prepare_data(
         if tokens is not None:
             share = tokens.trained.sum() / tokens.lengths.sum()
             dropped = f" ({tokens.dropped})" if tokens.dropped else ""
-            logger.info("%s: %d examples, %s tokens, %.1f %% trained%s", name, len(tokens), f"{tokens.lengths.sum():,}", 100 * share, dropped)
+            logger.info(
+                "%s: %d examples, %s tokens, %.1f %% trained%s",
+                name,
+                len(tokens),
+                f"{tokens.lengths.sum():,}",
+                100 * share,
+                dropped,
+            )
     logger.info("an example, trained between ⟦ and ⟧:\n%s", show_sample(train.tokens(0), tokenizer))
     return train, evaluation
 
@@ -123,7 +128,9 @@ def train(command: CommandLine) -> Path:
     data, eval_data = _prepare_data(settings, tokenizer)
     model = _prepare_model(settings, plan)
     run = _assemble(settings, plan, model, tokenizer, data, eval_data, resuming=saved is not None)
-    log = MetricsLog(run.folder if distributed.is_main() else None, settings.training.tensorboard, saved.step if saved else 0)
+    log = MetricsLog(
+        run.folder if distributed.is_main() else None, settings.training.tensorboard, saved.step if saved else 0
+    )
     loop = Loop(run, log)
     if saved is not None:
         loop.restore(saved)

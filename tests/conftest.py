@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests. Nothing here or in a test loosens a bound or hides a missing part."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
+ROOT = Path(__file__).resolve().parent.parent
+# `python -m pytest` puts the root first, where the folder `kernels` would shadow the package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase  # noqa: E402
+
+from rosa_ds.config import ModelSettings  # noqa: E402
+from rosa_ds.models.load import load_tokenizer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets are cached in the tests' own folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(ModelSettings())
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    """A random Llama of two layers with grouped queries, float64."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture
+def gpt2() -> GPT2LMHeadModel:
+    """A random GPT-2 of two layers (Conv1D weights, tied head), float64, without dropout."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    return GPT2LMHeadModel(config).double().eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Token ids and labels of three sequences."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 97, (3, 11), generator=generator)
+    return {"input_ids": ids, "labels": ids}

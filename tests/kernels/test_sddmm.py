@@ -1,0 +1,95 @@
+"""The sampled product against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import rosa_kernels
+import torch
+from rosa_kernels.sddmm import op
+from rosa_kernels.sddmm.reference import sddmm_reference
+from rosa_kernels.testing import CASES, assert_rel_close, random_positions
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IMPLEMENTATIONS = {"csr": op._sddmm_cpu, "gather": op._sddmm_gather}
+
+
+def make(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(tokens, rows, generator=generator).to(dtype)
+    return grad, torch.randn(tokens, columns, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_example(implementation: str) -> None:
+    grad, x = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
+    positions = torch.tensor([2, 3], dtype=torch.int32)
+    assert IMPLEMENTATIONS[implementation](grad, x, positions).tolist() == [5.0, 6.0]
+    assert sddmm_reference(grad, x, positions).tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[-1])
+def test_matches_reference(case: tuple[int, int, int, float, str], dtype: torch.dtype, implementation: str) -> None:
+    tokens, rows, columns, density, _ = case
+    grad, x = make(tokens, rows, columns, dtype)
+    positions = random_positions(rows, columns, density)
+    values = IMPLEMENTATIONS[implementation](grad, x, positions)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert values.dtype == wide
+    # sums are float32 whatever the inputs: the products of 16-bit numbers are exact in it
+    assert_rel_close("values", values, sddmm_reference(grad.double(), x.double(), positions), wide)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_tokens_add_up(implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    grad, x = make(37, 12, 20, dtype)
+    positions = random_positions(12, 20, 0.3)
+    monkeypatch.setattr(op, "SCRATCH_BYTES", 600)
+    values = IMPLEMENTATIONS[implementation](grad, x, positions)
+    assert_rel_close("values", values, sddmm_reference(grad.double(), x.double(), positions), torch.float32)
+
+
+def test_empty_pattern_and_no_tokens() -> None:
+    grad, x = make(4, 3, 5, torch.bfloat16)
+    none = torch.empty(0, dtype=torch.int32)
+    assert rosa_kernels.sddmm(grad, x, none).shape == (0,)
+    values = rosa_kernels.sddmm(grad[:0], x[:0], torch.tensor([1], dtype=torch.int32))
+    assert values.tolist() == [0.0]
+    assert values.dtype == torch.float32
+
+
+def test_strided_inputs() -> None:
+    grad, x = make(8, 10, 12, torch.float32)
+    positions = random_positions(5, 12, 0.5)
+    values = rosa_kernels.sddmm(grad[:, ::2], x.T.contiguous().T, positions)
+    assert_rel_close("values", values, sddmm_reference(grad[:, ::2].double(), x.double(), positions), torch.float32)
+
+
+def test_same_bits_again() -> None:
+    grad, x = make(300, 64, 96, torch.float32)
+    positions = random_positions(64, 96, 0.05)
+    assert torch.equal(rosa_kernels.sddmm(grad, x, positions), rosa_kernels.sddmm(grad, x, positions))
+
+
+def test_csr_pattern_beyond_int32() -> None:
+    positions = torch.tensor([5, 2**33], dtype=torch.int64)
+    pointers, columns = op.csr_pattern(positions, 3, 2**32)
+    assert pointers.tolist() == [0, 1, 1, 2]
+    assert columns.tolist() == [5, 0]
+
+
+@pytest.mark.parametrize(
+    ("grad", "x", "positions", "message"),
+    [
+        (torch.ones(2, 3), torch.ones(4, 5), torch.zeros(1, dtype=torch.int32), "with the same T"),
+        (torch.ones(1, 2, 3), torch.ones(2, 5), torch.zeros(1, dtype=torch.int32), "flatten batch and length"),
+        (torch.ones(2, 3), torch.ones(2, 5).double(), torch.zeros(1, dtype=torch.int32), "of one floating type"),
+        (torch.ones(2, 3), torch.ones(2, 5), torch.zeros(1), "positions .Z,. of int32 or int64"),
+    ],
+    ids=["tokens", "dimensions", "dtypes", "positions"],
+)
+def test_rejects(grad: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rosa_kernels.sddmm(grad, x, positions)

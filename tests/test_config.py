@@ -1,0 +1,229 @@
+"""Settings: from a command line and a DeepSpeed file to one typed tree, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rosa_ds.cli import build_config, parse_command_line
+from rosa_ds.config import AdapterConfig, RunConfig, setting_names
+from rosa_ds.ds_config import plan_deepspeed, resolve_batch
+
+CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+
+
+def write(path: Path, content: Any) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def plan(deepspeed: dict[str, Any], world: int = 1, **settings: Any) -> Any:
+    return plan_deepspeed(deepspeed, RunConfig(**settings), world, gpu_has_bfloat16=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_shipped_file_is_valid(path: Path, world: int) -> None:
+    command = parse_command_line(["--config", str(path)])
+    made, _ = plan_deepspeed(command.deepspeed, command.config, world, gpu_has_bfloat16=True)
+    assert made.stage == int(path.stem[-1])
+    assert made.dtype == "bfloat16"
+    assert made.config["train_batch_size"] == made.micro_batch_size * made.accumulation_steps * world == 16
+    assert "auto" not in json.dumps(made.config)
+
+
+def test_the_section_and_overrides_meet(tmp_path: Path) -> None:
+    path = write(tmp_path / "ds.json", {"train_batch_size": 8, "rosa": {"adapter": {"rank": 3, "density": 0.5}}})
+    command = parse_command_line(
+        ["--local_rank=1", "--config", path, "--adapter.rank", "5", "--ds.zero_optimization.stage", "2", "--resume"]
+    )
+    assert (command.config.adapter.rank, command.config.adapter.density) == (5, 0.5)
+    assert command.deepspeed == {"train_batch_size": 8, "zero_optimization": {"stage": 2}}
+    assert command.resume == ""
+    assert command.config.settings_without_effect() == []
+
+
+def test_values_of_every_kind() -> None:
+    command = parse_command_line(
+        [
+            *("--adapter.target_modules", "q_proj,k_proj", "--adapter.rank_pattern", '{"q_proj": 2}'),
+            *("--training.max_steps", "none", "--training.tensorboard", "true", "--adapter.low_rank_lr=1e-3"),
+            *("--resume", "runs/x", "--data.separator", " "),
+        ]
+    )
+    config = command.config
+    assert config.adapter.target_modules == ["q_proj", "k_proj"]
+    assert config.adapter.rank_pattern == {"q_proj": 2}
+    assert (config.training.max_steps, config.training.tensorboard) == (None, True)
+    assert config.adapter.low_rank_lr == 1e-3
+    assert command.resume == "runs/x"
+    assert config.data.separator == " "
+
+
+def test_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("method", "lora")
+    monkeypatch.setenv("METHOD", "lora")
+    assert build_config({}).method == "robust"
+
+
+def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in setting_names():
+        assert f"--{name}" in text
+    assert "Share of each matrix's entries that the sparse part trains (0.006 = 0.6 %). (default: 0.006)" in text
+    assert "--resume [PATH]" in text
+
+
+def test_resolved_configuration_round_trips() -> None:
+    config = build_config({"adapter": {"rank": 3}, "mask": {"after": "continue"}})
+    assert RunConfig(**json.loads(json.dumps(config.model_dump()))) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter.rnk", "4"], "unknown setting --adapter.rnk. Did you mean adapter.rank"),
+        (["--rank", "4"], "Did you mean adapter.rank"),
+        (["--adapter.rank", "x"], "adapter.rank: input should be a valid integer.*given 'x'"),
+        (["--adapter.rank", "-1"], "adapter.rank: input should be greater than or equal to 0"),
+        (["--adapter.rank"], "--adapter.rank needs a value"),
+        (["--method", "rosa"], "method: input should be 'full', 'lora', 'sparse' or 'robust', given 'rosa'"),
+        (["train.jsonl"], "unexpected argument 'train.jsonl'"),
+        (["--config", "/nowhere/zero2.json"], "no such file"),
+        (["--adapter.rank", "0"], "adapter.rank is 0, but method robust trains a low-rank part"),
+        (["--adapter.density", "0", "--method", "sparse"], "adapter.density is 0, but method sparse"),
+        (["--method", "full", "--adapter.modules_to_save", "norm"], "modules_to_save has no meaning with method full"),
+        (["--data.prompt_column", "a"], "belong together: give both or neither"),
+        (["--adapter", "3"], "a section is an object of settings|error parsing CLI"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_rejects_arguments(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_command_line(arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rosa": {"adapter": {"dnsity": 1}}}, "unknown setting adapter.dnsity. Did you mean adapter.density"),
+        ({"rosa": {"mask": 3}}, "a section is an object of settings, given 3"),
+        ({"rosa": 3}, 'the section "rosa" is a JSON object, given 3'),
+        ("[1]", "a DeepSpeed configuration is a JSON object, given list"),
+        ("{", "not JSON"),
+    ],
+    ids=["unknown", "section", "rosa", "list", "syntax"],
+)
+def test_rejects_files(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_command_line(["--config", write(tmp_path / "ds.json", content)])
+
+
+def test_override_of_something_that_is_no_section(tmp_path: Path) -> None:
+    path = write(tmp_path / "ds.json", {"train_batch_size": 8})
+    with pytest.raises(ValueError, match="train_batch_size is not a section"):
+        parse_command_line(["--config", path, "--ds.train_batch_size.x", "1"])
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "expected"),
+    [
+        ((None, None, None), 1, (16, 8, 2)),
+        ((None, None, None), 2, (16, 8, 1)),
+        ((None, None, None), 256, (256, 1, 1)),
+        ((32, "auto", "auto"), 4, (32, 8, 1)),
+        ((28, "auto", "auto"), 2, (28, 7, 2)),
+        ((None, 4, None), 2, (8, 4, 1)),
+        ((None, 4, 3), 2, (24, 4, 3)),
+        ((24, None, 3), 2, (24, 4, 3)),
+        ((24, 4, "auto"), 2, (24, 4, 3)),
+    ],
+)
+def test_batch_sizes(given: tuple[Any, ...], world: int, expected: tuple[int, int, int]) -> None:
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert resolve_batch({key: value for key, value in zip(keys, given, strict=True) if value}, world) == expected
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "world", "message"),
+    [
+        ({"train_batch_size": 15}, 2, "use a multiple of 2"),
+        ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 3}, 2, "is not train_micro_batch_size_per_gpu ×"),
+        ({"train_batch_size": 0}, 1, "is a whole number of 1 or more"),
+        ({"zero_optimization": {"stage": 3}}, 1, "stage 3: supported are"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, 1, "offload_optimizer is not supported"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, 1, "choose one"),
+        ({"bf16": True}, 1, "is a section such as"),
+        ({"gradient_acumulation_steps": 2}, 1, "Did you mean gradient_accumulation_steps"),
+        ({"scheduler": {"type": "OneCycle"}}, 1, "scheduler 'OneCycle' of the DeepSpeed file is not one of"),
+        ({"optimizer": {"params": {}}}, 1, 'needs a "type"'),
+        ({"wall_clock_breakdown": "auto"}, 1, "cannot be resolved"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_rejects_deepspeed_settings(deepspeed: dict[str, Any], world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(deepspeed, world)
+
+
+def test_rejects_types_that_disagree() -> None:
+    with pytest.raises(ValueError, match="model.dtype float32 but the DeepSpeed file enables bfloat16"):
+        plan({"bf16": {"enabled": True}}, model={"dtype": "float32"})
+    with pytest.raises(ValueError, match="sets it to enabled: false"):
+        plan({"bf16": {"enabled": False}}, model={"dtype": "bfloat16"})
+
+
+def test_a_file_of_another_trainer() -> None:
+    """What users bring: every "auto" that the Hugging Face integration fills in."""
+    given = {
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95], "weight_decay": "auto"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 7, "total_num_steps": "auto"}},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True},
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    before = json.dumps(given)
+    made, settings = plan(given, training={"weight_decay": 0.1})
+    assert json.dumps(given) == before
+    assert "auto" not in json.dumps(made.config)
+    assert made.config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert (made.optimizer.name, made.optimizer.arguments) == ("AdamW", {"betas": [0.9, 0.95], "weight_decay": 0.1})
+    assert (settings.training.scheduler, settings.training.warmup_steps) == ("linear", 7)
+    assert made.config["gradient_clipping"] == 1.0
+    assert made.dtype == "float32"
+
+
+def test_schedule_and_learning_rate_of_the_file() -> None:
+    with pytest.raises(ValueError, match="training.warmup_steps disagree"):
+        plan({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}}, training={"warmup_steps": 3})
+    _, settings = plan({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, method="full")
+    assert settings.training.learning_rate == 3e-5
+    _, settings = plan({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, training={"learning_rate": 1e-4})
+    assert settings.training.learning_rate == 1e-4
+
+
+def test_settings_without_effect_are_named() -> None:
+    config = RunConfig(method="lora", adapter={"density": 0.1}, mask={"steps": 2}, training={"max_steps": 3, "epochs": 2})
+    assert [text.split(" ")[0] for text in config.settings_without_effect()] == [
+        "adapter.density",
+        "mask.steps",
+        "training.epochs",
+    ]
+    random = RunConfig(mask={"score": "random", "warmup_steps": 3})
+    assert random.settings_without_effect() == ["mask.warmup_steps (mask.score random needs no gradient)"]
+    assert not random.collects_gradients
+
+
+def test_adapter_config_is_strict() -> None:
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        AdapterConfig(ranks=3)

@@ -1,0 +1,351 @@
+"""From files to token ids, loss masks and batches."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rosa_ds.config import DataSettings, ModelSettings
+from rosa_ds.data.batches import IGNORE, BatchPlan, collate, epoch_order, load_batch
+from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
+from rosa_ds.data.prepare import prepare
+from rosa_ds.data.sources import load_rows
+from rosa_ds.data.sql import generate_pairs
+from rosa_ds.data.tokenise import Tokens, prompt_and_reference, show_sample, tokenise
+from rosa_ds.models.grammar import generate_conversations
+from rosa_ds.models.load import load_tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+TWO_TURNS = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Eins."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "Zwei."},
+)
+
+
+def another(template: str | None) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(ModelSettings())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained_text(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode([token for token, on in zip(tokens.ids, tokens.trained, strict=True) if on])
+
+
+# -- formats -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"prompt": "a", "completion": "b"}, None, Pair("a", "b")),
+        ({"question": "a", "answer": "b", "id": 3}, None, Pair("a", "b")),
+        ({"mr": "a", "ref": "b"}, ("mr", "ref"), Pair("a", "b")),
+        ({"text": "a"}, None, PlainText("a")),
+        (
+            {"messages": [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b"}]},
+            None,
+            Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})),
+        ),
+    ],
+    ids=["prompt", "question", "named", "text", "messages"],
+)
+def test_rows(row: dict[str, Any], columns: tuple[str, str] | None, expected: object) -> None:
+    assert parse_row(row, columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input": "a", "output": "b"}, "the columns input, output fit no format"),
+        ({"prompt": "a", "completion": " "}, "'completion' is a text that is not empty, given ' '"),
+        ({"prompt": 3, "completion": "b"}, "'prompt' is a text that is not empty, given 3"),
+        ({"messages": []}, "is a list of"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1 is not an object with a role"),
+        ({"messages": [{"role": "human", "content": "a"}]}, "message 1 has role 'human'; allowed are"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "the last message is the user's"),
+    ],
+    ids=["columns", "empty", "number", "no messages", "no content", "role", "order"],
+)
+def test_rejects_rows(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_row(row)
+
+
+def test_named_column_that_is_missing() -> None:
+    with pytest.raises(ValueError, match="there is no column 'reff'. Did you mean ref"):
+        parse_row({"mr": "a", "ref": "b"}, ("mr", "reff"))
+
+
+# -- tokens and loss masks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["generation markers", CHATML], ids=["generation markers", "plain template"])
+def test_only_assistant_turns_are_trained(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    chosen = tokenizer if template == "generation markers" else another(template)
+    tokens = tokenise(Conversation(TWO_TURNS), chosen, "\n")
+    assert trained_text(tokens, chosen) == "Eins.<|end|>Zwei.<|end|>"
+    assert chosen.decode(tokens.ids) == chosen.apply_chat_template(list(TWO_TURNS), tokenize=False)
+
+
+def test_both_ways_to_find_the_turns_agree(tokenizer: PreTrainedTokenizerBase) -> None:
+    marked = tokenizer.chat_template
+    unmarked = another(marked.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    for row in generate_pairs(20, 3):
+        example = parse_row(row)
+        assert tokenise(example, tokenizer, "\n") == tokenise(example, unmarked, "\n")
+
+
+def test_template_that_rewrites_the_last_turn() -> None:
+    """As reasoning models do: the last turn gets a header that earlier ones do not have."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if loop.last and m['role'] == 'assistant' %}[think]{% endif %}"
+        "{{ m['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    chosen = another(template)
+    tokens = tokenise(Conversation(TWO_TURNS), chosen, "\n")
+    assert trained_text(tokens, chosen) == "Eins.<|end|>[think]Zwei.<|end|>"
+
+
+def test_template_without_an_end_of_turn() -> None:
+    chosen = another("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    tokens = tokenise(Pair("Hi", "Ho"), chosen, "\n")
+    assert trained_text(tokens, chosen) == "Ho\n"
+
+
+def test_template_that_hides_the_turns() -> None:
+    hiding = another("{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}!{% endif %}")
+    with pytest.raises(ValueError, match="does not show where message 2 .assistant. stands"):
+        tokenise(Pair("Hi", "Ho"), hiding, "\n")
+
+
+def test_pair_without_a_template() -> None:
+    chosen = another(None)
+    tokens = tokenise(Pair("Hi", "Ho"), chosen, " => ")
+    assert chosen.decode(tokens.ids) == "Hi => Ho<|end|>"
+    assert trained_text(tokens, chosen) == "Ho<|end|>"
+    assert show_sample(tokens, chosen) == "Hi => ⟦Ho<|end|>⟧"
+    with pytest.raises(ValueError, match="has no chat template"):
+        tokenise(Conversation(TWO_TURNS), chosen, "\n")
+
+
+def test_plain_text_is_trained_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = tokenise(PlainText("äöü ⟦"), tokenizer, "\n")
+    assert all(tokens.trained)
+    assert tokenizer.decode(tokens.ids) == "äöü ⟦<|end|>"
+
+
+def test_prompts_for_generation(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids, reference = prompt_and_reference(Conversation(TWO_TURNS), tokenizer, "\n")
+    whole = tokenise(Conversation(TWO_TURNS), tokenizer, "\n").ids
+    assert whole[: len(ids)] == ids
+    assert reference == "Zwei."
+    ids, reference = prompt_and_reference(Pair("Hi", "Ho"), another(None), "\n")
+    assert (tokenizer.decode(ids), reference) == ("Hi\n", "Ho")
+    with pytest.raises(ValueError, match="use metric perplexity"):
+        prompt_and_reference(PlainText("x"), tokenizer, "\n")
+
+
+# -- sources -----------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        path.write_text("\n".join(lines))
+    else:
+        import pandas
+
+        pandas.DataFrame(rows).to_parquet(path)
+    return path
+
+
+PAIRS = [{"prompt": f"count {n}", "completion": f"number {n}"} for n in range(5)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_files_and_slices(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"rows{suffix}", PAIRS)
+    assert list(load_rows(str(path), "train")) == PAIRS
+    sliced = load_rows(f"{path}[1:3]", "train")
+    assert list(sliced) == PAIRS[1:3]
+    assert sliced.where(0) == f"{path}, row 2"
+    assert len(load_rows(f"{path}[3:]", "train")) == 2
+
+
+def test_folder_with_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", PAIRS[:3])
+    write(tmp_path / "validation.jsonl", PAIRS[3:])
+    assert list(load_rows(str(tmp_path), "train")) == PAIRS[:3]
+    assert list(load_rows(str(tmp_path), "eval")) == PAIRS[3:]
+    assert list(load_rows(f"{tmp_path}:validation[1:]", "train")) == PAIRS[4:]
+    with pytest.raises(ValueError, match="has no split 'test': write .*:SPLIT with one of train, validation"):
+        load_rows(f"{tmp_path}:test", "eval")
+
+
+def test_rejects_sources(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", PAIRS)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "rows.txt").write_text("x")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
+    (tmp_path / "list.jsonl").write_text('{"prompt": "a", "completion": "b"}\n[1]\n')
+    for name, message in (
+        ("row.jsonl", "no such file or folder. Did you mean .*rows.jsonl"),
+        ("empty.jsonl", "is empty"),
+        ("rows.txt", "files end in .jsonl, .json, .csv, .parquet; this one in '.txt'"),
+        ("bad.jsonl", "bad.jsonl, row 2 is not JSON"),
+        ("list.jsonl", "list.jsonl, row 2 is not a JSON object but list"),
+        ("rows.jsonl[5:]", "no rows from 5 to 5; there are 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_rows(str(tmp_path / name), "train")
+    with pytest.raises(ValueError, match="could not be loaded from this folder or the hub"):
+        load_rows("nobody/nothing", "train")
+    with pytest.raises(ValueError, match="the built-in task is builtin:sql"):
+        load_rows("builtin:sqll", "train")
+
+
+# -- token sets --------------------------------------------------------------------------------------------------
+
+
+def test_prepared_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write(tmp_path / "rows.jsonl", PAIRS)
+    data = prepare(str(path), "train", tokenizer, DataSettings())
+    assert len(data) == 5
+    expected = tokenise(Pair("count 3", "number 3"), tokenizer, "\n")
+    assert data.tokens(3) == expected
+    assert data.lengths[3] == len(expected.ids)
+    assert data.trained[3] == sum(expected.trained) == len("number 3") + 1
+
+
+def test_prepared_rows_follow_the_settings(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = str(write(tmp_path / "rows.jsonl", [*PAIRS, {"prompt": "p" * 50, "completion": "c"}]))
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 6 has 55 tokens, data.max_length is 30 \(1 of 6 rows"):
+        prepare(path, "train", tokenizer, DataSettings(max_length=30))
+    dropped = prepare(path, "train", tokenizer, DataSettings(max_length=30, too_long="drop"))
+    assert (len(dropped), dropped.dropped) == (5, "1 dropped, longer than 30 tokens")
+    cut = prepare(path, "train", tokenizer, DataSettings(max_length=15, too_long="truncate"))
+    assert (len(cut), cut.dropped) == (5, "6 cut to 15 tokens, 1 dropped, no trained token")
+    assert cut.lengths.max() == 15
+
+
+def test_prepare_names_file_and_row(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write(tmp_path / "rows.jsonl", [*PAIRS, {"prompt": "", "completion": "c"}])
+    with pytest.raises(ValueError, match="rows.jsonl, row 6: 'prompt' is a text that is not empty"):
+        prepare(f"{path}[2:]", "train", tokenizer, DataSettings())
+    with pytest.raises(ValueError, match="no token is trained"):
+        prepare(f"{path}[:5]", "train", tokenizer, DataSettings(max_length=4, too_long="truncate"))
+
+
+def test_everything_trained_is_an_error_for_pairs(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", PAIRS)
+    greedy = another("{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}")
+    with pytest.raises(ValueError, match="every token is trained"):
+        prepare(str(path), "train", greedy, DataSettings())
+
+
+# -- batches -----------------------------------------------------------------------------------------------------
+
+
+def plan(world: int, micro: int, sort: bool = True, count: int = 37) -> BatchPlan:
+    lengths = np.random.default_rng(0).integers(3, 90, count)
+    return BatchPlan(lengths, 16, micro, world, seed=3, sort_by_length=sort)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 16), (1, 4), (2, 4), (4, 2), (4, 4)])
+def test_every_split_has_the_same_examples(world: int, micro: int) -> None:
+    one = plan(1, 16)
+    split = plan(world, micro)
+    for step in range(7):
+        parts = np.concatenate([split.micro_batches(step, rank).ravel() for rank in range(world)])
+        assert sorted(parts) == sorted(one.step_indices(step))
+        assert split.micro_batches(step, 0).shape == (16 // world // micro, micro)
+
+
+def test_each_example_once_an_epoch() -> None:
+    batches = plan(1, 16)
+    assert batches.steps_per_epoch == 3
+    for epoch in range(2):
+        seen = np.concatenate([batches.step_indices(3 * epoch + step) for step in range(3)])
+        assert sorted(seen[seen >= 0]) == list(range(37))
+        assert (seen < 0).sum() == 48 - 37
+    assert not np.array_equal(epoch_order(37, 3, 0), epoch_order(37, 3, 1))
+    assert not np.array_equal(epoch_order(37, 3, 0), epoch_order(37, 4, 0))
+
+
+def test_sorting_groups_similar_lengths_and_keeps_the_step() -> None:
+    by_length, drawn = plan(1, 4), plan(1, 4, sort=False)
+    assert sorted(by_length.step_indices(0)) == sorted(drawn.step_indices(0))
+    assert list(drawn.step_indices(0)) == list(epoch_order(37, 3, 0)[:16])
+    lengths = by_length.lengths[by_length.step_indices(0)]
+    assert list(lengths) == sorted(lengths, reverse=True)
+
+
+def test_collate_pads_and_keeps_positions_with_a_target() -> None:
+    first = Tokens([5, 6, 7, 8], [False, False, True, True])
+    second = Tokens([9, 4], [False, True])
+    batch = collate([first, second], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.kept.tolist() == [0, 1, 2]
+    assert batch.targets.tolist() == [[IGNORE, 7, 8], [4, IGNORE, IGNORE]]
+    assert batch.trained_tokens == 3
+
+
+def test_rows_that_stand_in(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = prepare(str(write(tmp_path / "rows.jsonl", PAIRS)), "train", tokenizer, DataSettings())
+    batch = load_batch(data, [-1, -1], 0)
+    assert batch.trained_tokens == 0
+    assert batch.attention_mask.all()
+    assert batch.kept.tolist() == [0]
+
+
+# -- generated text ----------------------------------------------------------------------------------------------
+
+
+def test_generated_pairs() -> None:
+    assert generate_pairs(30, 1)[:10] == generate_pairs(10, 1)
+    assert generate_pairs(10, 1) != generate_pairs(10, 2)
+    train = {json.dumps(row) for row in load_rows("builtin:sql", "train")}
+    held_out = [json.dumps(row) for row in load_rows("builtin:sql", "eval")]
+    assert (len(train), len(held_out)) == (1600, 200)
+    assert not train.intersection(held_out)
+
+
+def test_no_query_in_the_pretraining_corpus() -> None:
+    stream = generate_conversations(0)
+    texts = [message["content"] for _ in range(3000) for message in next(stream)]
+    assert not any(("SELECT" in text or "COUNT" in text) and "FROM" in text for text in texts)
+
+
+@pytest.mark.data
+def test_real_files(tokenizer: PreTrainedTokenizerBase) -> None:
+    folder = Path(os.environ.get("ROSA_DS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set ROSA_DS_DATA")
+    settings = DataSettings(max_length=4096)
+    sql = prepare(f"{folder}/sql_train.jsonl[:700]", "train", tokenizer, settings)
+    maths = prepare(f"{folder}/gsm8k_test200.jsonl", "eval", tokenizer, settings)
+    named = settings.model_copy(update={"prompt_column": "mr", "completion_column": "ref"})
+    e2e = prepare(f"{folder}/e2e_dev.csv[:50]", "train", tokenizer, named)
+    assert [len(sql), len(maths), len(e2e)] == [700, 200, 50]
+    batch = load_batch(sql, [0, 1], tokenizer.pad_token_id)
+    assert isinstance(batch.targets, torch.Tensor)
+    assert trained_text(sql.tokens(0), tokenizer) == "SELECT route_via FROM table_29202276_2 WHERE train_name = 'Parasuram Express'<|end|>"

@@ -1,0 +1,70 @@
+"""Which phase, batch and learning rate each step has."""
+
+from __future__ import annotations
+
+import pytest
+
+from rosa_ds.config import RunConfig
+from rosa_ds.training.run import build_schedule
+from rosa_ds.training.schedule import Schedule, lr_factor
+
+
+def make(**changes: object) -> Schedule:
+    settings = {"train_steps": 6, "mask_warmup": 2, "mask_steps": 2, "restart": True, "lr_warmup": 2, "lr_kind": "linear"}
+    return Schedule(**(settings | changes))  # type: ignore[arg-type]
+
+
+def test_restart_begins_data_and_rates_again() -> None:
+    schedule = make()
+    steps = [schedule.at(number) for number in range(schedule.total_steps)]
+    assert [step.phase for step in steps] == ["warmup"] * 2 + ["collect"] * 2 + ["train"] * 6
+    assert [step.data_step for step in steps] == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+    assert [step.lr_factor for step in steps[:4]] == [step.lr_factor for step in steps[4:8]]
+    assert [step.number for step in steps if step.mask_after] == [3]
+    assert [step.number for step in steps if step.restart_after] == [3]
+
+
+def test_continue_goes_on() -> None:
+    schedule = make(restart=False)
+    steps = [schedule.at(number) for number in range(schedule.total_steps)]
+    assert [step.phase for step in steps] == ["warmup"] * 2 + ["collect"] * 2 + ["train"] * 2
+    assert [step.data_step for step in steps] == list(range(6))
+    assert [step.number for step in steps if step.mask_after] == [3]
+    assert not any(step.restart_after for step in steps)
+
+
+def test_without_a_mask_to_compute() -> None:
+    schedule = make(mask_warmup=0, mask_steps=0)
+    assert schedule.total_steps == 6
+    assert {schedule.at(number).phase for number in range(6)} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0.25]), ("cosine", [1, 0.5, 0.14644660940672627])],
+)
+def test_rates_after_the_warm_up(kind: str, expected: list[float]) -> None:
+    assert [lr_factor(step, 10, 2, kind) for step in (2, 6, 8)] == pytest.approx(expected)
+    assert [lr_factor(step, 10, 2, kind) for step in (0, 1)] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_rejects() -> None:
+    with pytest.raises(ValueError, match="leave no step of 4 to train the sparse part"):
+        make(train_steps=4, restart=False)
+    with pytest.raises(ValueError, match="step 10 of a run of 10 steps"):
+        make().at(10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup", "collect"),
+    [
+        ({"method": "robust"}, 64, 1),
+        ({"method": "sparse"}, 0, 1),
+        ({"method": "lora"}, 0, 0),
+        ({"method": "robust", "mask": {"score": "random"}}, 0, 0),
+        ({"method": "robust", "mask": {"load": "mask.safetensors"}}, 0, 0),
+    ],
+)
+def test_schedule_of_settings(settings: dict[str, object], warmup: int, collect: int) -> None:
+    schedule = build_schedule(RunConfig(**settings, training={"epochs": 2}), 10)  # type: ignore[arg-type]
+    assert (schedule.mask_warmup, schedule.mask_steps, schedule.train_steps) == (warmup, collect, 20)
