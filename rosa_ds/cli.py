@@ -154,9 +154,8 @@ def build_config(section: Mapping[str, Any], arguments: Sequence[str] = (), sour
         ValueError: an unknown setting (with the nearest name), a wrong value or a wrong combination.
     """
     try:
-        parsed = _CliConfig(
-            _cli_parse_args=list(arguments), _cli_exit_on_error=False, _cli_prog_name="train.py", **section
-        )
+        read: Any = _CliConfig  # pydantic-settings takes further arguments than its fields
+        parsed = read(_cli_parse_args=list(arguments), _cli_exit_on_error=False, _cli_prog_name="train.py", **section)
     except ValidationError as error:
         raise ValueError(validation_message(error, source)) from None
     except SettingsError as error:

@@ -130,6 +130,15 @@ def any_rank(flag: bool) -> bool:
     return bool(sum_over_ranks(torch.tensor([int(flag)], device=device())).item())
 
 
+def same_everywhere(number: int) -> bool:
+    """Whether all ranks gave the same number (of at most 62 bits): the same answer on all."""
+    if world_size() == 1:
+        return True
+    ends = torch.tensor([number, -number], device=device())
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
 def raise_everywhere(error: BaseException | None) -> None:
     """Raise a rank's own error there, and on all other ranks one that says so, so that none waits for it."""
     failed = any_rank(error is not None)

@@ -87,12 +87,11 @@ def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, in
         raise ValueError(
             f"train_batch_size {total} cannot be shared by {world_size} ranks: use a multiple of {world_size}"
         )
-    if micro is None and steps is None:
-        micro = max(size for size in range(1, min(share, MAX_AUTO_MICRO_BATCH_SIZE) + 1) if share % size == 0)
     if micro is None:
-        micro = share // steps if share % steps == 0 else 0
+        sizes = range(1, min(share, MAX_AUTO_MICRO_BATCH_SIZE) + 1)
+        micro = share // steps if steps is not None else max(size for size in sizes if share % size == 0)
     if steps is None:
-        steps = share // micro if share % micro == 0 else 0
+        steps = share // micro
     if micro * steps * world_size != total:
         raise ValueError(
             f"train_batch_size {total} is not train_micro_batch_size_per_gpu × gradient_accumulation_steps × ranks "

@@ -28,7 +28,9 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 def adapt(model: PreTrainedModel, method: str, **settings: Any) -> rosa_ds.adapters.inject.InjectReport:
     """Inject with a random mask and parts that are not zero any more, float32 numbers held in float64."""
-    report = rosa_ds.inject(model, AdapterConfig(method=method, **({"rank": 3, "density": 0.05, "dropout": 0.0} | settings)))
+    report = rosa_ds.inject(
+        model, AdapterConfig(method=method, **({"rank": 3, "density": 0.05, "dropout": 0.0} | settings))
+    )
     if method != "lora":
         rosa_ds.set_mask(model, rosa_ds.compute_mask(model, [], score="random"))
     generator = torch.Generator().manual_seed(3)
@@ -92,7 +94,9 @@ def test_every_gradient_equals_dense_autograd(model: PreTrainedModel, batch: BAT
 
 @pytest.mark.parametrize("method", METHODS)
 def test_save_and_load(model: PreTrainedModel, batch: BATCH, method: str, tmp_path: Path) -> None:
-    adapt(model, method, modules_to_save=["h.0.ln_1"] if hasattr(model, "transformer") else ["layers.0.input_layernorm"])
+    adapt(
+        model, method, modules_to_save=["h.0.ln_1"] if hasattr(model, "transformer") else ["layers.0.input_layernorm"]
+    )
     expected = model(**batch).logits
     rosa_ds.save_adapter(model, tmp_path / "adapter")
     fresh = type(model)(model.config).double().eval()
@@ -118,7 +122,9 @@ def test_full_method_trains_and_saves_everything(llama: PreTrainedModel, batch: 
 
 def test_report_counts(llama: PreTrainedModel) -> None:
     frozen = sum(parameter.numel() for parameter in llama.parameters())
-    report = rosa_ds.inject(llama, AdapterConfig(method="robust", rank=2, density=0.1, target_modules=["q_proj", "up_proj"]))
+    report = rosa_ds.inject(
+        llama, AdapterConfig(method="robust", rank=2, density=0.1, target_modules=["q_proj", "up_proj"])
+    )
     assert report.low_rank == 2 * 2 * ((32 + 32) + (32 + 48))
     assert report.sparse == 2 * (round(0.1 * 32 * 32) + round(0.1 * 32 * 48))
     assert report.frozen == frozen
@@ -150,7 +156,9 @@ def test_all_linear_leaves_the_head_out(llama: PreTrainedModel, gpt2: PreTrained
     assert "lm_head" not in find_targets(llama, ["all-linear"])
     assert len(find_targets(llama, ["all-linear"])) == 14
     assert set(find_targets(gpt2, ["all-linear"])) == {
-        f"transformer.h.{index}.{name}" for index in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        f"transformer.h.{index}.{name}"
+        for index in (0, 1)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
 
 

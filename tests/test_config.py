@@ -157,7 +157,11 @@ def test_batch_sizes(given: tuple[Any, ...], world: int, expected: tuple[int, in
         ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 3}, 2, "is not train_micro_batch_size_per_gpu ×"),
         ({"train_batch_size": 0}, 1, "is a whole number of 1 or more"),
         ({"zero_optimization": {"stage": 3}}, 1, "stage 3: supported are"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, 1, "offload_optimizer is not supported"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            1,
+            "offload_optimizer is not supported",
+        ),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, 1, "choose one"),
         ({"bf16": True}, 1, "is a section such as"),
         ({"gradient_acumulation_steps": 2}, 1, "Did you mean gradient_accumulation_steps"),
@@ -213,7 +217,9 @@ def test_schedule_and_learning_rate_of_the_file() -> None:
 
 
 def test_settings_without_effect_are_named() -> None:
-    config = RunConfig(method="lora", adapter={"density": 0.1}, mask={"steps": 2}, training={"max_steps": 3, "epochs": 2})
+    config = RunConfig(
+        method="lora", adapter={"density": 0.1}, mask={"steps": 2}, training={"max_steps": 3, "epochs": 2}
+    )
     assert [text.split(" ")[0] for text in config.settings_without_effect()] == [
         "adapter.density",
         "mask.steps",

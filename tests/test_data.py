@@ -121,13 +121,17 @@ def test_template_that_rewrites_the_last_turn() -> None:
 
 
 def test_template_without_an_end_of_turn() -> None:
-    chosen = another("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    chosen = another(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     tokens = tokenise(Pair("Hi", "Ho"), chosen, "\n")
     assert trained_text(tokens, chosen) == "Ho\n"
 
 
 def test_template_that_hides_the_turns() -> None:
-    hiding = another("{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}!{% endif %}")
+    hiding = another(
+        "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    )
     with pytest.raises(ValueError, match="does not show where message 2 .assistant. stands"):
         tokenise(Pair("Hi", "Ho"), hiding, "\n")
 
@@ -323,16 +327,16 @@ def test_rows_that_stand_in(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
 def test_generated_pairs() -> None:
     assert generate_pairs(30, 1)[:10] == generate_pairs(10, 1)
     assert generate_pairs(10, 1) != generate_pairs(10, 2)
-    train = {json.dumps(row) for row in load_rows("builtin:sql", "train")}
+    train = [json.dumps(row) for row in load_rows("builtin:sql", "train")]
     held_out = [json.dumps(row) for row in load_rows("builtin:sql", "eval")]
     assert (len(train), len(held_out)) == (1600, 200)
-    assert not train.intersection(held_out)
+    assert not set(train).intersection(held_out)
 
 
 def test_no_query_in_the_pretraining_corpus() -> None:
     stream = generate_conversations(0)
-    texts = [message["content"] for _ in range(3000) for message in next(stream)]
-    assert not any(("SELECT" in text or "COUNT" in text) and "FROM" in text for text in texts)
+    texts = [set(message["content"].split()) for _ in range(3000) for message in next(stream)]
+    assert not any({"SELECT", "FROM"} <= words for words in texts)
 
 
 @pytest.mark.data
@@ -348,4 +352,7 @@ def test_real_files(tokenizer: PreTrainedTokenizerBase) -> None:
     assert [len(sql), len(maths), len(e2e)] == [700, 200, 50]
     batch = load_batch(sql, [0, 1], tokenizer.pad_token_id)
     assert isinstance(batch.targets, torch.Tensor)
-    assert trained_text(sql.tokens(0), tokenizer) == "SELECT route_via FROM table_29202276_2 WHERE train_name = 'Parasuram Express'<|end|>"
+    assert (
+        trained_text(sql.tokens(0), tokenizer)
+        == "SELECT route_via FROM table_29202276_2 WHERE train_name = 'Parasuram Express'<|end|>"
+    )

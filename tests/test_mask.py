@@ -133,7 +133,7 @@ def test_saved_mask_loads_and_wrong_ones_do_not(llama: PreTrainedModel, tmp_path
     rosa_ds.inject(llama, AdapterConfig(method="sparse", density=DENSITY))
     mask = rosa_ds.compute_mask(llama, [], score="random")
     path = tmp_path / "mask.safetensors"
-    rosa_ds.save_mask(mask, path, {"kind": "rosa_ds mask"})
+    rosa_ds.save_mask(mask, path, {"score": "random"})
     loaded = rosa_ds.load_mask(path)
     assert loaded.keys() == mask.keys()
     assert all(torch.equal(loaded[name], mask[name]) for name in mask)

@@ -10,7 +10,14 @@ from rosa_ds.training.schedule import Schedule, lr_factor
 
 
 def make(**changes: object) -> Schedule:
-    settings = {"train_steps": 6, "mask_warmup": 2, "mask_steps": 2, "restart": True, "lr_warmup": 2, "lr_kind": "linear"}
+    settings = {
+        "train_steps": 6,
+        "mask_warmup": 2,
+        "mask_steps": 2,
+        "restart": True,
+        "lr_warmup": 2,
+        "lr_kind": "linear",
+    }
     return Schedule(**(settings | changes))  # type: ignore[arg-type]
 
 

@@ -67,7 +67,7 @@ class _AdapterLinear(torch.autograd.Function):
         sparse = scattered(weight, values_Z, positions_Z) if positions_Z is not None else contextlib.nullcontext()
         with sparse:
             y_TN = torch.nn.functional.linear(x_TM, weight.T if transposed else weight, bias_N)
-        if A_RM is not None:
+        if A_RM is not None and B_NR is not None:
             h_TR = _times(x_TM, dropout_factors(x_TM, dropout, seed)) @ A_RM.to(x_TM.dtype).T
             y_TN.addmm_(h_TR, B_NR.to(x_TM.dtype).T, alpha=scale)
         return y_TN

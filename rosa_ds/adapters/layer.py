@@ -23,6 +23,11 @@ class AdaptedLinear(nn.Module):
     Source: RoSA, arXiv 2401.04679.
     """
 
+    in_features: int
+    out_features: int
+    A: nn.Parameter | None
+    B: nn.Parameter | None
+    values: nn.Parameter | None
     positions: nn.Parameter | None
 
     def __init__(

@@ -6,6 +6,7 @@ Everything here is local mathematics; how ranks share the work is passed in (``o
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -200,16 +201,20 @@ def set_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
         layer.set_positions(mask[name])
 
 
-def save_mask(mask: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write positions as safetensors, one int32 tensor per weight name."""
+def save_mask(mask: Mapping[str, Tensor], path: Path, origin: Mapping[str, str] | None = None) -> None:
+    """Write positions as safetensors, one int32 tensor per weight name; ``origin`` says how the mask came about.
+
+    The same mask and origin give the same bytes (safetensors orders several metadata keys at random, so there is one).
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: positions.cpu().contiguous() for name, positions in mask.items()}, temporary, dict(metadata))
+    metadata = {"rosa_ds": json.dumps({"kind": "mask", **(origin or {})}, sort_keys=True)}
+    save_file({name: positions.cpu().contiguous() for name, positions in mask.items()}, temporary, metadata)
     temporary.rename(path)
 
 
 def load_mask(path: Path) -> Mask:
     """Read a mask that :func:`save_mask` wrote. Raises ValueError if it is no such file."""
     tensors, metadata = read_tensors(path)
-    if metadata.get("kind") != "rosa_ds mask":
+    if json.loads(metadata.get("rosa_ds", "{}")).get("kind") != "mask":
         raise ValueError(f"{path} is not a mask: mask.load takes the mask.safetensors of a run folder")
     return tensors

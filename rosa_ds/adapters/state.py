@@ -53,7 +53,8 @@ def describe(model: nn.Module, base: Mapping[str, Any] | None = None) -> Adapter
         raise ValueError("this model has no adapter: rosa_ds.inject(model, config) comes first")
     if base is None:
         base = {"name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
-    return AdapterDescription(*injected, base=dict(base))
+    config, seed = injected
+    return AdapterDescription(config, seed, dict(base))
 
 
 def save_adapter(

@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from rosa_ds.config import ModelSettings
+from rosa_ds.files import file_hash
 from rosa_ds.suggest import did_you_mean_path
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "tiny"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
-_SAMPLES, _SAMPLE_BYTES = 256, 4096
+_WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**30, 4096, 2**16
 
 
 def resolve(name_or_path: str) -> tuple[str, dict[str, str]]:
@@ -83,13 +84,15 @@ def stored_dtype(settings: ModelSettings) -> torch.dtype:
     return config.dtype or torch.float32
 
 
-def _sampled_hash(path: Path) -> str:
-    """SHA-256 of a file's size and 256 blocks of 4 KiB, evenly spread from its first byte to its last."""
+def _content_hash(path: Path) -> str:
+    """SHA-256 of a file's size and content; of a file beyond 1 GiB, 4,096 blocks of 64 KiB spread over it evenly."""
     size = path.stat().st_size
+    if size <= _WHOLE_BYTES:
+        return file_hash(path)
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
         for sample in range(_SAMPLES):
-            stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+            stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
             digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
@@ -97,7 +100,7 @@ def _sampled_hash(path: Path) -> str:
 def identify(settings: ModelSettings) -> dict[str, Any]:
     """Name, revision and a hash of the weight files: what an adapter or a checkpoint belongs to.
 
-    The hash samples each file (1 MiB of it), so that it costs the same for any model.
+    Large files are sampled, so that it takes seconds for any model.
     """
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
@@ -106,5 +109,5 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
         config = cached_file(name, "config.json", revision=settings.revision or "main")
         assert config is not None
         files = sorted(path for path in Path(config).parent.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-    digest = hashlib.sha256("".join(_sampled_hash(path) for path in files).encode()).hexdigest()
+    digest = hashlib.sha256("".join(_content_hash(path) for path in files).encode()).hexdigest()
     return {"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest}

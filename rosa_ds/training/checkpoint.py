@@ -152,7 +152,7 @@ def load(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text())
     if state.pop("format_version") != FORMAT_VERSION:
         raise ValueError(f"{folder} was written by another version of rosa_ds (format {FORMAT_VERSION} is read)")
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, Any] = {}
     for name in ("trained", "moments", "positions"):
         path = folder / f"{name}.safetensors"
         parts[name] = read_tensors(path)[0] if path.exists() else {}

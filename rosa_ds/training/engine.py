@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
     """The trainable parameters by group: ``low_rank`` (A, B), ``sparse`` (values), ``whole``; empty groups left out."""
-    kinds = {}
+    kinds: dict[int, str] = {}
     for layer in adapted_layers(model).values():
         kinds |= {id(layer.A): "low_rank", id(layer.B): "low_rank", id(layer.values): "sparse"}
     groups: ParameterGroups = {"low_rank": {}, "sparse": {}, "whole": {}}

@@ -202,8 +202,8 @@ class Loop:
         mask = choose_mask(self.layers, settings.mask, settings.training.seed, collector)
         set_mask(self.run.model, mask)
         if distributed.is_main():
-            metadata = {"kind": "rosa_ds mask", "score": settings.mask.score, "base": self.run.base["hash"]}
-            save_mask(mask, self.run.folder / "mask.safetensors", metadata)
+            origin = {"score": settings.mask.score, "base": self.run.base["hash"]}
+            save_mask(mask, self.run.folder / "mask.safetensors", origin)
         entries = sum(positions.numel() for positions in mask.values())
         seconds = time.monotonic() - start
         source = settings.mask.load or settings.mask.score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def mask_owners(layers: Mapping[str, AdaptedLinear]) -> dict[str, int]:
 def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings) -> MaskCollector:
     """A collector whose gradients are summed over all ranks."""
     return MaskCollector(layers, settings.score, mask_owners(layers), distributed.rank(), distributed.sum_to_owner)
+
+
+def mask_digest(mask: Mask) -> int:
+    """62 bits of a hash over names and positions."""
+    digest = hashlib.sha256()
+    for name in sorted(mask):
+        digest.update(name.encode() + mask[name].cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:8], "little") >> 2
 
 
 def choose_mask(
@@ -52,4 +61,6 @@ def choose_mask(
         if positions is None:
             positions = torch.empty(layer.entries, dtype=torch.int32, device=layer.weight.device)
         mask[layer.weight_name] = distributed.broadcast(positions.to(layer.weight.device), owners[name])
+    if not distributed.same_everywhere(mask_digest(mask)):
+        raise RuntimeError("the ranks have different masks: a broadcast went wrong; please report this")
     return mask

@@ -47,7 +47,7 @@ class TrainedState:
 
     def _find_masters(self) -> dict[str, Tensor]:
         """Name -> the float32 tensor that the inner optimizer steps, where that is one tensor a parameter."""
-        masters = {}
+        masters: dict[str, Tensor] = {}
         for inner, group in zip(self.inner.param_groups, self.groups.values(), strict=True):
             assert len(inner["params"]) == len(group), "DeepSpeed changed the order of the parameters"
             masters |= dict(zip(group, inner["params"], strict=True))

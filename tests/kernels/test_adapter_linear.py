@@ -49,7 +49,14 @@ def run(
     return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
 
 
-REFERENCE_NAMES = {"weight": "weight_NM", "bias": "bias_N", "A": "A_RM", "B": "B_NR", "values": "values_Z", "positions": "positions_Z"}
+REFERENCE_NAMES = {
+    "weight": "weight_NM",
+    "bias": "bias_N",
+    "A": "A_RM",
+    "B": "B_NR",
+    "values": "values_Z",
+    "positions": "positions_Z",
+}
 
 
 def in_float64(given: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +168,9 @@ def test_dropout_is_the_same_in_backward() -> None:
     factors = dropout_factors(given["x"], 0.25, int(torch.randint(2**62, (1,))))
     assert factors is not None
 
-    def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    def reference(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         return torch.nn.functional.linear(x, weight, bias) + scale * ((x * factors) @ A.T @ B.T)
 
     expected = run(reference, given)

@@ -32,9 +32,13 @@ def test_restores_after_an_error_and_hides_from_autograd() -> None:
 
 
 def test_rejects() -> None:
-    with pytest.raises(ValueError, match="are both .Z,."), scattered(torch.ones(2, 2), torch.ones(2), torch.tensor([1])):
+    with (
+        pytest.raises(ValueError, match="are both .Z,."),
+        scattered(torch.ones(2, 2), torch.ones(2), torch.tensor([1])),
+    ):
         pass
-    with pytest.raises(ValueError, match="must be contiguous"), scattered(
-        torch.ones(2, 3).T, torch.ones(1), torch.tensor([1])
+    with (
+        pytest.raises(ValueError, match="must be contiguous"),
+        scattered(torch.ones(2, 3).T, torch.ones(1), torch.tensor([1])),
     ):
         pass

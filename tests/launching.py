@@ -1,0 +1,100 @@
+"""Start the project's programs as users do, with a time-out, and read what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "launch" / "train.py")
+SMALL = ("--data.train", "builtin:sql[:96]", "--data.eval", "builtin:sql[:16]")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(launcher: str, ranks: int, arguments: tuple[str, ...]) -> list[str]:
+    """The command line that a user would type for ``python``, ``torchrun`` or ``deepspeed``."""
+    binaries = Path(sys.executable).parent
+    if launcher == "python":
+        assert ranks == 1
+        return [sys.executable, *arguments]
+    if launcher == "torchrun":
+        return [str(binaries / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={free_port()}", *arguments]
+    return [
+        str(binaries / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        *arguments,
+    ]
+
+
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def start(launcher: str, ranks: int, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(launcher, ranks, arguments),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a launcher and all its ranks at once, as a power failure would (each is in the launcher's session)."""
+    listing = subprocess.run(["ps", "-e", "-o", "pid=,sid="], capture_output=True, text=True, check=True).stdout
+    pids = [int(pid) for pid, sid in (line.split() for line in listing.splitlines()) if int(sid) == process.pid]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def run(launcher: str, ranks: int, *arguments: str, cwd: Path, timeout: float = 300, status: int = 0) -> str:
+    """Run to the end and return the output; fail with it on another exit status or after ``timeout`` seconds."""
+    process = start(launcher, ranks, *arguments, cwd=cwd)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    if process.returncode != status:
+        raise AssertionError(f"exit status {process.returncode} instead of {status}:\n{output[-6000:]}")
+    return output
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def losses(folder: Path) -> list[tuple[int, str, float]]:
+    """(step, event, loss) of every training step and evaluation."""
+    return [(line["step"], line.get("event", "train"), line["loss"]) for line in metrics(folder) if "loss" in line]
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int, timeout: float = 200) -> None:
+    """Return as soon as the run has logged ``step``."""
+    end = time.monotonic() + timeout
+    while not any(line["step"] >= step and "event" not in line for line in metrics(folder)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"step {step} not reached in {timeout} s"
+        time.sleep(0.02)

@@ -1,0 +1,165 @@
+"""Folders that are whole or not there, checkpoints that are checked before they are trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rosa_ds.config import RunConfig
+from rosa_ds.files import manifest_problem, move_aside, read_tensors, write_json, write_manifest, written_folder
+from rosa_ds.training import checkpoint
+from rosa_ds.training.checkpoint import Checkpoint
+
+BASE = {"name_or_path": "tiny", "revision": None, "hash": "abc"}
+
+
+def make(step: int = 3, **changes: Any) -> Checkpoint:
+    values = {
+        "step": step,
+        "trained": {"layer.A": torch.arange(6.0).view(2, 3)},
+        "moments": {"layer.A/exp_avg": torch.ones(2, 3)},
+        "positions": {"layer.weight": torch.tensor([1, 5], dtype=torch.int32)},
+        "collected": {"layer": torch.full((2, 2), 0.5)},
+        "collected_steps": 1,
+        "optimizer_scalars": {"low_rank": {"step": 3.0}},
+        "loss_scaler": {},
+        "trained_tokens": 99,
+        "config": RunConfig().model_dump(),
+        "batch_size": 16,
+        "base": BASE,
+        "data_rows": 40,
+    }
+    return Checkpoint(**(values | changes))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    saved = make()
+    folder, size, _ = checkpoint.save(tmp_path, saved, keep=2)
+    assert size == sum(path.stat().st_size for path in folder.iterdir())
+    loaded = checkpoint.load(checkpoint.find(tmp_path, ""))
+    for name in ("trained", "moments", "positions", "collected"):
+        before, after = getattr(saved, name), getattr(loaded, name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    plain = (
+        "step",
+        "collected_steps",
+        "optimizer_scalars",
+        "trained_tokens",
+        "config",
+        "batch_size",
+        "base",
+        "data_rows",
+    )
+    assert all(getattr(saved, name) == getattr(loaded, name) for name in plain)
+
+
+def test_keeps_the_newest_and_names_the_last(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", "step-000002", "step-000003"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000003\n"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "no manifest"])
+def test_damage_is_found_and_the_one_before_used(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    folder = tmp_path / "checkpoints" / "step-000002"
+    path = folder / "trained.safetensors"
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[:-1])
+    elif damage == "flipped":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "manifest":
+        (folder / "manifest.json").write_text("{")
+    else:
+        (folder / "manifest.json").unlink()
+    assert manifest_problem(folder)
+    assert checkpoint.find(tmp_path, "").name == "step-000001"
+    with pytest.raises(ValueError, match="use another checkpoint of the run"):
+        checkpoint.find(tmp_path, str(folder))
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no checkpoint: start without --resume"):
+        checkpoint.find(tmp_path, "")
+    folder, _, _ = checkpoint.save(tmp_path, make(), keep=1)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        checkpoint.find(tmp_path, "")
+
+
+def test_a_half_written_checkpoint_is_not_one(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, make(1), keep=2)
+    (tmp_path / "checkpoints" / ".step-000002.partial").mkdir()
+    assert checkpoint.find(tmp_path, "").name == "step-000001"
+    checkpoint.save(tmp_path, make(2), keep=2)
+    assert not (tmp_path / "checkpoints" / ".step-000002.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": RunConfig(adapter={"rank": 3}).model_dump()}, "adapter.rank was 16 and is 3 now"),
+        ({"config": RunConfig(training={"seed": 1}).model_dump()}, "training.seed was 42 and is 1 now"),
+        ({"batch_size": 32}, "train_batch_size was 16 and is 32 now"),
+        ({"base": BASE | {"hash": "x"}}, "are not those that the run began with"),
+        ({"data_rows": 41}, "data.train had 40 examples and has 41 now"),
+    ],
+    ids=["rank", "seed", "batch", "base", "data"],
+)
+def test_changes_that_stop_a_resume(change: dict[str, Any], message: str) -> None:
+    now = {"config": RunConfig().model_dump(), "batch_size": 16, "base": BASE, "data_rows": 40}
+    checkpoint.check_resumable(make(), **now)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.check_resumable(make(), **(now | change))
+
+
+def test_changes_that_do_not() -> None:
+    training = {"save_steps": 7, "output_dir": "elsewhere", "gradient_checkpointing": True}
+    config = RunConfig(training=training, data={"eval": "builtin:sql[:3]"}).model_dump()
+    checkpoint.check_resumable(make(), config, 16, BASE, 40)
+
+
+def test_other_format_version(tmp_path: Path) -> None:
+    folder, _, _ = checkpoint.save(tmp_path, make(), keep=1)
+    state = json.loads((folder / "state.json").read_text())
+    write_json(folder / "state.json", state | {"format_version": 99})
+    write_manifest(folder)
+    with pytest.raises(ValueError, match="another version of rosa_ds"):
+        checkpoint.load(folder)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with written_folder(target) as temporary:
+        (temporary / "a").write_text("1")
+    with pytest.raises(KeyError), written_folder(target) as temporary:
+        (temporary / "a").write_text("2")
+        raise KeyError
+    assert (target / "a").read_text() == "1"
+    with written_folder(target) as temporary:
+        (temporary / "b").write_text("3")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_moved_aside(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "run").mkdir()
+        assert move_aside(tmp_path / "run") == tmp_path / f"run.{number}"
+
+
+def test_unreadable_tensors(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        read_tensors(tmp_path / "x.safetensors")

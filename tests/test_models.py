@@ -1,0 +1,121 @@
+"""Loading bases: the built-in one, folders, GGUF files, and saying which it was."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from rosa_ds.config import ModelSettings
+from rosa_ds.models.load import TINY_FOLDER, identify, load_model, load_tokenizer, stored_dtype
+from rosa_ds.models.pretrain_tiny import build_model, build_tokenizer, pretrain
+
+
+def test_tiny_is_small_and_complete() -> None:
+    model = load_model(ModelSettings(), torch.float32)
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
+    assert stored_dtype(ModelSettings()) == torch.bfloat16
+    tokenizer = load_tokenizer(ModelSettings())
+    assert tokenizer.decode(tokenizer("Zürich ≠ 東京\n\t🙂")["input_ids"]) == "Zürich ≠ 東京\n\t🙂"
+    assert tokenizer.eos_token == "<|end|>"
+
+
+def test_tiny_knows_its_grammar(tokenizer: PreTrainedTokenizerBase) -> None:
+    """It copies invented words, which is what adapters build on."""
+    model = load_model(ModelSettings(), torch.float32)
+    prompt = "Name the table.\ntable: brolkans (name text, age number)"
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
+    output = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True) == "brolkans"
+
+
+def test_pretraining_script_makes_a_model(tmp_path: Path) -> None:
+    pretrain(tmp_path / "tiny", steps=2, batch_size=1, length=256, learning_rate=1e-3, minutes=9, seed=0)
+    settings = ModelSettings(name_or_path=str(tmp_path / "tiny"))
+    assert load_tokenizer(settings).chat_template == load_tokenizer(ModelSettings()).chat_template
+    shapes = {name: tensor.shape for name, tensor in load_model(settings, torch.float32).state_dict().items()}
+    assert shapes == {name: t.shape for name, t in load_model(ModelSettings(), torch.float32).state_dict().items()}
+
+
+def write_gguf(path: Path) -> torch.nn.Module:
+    """A random model of the built-in one's size as a GGUF file, its float32 original returned."""
+    model = build_model(build_tokenizer(), seed=3)
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokenizer = build_tokenizer()
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*vocabulary, "ab", "<unused0>", "<unused1>"])
+    writer.add_token_types([3] * 5 + [1] * (config.vocab_size - 5))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        array = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # GGUF stores rotary pairs next to each other
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model.eval()
+
+
+def test_gguf(tmp_path: Path) -> None:
+    original = write_gguf(tmp_path / "model.gguf")
+    settings = ModelSettings(name_or_path=str(tmp_path / "model.gguf"))
+    model = load_model(settings, torch.float32)
+    ids = torch.arange(5, 60)[None]
+    assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-5)
+    assert load_tokenizer(settings)("abc")["input_ids"]
+    assert stored_dtype(settings) == torch.float32
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_the_hash_tells_bases_apart(tmp_path: Path) -> None:
+    shutil.copytree(TINY_FOLDER, tmp_path / "copy")
+    settings = ModelSettings(name_or_path=str(tmp_path / "copy"))
+    assert identify(settings)["hash"] == identify(ModelSettings())["hash"]
+    model = load_model(settings, torch.float32)
+    model.model.embed_tokens.weight.data[0] += 1
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "copy")
+    assert identify(settings)["hash"] != identify(ModelSettings())["hash"]
+
+
+def test_rejects_models(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        (str(tmp_path / "emty"), "no such folder. Did you mean .*empty"),
+        (str(tmp_path / "model.gguf"), "no such file"),
+        (str(tmp_path / "empty"), "cannot be loaded"),
+        ("nobody/nothing", "cannot be loaded"),
+    ):
+        settings = ModelSettings(name_or_path=name)
+        with pytest.raises(ValueError, match=message):
+            load_model(settings, torch.float32)
+    with pytest.raises(ValueError, match="the tokenizer of .* cannot be loaded"):
+        load_tokenizer(ModelSettings(name_or_path="nobody/nothing"))
