@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from rosa_kernels.testing import relative_rms
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.state import trained_parameters
 from rosa_ds.adapters.targets import find_targets
 from rosa_ds.config import AdapterConfig
+from rosa_kernels.testing import relative_rms
 
 METHODS = ("lora", "sparse", "robust")
 BATCH = dict[str, torch.Tensor]

@@ -143,9 +143,14 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     with written_folder(target) as temporary:
         (temporary / "a").write_text("1")
-    with pytest.raises(KeyError), written_folder(target) as temporary:
-        (temporary / "a").write_text("2")
-        raise KeyError
+
+    def interrupted() -> None:
+        with written_folder(target) as temporary:
+            (temporary / "a").write_text("2")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert (target / "a").read_text() == "1"
     with written_folder(target) as temporary:
         (temporary / "b").write_text("3")

@@ -10,11 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from launching import ROOT, SMALL, TRAIN, kill, losses, metrics, run, start, wait_for_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rosa_ds
-from launching import ROOT, SMALL, TRAIN, kill, losses, metrics, run, start, wait_for_step
 from rosa_ds.config import DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, BatchPlan, load_batch
 from rosa_ds.data.prepare import prepare

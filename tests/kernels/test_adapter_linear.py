@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import rosa_kernels
 import torch
+
+import rosa_kernels
 from rosa_kernels.adapter_linear.op import dropout_factors
 from rosa_kernels.adapter_linear.reference import adapter_linear_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions

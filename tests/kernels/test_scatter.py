@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from rosa_kernels import scattered
 from rosa_kernels.testing import random_positions
 

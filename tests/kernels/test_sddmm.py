@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import rosa_kernels
 import torch
+
+import rosa_kernels
 from rosa_kernels.sddmm import op
 from rosa_kernels.sddmm.reference import sddmm_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions
