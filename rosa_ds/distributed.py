@@ -77,6 +77,13 @@ def gpu_has_bfloat16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
+def has_float16() -> bool:
+    """Whether DeepSpeed trains in float16 on this rank's device."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
 def use_threads() -> int:
     """Share this machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise; threads of this rank."""
     if "OMP_NUM_THREADS" not in os.environ:

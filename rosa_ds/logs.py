@@ -33,4 +33,5 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except ValueError as error:
         logging.getLogger("rosa_ds").debug("where it was found", exc_info=True)
-        sys.exit(f"error: {error}")
+        rank = os.environ.get("RANK", "0")
+        sys.exit(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}")

@@ -286,6 +286,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
         (("--model.name_or_path", "/nowhere/model"), "error: model.name_or_path /nowhere/model: no such folder"),
         (("--resume",), "error: --resume: runs/default holds no checkpoint"),
         (("--ds.optimizer.type", "Adamm"), "Did you mean adam"),
+        (("--model.dtype", "float16"), "float16 does not train on this device (cpu): use bfloat16 or float32"),
     ):
         output = run("python", 1, TRAIN, *zero(2), *SMALL, *arguments, cwd=tmp_path, status=1)
         assert message in output

@@ -110,6 +110,8 @@ def train(command: CommandLine) -> Path:
     plan, settings = plan_deepspeed(
         command.deepspeed, command.config, distributed.world_size(), distributed.gpu_has_bfloat16()
     )
+    if plan.dtype == "float16" and not distributed.has_float16():
+        raise ValueError(f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32")
     for unused in settings.settings_without_effect():
         logger.warning("setting without effect: %s", unused)
     logger.info(
