@@ -1,6 +1,6 @@
 """Train an adapter: ``deepspeed launch/train.py --config ds_configs/zero2.json [--name value ...]``; see ``--help``.
 
-Also runs under ``torchrun``, ``srun`` and plain ``python``.
+Also runs under ``torchrun`` and plain ``python``.
 """
 
 from __future__ import annotations

@@ -179,6 +179,8 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     if not isinstance(section, dict):
         raise ValueError(f'--config {split.config}: the section "rosa" is a JSON object, given {section!r}')
     for dotted, text in split.deepspeed.items():
+        if dotted.split(".")[0] == "rosa":
+            raise ValueError(f"--ds.{dotted}: our own settings are given without it: --{dotted.removeprefix('rosa.')}")
         _override(deepspeed, dotted, text)
     config = build_config(section, split.ours, source=f"--config {split.config}" if section else "settings")
     return CommandLine(config, deepspeed, split.resume)

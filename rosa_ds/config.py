@@ -202,6 +202,8 @@ class RunConfig(Section):
                 unused[f"adapter.{name}"] = f"method {self.method} has no sparse part"
             for name in MaskSettings.model_fields:
                 unused[f"mask.{name}"] = f"method {self.method} has no sparse part"
+        elif self.collects_gradients and self.method not in LOW_RANK_METHODS:
+            unused["mask.warmup_steps"] = f"method {self.method} has no low-rank part to warm up"
         elif not self.collects_gradients:
             reason = "the mask is loaded" if self.mask.load else f"mask.score {self.mask.score} needs no gradient"
             for name in ("warmup_steps", "steps", "after"):

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rosa_ds.errors import RunError
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
@@ -26,10 +28,18 @@ def _free_port() -> int:
 def initialize(timeout_minutes: float = 30.0) -> None:
     """Join the process group that the launcher describes in the environment; alone, be a group of one.
 
-    Works under ``deepspeed``, ``torchrun``, ``srun`` (with RANK and WORLD_SIZE set) and plain ``python``.
+    Works under ``deepspeed``, ``torchrun``, plain ``python``, and anything that sets RANK, WORLD_SIZE and MASTER_ADDR.
+
+    Raises:
+        ValueError: several SLURM tasks without ranks, which would be as many separate runs.
     """
     import deepspeed  # slow, and needed by nobody who only imports this module
 
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise ValueError(
+            "SLURM started several tasks, but RANK and WORLD_SIZE are not set: use one task a node with torchrun, or export "
+            "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR MASTER_PORT in each task"
+        )
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
@@ -152,7 +162,21 @@ def raise_everywhere(error: BaseException | None) -> None:
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError("another rank failed; its message says why")
+        raise RunError("another rank failed; its message says why")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """An error in the block on any rank ends it with an error on all, so that none waits for one that is gone.
+
+    Inside the block ranks may do different things, but no collectives that another rank might not reach.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as problem:
+        error = problem
+    raise_everywhere(error)
 
 
 def owners_by_cost(costs: Mapping[str, int], ranks: int) -> dict[str, int]:

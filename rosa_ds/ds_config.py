@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import logging
 from typing import Any
 
 from rosa_ds.config import RunConfig
 from rosa_ds.suggest import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TRAIN_BATCH_SIZE = 16
 MAX_AUTO_MICRO_BATCH_SIZE = 8
@@ -36,6 +40,16 @@ _TOP_LEVEL_KEYS = (
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "seed", "disable_allgather", "hybrid_engine"),
     *("memory_breakdown", "dataloader_drop_last", "use_data_before_expert_parallelism", "tensor_parallel", "pipeline"),
 )
+# Parts of DeepSpeed that want its own data loader, another division of the model, or casts inside the layers.
+_REFUSED_KEYS = (
+    "data_efficiency",
+    "curriculum_learning",
+    "elasticity",
+    "tensor_parallel",
+    "pipeline",
+    "amp",
+    "torch_autocast",
+)
 _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -58,9 +72,13 @@ class DeepSpeedPlan:
     dtype: str
     stage: int
 
-    @property
-    def uses_loss_scale(self) -> bool:
-        return self.dtype == "float16"
+    def record(self) -> dict[str, Any]:
+        """What decides the numbers of a run beside our settings: compared when it is resumed."""
+        optimizer = {"type": self.optimizer.name, "params": dict(self.optimizer.arguments)}
+        return {
+            "optimizer": json.loads(json.dumps(optimizer)),
+            "gradient_clipping": self.config.get("gradient_clipping", 0.0),
+        }
 
 
 def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, int]:
@@ -131,21 +149,45 @@ def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) 
     return wanted
 
 
-def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> OptimizerChoice:
-    """The optimizer section, taken out: learning rates come per parameter group from our settings."""
-    section = config.pop("optimizer", None) or {"type": "AdamW", "params": {}}
-    if not isinstance(section, dict) or "type" not in section:
+def _merge_training(settings: RunConfig, given: dict[str, Any], source: str) -> RunConfig:
+    """Settings with what the DeepSpeed file says of ``training``; a setting of ours that says otherwise is an error."""
+    training = settings.training
+    for name, value in given.items():
+        if name in training.model_fields_set and getattr(training, name) != value:
+            raise ValueError(
+                f"{source} of the DeepSpeed file says {value!r}, training.{name} {getattr(training, name)!r}: remove one of the two"
+            )
+    return settings.model_copy(update={"training": training.model_copy(update=given)})
+
+
+def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> tuple[OptimizerChoice, RunConfig]:
+    """The optimizer section, taken out: it is built here with one parameter group per learning rate of ours.
+
+    The section's ``lr`` is ``training.learning_rate`` and its ``weight_decay`` ``training.weight_decay``.
+    """
+    section = config.pop("optimizer", None) or {"type": "AdamW"}
+    if not isinstance(section, dict) or str(section.get("type")).lower() not in ("adam", "adamw"):
+        given = section.get("type") if isinstance(section, dict) else section
+        raise ValueError(f"optimizer type {given!r} of the DeepSpeed file is not supported: use AdamW or Adam")
+    arguments = {key: value for key, value in (section.get("params") or {}).items() if value != "auto"}
+    ours = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+    given = {name: float(arguments.pop(key)) for key, name in ours.items() if key in arguments}
+    settings = _merge_training(settings, given, "optimizer.params")
+    # DeepSpeed reads Adam as AdamW unless adam_w_mode is false, and torch_adam chooses what is used here anyway.
+    decoupled = arguments.pop("adam_w_mode", True) or section["type"].lower() == "adamw"
+    arguments.pop("torch_adam", None)
+    if unknown := sorted(set(arguments) - {"betas", "eps", "amsgrad"}):
         raise ValueError(
-            f'"optimizer" in the DeepSpeed file needs a "type", e.g. {{"type": "AdamW"}}; given {section!r}'
+            f"optimizer.params.{unknown[0]} of the DeepSpeed file is not known: betas, eps and amsgrad are"
         )
-    arguments = {key: value for key, value in section.get("params", {}).items() if value != "auto"}
-    arguments.pop("lr", None)
-    arguments.setdefault("weight_decay", settings.training.weight_decay)
-    return OptimizerChoice(section["type"], arguments)
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])
+    arguments["weight_decay"] = settings.training.weight_decay
+    return OptimizerChoice("AdamW" if decoupled else "Adam", arguments), settings
 
 
 def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
-    """DeepSpeed's warm-up schedulers become ours (a pure function of the step), unless ours was set."""
+    """DeepSpeed's warm-up schedulers become ours (a pure function of the step)."""
     section = config.pop("scheduler", None)
     if section is None:
         return settings
@@ -155,26 +197,17 @@ def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
             f"scheduler {name!r} of the DeepSpeed file is not one of {', '.join(_SCHEDULERS)}: remove the section and "
             "use training.scheduler and training.warmup_steps"
         )
-    training = settings.training
-    update: dict[str, Any] = {"scheduler": _SCHEDULERS[name]}
-    warmup = section.get("params", {}).get("warmup_num_steps", "auto")
-    if warmup != "auto":
-        update["warmup_steps"] = int(warmup)
-    given = {key for key in update if key in training.model_fields_set and getattr(training, key) != update[key]}
-    if given:
-        raise ValueError(
-            f"the DeepSpeed file's scheduler {name} and training.{sorted(given)[0]} disagree: remove one of the two"
-        )
-    return settings.model_copy(update={"training": training.model_copy(update=update)})
-
-
-def _learning_rate(config: dict[str, Any], settings: RunConfig) -> RunConfig:
-    """A learning rate in the file's optimizer section is ``training.learning_rate``, unless that was set."""
-    lr = ((config.get("optimizer") or {}).get("params") or {}).get("lr", "auto")
-    if lr == "auto" or "learning_rate" in settings.training.model_fields_set:
-        return settings
-    training = settings.training.model_copy(update={"learning_rate": float(lr)})
-    return settings.model_copy(update={"training": training})
+    given: dict[str, Any] = {"scheduler": _SCHEDULERS[name]}
+    for key, value in (section.get("params") or {}).items():
+        if value == "auto":
+            continue
+        if key == "warmup_num_steps":
+            given["warmup_steps"] = int(value)
+        else:
+            logger.warning(
+                "setting without effect: scheduler.params.%s of the DeepSpeed file (the schedule is ours)", key
+            )
+    return _merge_training(settings, given, "scheduler")
 
 
 def _drop_auto(section: dict[str, Any], path: str) -> None:
@@ -197,7 +230,8 @@ def plan_deepspeed(
 
     Args:
         config: the user's DeepSpeed JSON, without the section ``"rosa"``.
-        settings: our settings; what the file says of schedule and learning rate is merged into the returned copy.
+        settings: our settings; the returned copy has what the file says of schedule, learning rate and weight decay, and
+            the resolved ``model.dtype``.
         world_size: number of ranks.
         gpu_has_bfloat16: whether ``model.dtype auto`` may choose bfloat16.
 
@@ -208,6 +242,10 @@ def plan_deepspeed(
     for key in config:
         if key not in _TOP_LEVEL_KEYS and (hint := did_you_mean(key, _TOP_LEVEL_KEYS)):
             raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
+    for key in _REFUSED_KEYS:
+        section = config.get(key)
+        if section and (not isinstance(section, dict) or section.get("enabled", True)):
+            raise ValueError(f"{key!r} of the DeepSpeed file is not supported here: remove it")
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in SUPPORTED_STAGES:
@@ -219,12 +257,12 @@ def plan_deepspeed(
             raise ValueError(
                 f"zero_optimization.{key} is not supported yet: remove it (adapters have a small optimizer state)"
             )
-    settings = _take_scheduler(config, _learning_rate(config, settings))
-    optimizer = _take_optimizer(config, settings)
+    optimizer, settings = _take_optimizer(config, _take_scheduler(config, settings))
     dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)
     total, micro, steps = resolve_batch(config, world_size)
     config.update(zip(_BATCH_KEYS, (total, micro, steps), strict=True))
-    if config.setdefault("gradient_clipping", 1.0) == "auto":
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
+    if config.get("gradient_clipping") == "auto":
         config["gradient_clipping"] = 1.0
     config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did
     _drop_auto(config, "")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import datasets
 import transformers
 
+from rosa_ds.errors import RunError
+
 
 def set_up_logging() -> None:
     """Send our messages to standard error with their time; quieten what libraries say of themselves."""
@@ -27,11 +29,11 @@ def set_up_logging() -> None:
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
-    """Call ``main`` with the command line; a user's mistake ends it with one message and exit status 2."""
+    """Call ``main`` with the command line; what a user can mend ends it with one message and exit status 1."""
     set_up_logging()
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError, RunError) as error:
         logging.getLogger("rosa_ds").debug("where it was found", exc_info=True)
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}")

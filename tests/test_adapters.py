@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -218,9 +219,14 @@ def test_loading_rejects_what_does_not_fit(llama: PreTrainedModel, tmp_path: Pat
         rosa_ds.load_adapter(wider, tmp_path / "adapter")
     with pytest.raises(ValueError, match="is not an adapter folder"):
         rosa_ds.load_adapter(llama, tmp_path)
-    fewer = type(llama)(llama.config).double()
-    rosa_ds.inject(fewer, AdapterConfig(method="lora", rank=3))
-    with pytest.raises(ValueError, match="values is not in the model"):
-        rosa_ds.load_adapter(fewer, tmp_path / "adapter")
+    other = type(llama)(llama.config).double()
+    rosa_ds.inject(other, AdapterConfig(method="robust", rank=3, density=0.05, dropout=0.0, alpha=64))
+    with pytest.raises(ValueError, match="'alpha': 16.0.*the model was injected with.*'alpha': 64.0"):
+        rosa_ds.load_adapter(other, tmp_path / "adapter")
+    content = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    content.pop("trained.model.layers.0.mlp.up_proj.values")
+    save_file(content, tmp_path / "adapter" / "adapter.safetensors")
+    with pytest.raises(ValueError, match="up_proj.values is not in the adapter"):
+        rosa_ds.load_adapter(type(llama)(llama.config).double(), tmp_path / "adapter")
     with pytest.raises(ValueError, match="has no adapter"):
         rosa_ds.save_adapter(type(llama)(llama.config), tmp_path / "other")

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from rosa_ds.config import RunConfig
-from rosa_ds.files import manifest_problem, move_aside, read_tensors, write_json, write_manifest, written_folder
+from rosa_ds.files import (
+    manifest_problem,
+    move_aside,
+    read_tensors,
+    write_json,
+    write_manifest,
+    write_tensors,
+    written_folder,
+)
 from rosa_ds.training import checkpoint
 from rosa_ds.training.checkpoint import Checkpoint
 
@@ -31,7 +39,7 @@ def make(step: int = 3, **changes: Any) -> Checkpoint:
         "config": RunConfig().model_dump(),
         "batch_size": 16,
         "base": BASE,
-        "data_rows": 40,
+        "data": "d",
     }
     return Checkpoint(**(values | changes))
 
@@ -53,7 +61,7 @@ def test_round_trip(tmp_path: Path) -> None:
         "config",
         "batch_size",
         "base",
-        "data_rows",
+        "data",
     )
     assert all(getattr(saved, name) == getattr(loaded, name) for name in plain)
 
@@ -64,6 +72,34 @@ def test_keeps_the_newest_and_names_the_last(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", "step-000002", "step-000003"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000003\n"
+
+
+def test_going_back_keeps_the_new_checkpoint_and_the_old_timeline(tmp_path: Path) -> None:
+    """A run resumed from an older checkpoint saves smaller step numbers than lie there already."""
+    for step in (3, 4):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    folder, _, _ = checkpoint.save(tmp_path, make(1), keep=2)
+    assert folder.is_dir()
+    checkpoint.set_aside_later(tmp_path, 1)
+    assert checkpoint.find(tmp_path, "") == folder
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["abandoned-step-000003", "abandoned-step-000004", "latest", "step-000001"]
+    checkpoint.save(tmp_path, make(3), keep=2)
+    checkpoint.set_aside_later(tmp_path, 1)
+    assert (tmp_path / "checkpoints" / "abandoned-step-000003.1").is_dir()
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, make(1), keep=1)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, make(2), keep=1)
+    assert checkpoint.find(tmp_path, "").name == "step-000001"
+    assert checkpoint.load(checkpoint.find(tmp_path, "")).step == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "no manifest"])
@@ -113,12 +149,16 @@ def test_a_half_written_checkpoint_is_not_one(tmp_path: Path) -> None:
         ({"config": RunConfig(training={"seed": 1}).model_dump()}, "training.seed was 42 and is 1 now"),
         ({"batch_size": 32}, "train_batch_size was 16 and is 32 now"),
         ({"base": BASE | {"hash": "x"}}, "are not those that the run began with"),
-        ({"data_rows": 41}, "data.train had 40 examples and has 41 now"),
+        ({"data": "e"}, "examples of data.train are not those that the run began with"),
+        (
+            {"config": RunConfig().model_dump() | {"deepspeed": {"optimizer": "Adam"}}},
+            "deepspeed.optimizer was None and is 'Adam' now",
+        ),
     ],
-    ids=["rank", "seed", "batch", "base", "data"],
+    ids=["rank", "seed", "batch", "base", "data", "optimizer"],
 )
 def test_changes_that_stop_a_resume(change: dict[str, Any], message: str) -> None:
-    now = {"config": RunConfig().model_dump(), "batch_size": 16, "base": BASE, "data_rows": 40}
+    now = {"config": RunConfig().model_dump(), "batch_size": 16, "base": BASE, "data": "d"}
     checkpoint.check_resumable(make(), **now)
     with pytest.raises(ValueError, match=message):
         checkpoint.check_resumable(make(), **(now | change))
@@ -127,7 +167,7 @@ def test_changes_that_stop_a_resume(change: dict[str, Any], message: str) -> Non
 def test_changes_that_do_not() -> None:
     training = {"save_steps": 7, "output_dir": "elsewhere", "gradient_checkpointing": True}
     config = RunConfig(training=training, data={"eval": "builtin:sql[:3]"}).model_dump()
-    checkpoint.check_resumable(make(), config, 16, BASE, 40)
+    checkpoint.check_resumable(make(), config, 16, BASE, "d")
 
 
 def test_other_format_version(tmp_path: Path) -> None:
@@ -168,3 +208,5 @@ def test_unreadable_tensors(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         read_tensors(tmp_path / "x.safetensors")
+    with pytest.raises(OSError, match="cannot be written"):
+        write_tensors(tmp_path / "missing" / "x.safetensors", {"a": torch.ones(1)})

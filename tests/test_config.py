@@ -125,6 +125,11 @@ def test_rejects_files(tmp_path: Path, content: Any, message: str) -> None:
         parse_command_line(["--config", write(tmp_path / "ds.json", content)])
 
 
+def test_our_settings_under_the_wrong_name() -> None:
+    with pytest.raises(ValueError, match="given without it: --adapter.rank"):
+        parse_command_line(["--ds.rosa.adapter.rank", "3"])
+
+
 def test_override_of_something_that_is_no_section(tmp_path: Path) -> None:
     path = write(tmp_path / "ds.json", {"train_batch_size": 8})
     with pytest.raises(ValueError, match="train_batch_size is not a section"):
@@ -166,7 +171,19 @@ def test_batch_sizes(given: tuple[Any, ...], world: int, expected: tuple[int, in
         ({"bf16": True}, 1, "is a section such as"),
         ({"gradient_acumulation_steps": 2}, 1, "Did you mean gradient_accumulation_steps"),
         ({"scheduler": {"type": "OneCycle"}}, 1, "scheduler 'OneCycle' of the DeepSpeed file is not one of"),
-        ({"optimizer": {"params": {}}}, 1, 'needs a "type"'),
+        (
+            {"optimizer": {"params": {}}},
+            1,
+            "optimizer type None of the DeepSpeed file is not supported: use AdamW or Adam",
+        ),
+        ({"optimizer": {"type": "Lion"}}, 1, "optimizer type 'Lion'"),
+        (
+            {"optimizer": {"type": "Adam", "params": {"beta": 1}}},
+            1,
+            "optimizer.params.beta of the DeepSpeed file is not known",
+        ),
+        ({"curriculum_learning": {"enabled": True}}, 1, "'curriculum_learning' of the DeepSpeed file is not supported"),
+        ({"torch_autocast": {"enabled": True}}, 1, "'torch_autocast' of the DeepSpeed file is not supported"),
         ({"wall_clock_breakdown": "auto"}, 1, "cannot be resolved"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -201,19 +218,32 @@ def test_a_file_of_another_trainer() -> None:
     assert json.dumps(given) == before
     assert "auto" not in json.dumps(made.config)
     assert made.config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
-    assert (made.optimizer.name, made.optimizer.arguments) == ("AdamW", {"betas": [0.9, 0.95], "weight_decay": 0.1})
+    assert (made.optimizer.name, made.optimizer.arguments) == ("AdamW", {"betas": (0.9, 0.95), "weight_decay": 0.1})
+    assert made.record() == {
+        "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "gradient_clipping": 1.0,
+    }
+    assert settings.model.dtype == "float32"
     assert (settings.training.scheduler, settings.training.warmup_steps) == ("linear", 7)
     assert made.config["gradient_clipping"] == 1.0
     assert made.dtype == "float32"
 
 
-def test_schedule_and_learning_rate_of_the_file() -> None:
-    with pytest.raises(ValueError, match="training.warmup_steps disagree"):
-        plan({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}}, training={"warmup_steps": 3})
-    _, settings = plan({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, method="full")
-    assert settings.training.learning_rate == 3e-5
-    _, settings = plan({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, training={"learning_rate": 1e-4})
-    assert settings.training.learning_rate == 1e-4
+def test_what_the_file_says_of_training(caplog: pytest.LogCaptureFixture) -> None:
+    """One rule: the file's value is taken, and a setting that says otherwise is an error."""
+    adam = {"type": "Adam", "params": {"lr": 3e-5, "weight_decay": 0.01, "adam_w_mode": False, "torch_adam": True}}
+    warmup = {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 7, "cos_min_ratio": 0.1}}
+    made, settings = plan({"optimizer": adam, "scheduler": warmup}, method="full")
+    assert (made.optimizer.name, made.optimizer.arguments) == ("Adam", {"weight_decay": 0.01})
+    training = settings.training
+    assert (training.learning_rate, training.weight_decay) == (3e-5, 0.01)
+    assert (training.scheduler, training.warmup_steps) == ("cosine", 7)
+    assert "scheduler.params.cos_min_ratio" in caplog.text
+    assert "gradient_clipping" not in made.config
+    for name, value in (("learning_rate", 1e-4), ("weight_decay", 0.1), ("warmup_steps", 3), ("scheduler", "linear")):
+        with pytest.raises(ValueError, match=f"training.{name} .*remove one of the two"):
+            plan({"optimizer": adam, "scheduler": warmup}, training={name: value})
+    plan({"optimizer": adam}, training={"learning_rate": 3e-5})
 
 
 def test_settings_without_effect_are_named() -> None:
@@ -228,6 +258,8 @@ def test_settings_without_effect_are_named() -> None:
     random = RunConfig(mask={"score": "random", "warmup_steps": 3})
     assert random.settings_without_effect() == ["mask.warmup_steps (mask.score random needs no gradient)"]
     assert not random.collects_gradients
+    sparse = RunConfig(method="sparse", mask={"warmup_steps": 3})
+    assert sparse.settings_without_effect() == ["mask.warmup_steps (method sparse has no low-rank part to warm up)"]
 
 
 def test_adapter_config_is_strict() -> None:

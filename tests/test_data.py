@@ -52,7 +52,7 @@ def trained_text(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
     ("row", "columns", "expected"),
     [
         ({"prompt": "a", "completion": "b"}, None, Pair("a", "b")),
-        ({"question": "a", "answer": "b", "id": 3}, None, Pair("a", "b")),
+        ({"question": "a", "answer": 42, "id": 3}, None, Pair("a", "42")),
         ({"mr": "a", "ref": "b"}, ("mr", "ref"), Pair("a", "b")),
         ({"text": "a"}, None, PlainText("a")),
         (
@@ -72,13 +72,13 @@ def test_rows(row: dict[str, Any], columns: tuple[str, str] | None, expected: ob
     [
         ({"input": "a", "output": "b"}, "the columns input, output fit no format"),
         ({"prompt": "a", "completion": " "}, "'completion' is a text that is not empty, given ' '"),
-        ({"prompt": 3, "completion": "b"}, "'prompt' is a text that is not empty, given 3"),
+        ({"prompt": ["a"], "completion": "b"}, "'prompt' is a text that is not empty, given .'a'."),
         ({"messages": []}, "is a list of"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 is not an object with a role"),
         ({"messages": [{"role": "human", "content": "a"}]}, "message 1 has role 'human'; allowed are"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the last message is the user's"),
     ],
-    ids=["columns", "empty", "number", "no messages", "no content", "role", "order"],
+    ids=["columns", "empty", "list", "no messages", "no content", "role", "order"],
 )
 def test_rejects_rows(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -124,8 +124,17 @@ def test_template_without_an_end_of_turn() -> None:
     chosen = another(
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    tokens = tokenise(Pair("Hi", "Ho"), chosen, "\n")
-    assert trained_text(tokens, chosen) == "Ho\n"
+    tokens = tokenise(Conversation(TWO_TURNS), chosen, "\n")
+    assert trained_text(tokens, chosen) == "Eins.\nZwei.\n"
+
+
+def test_markers_that_leave_the_end_of_turn_out() -> None:
+    chosen = another(
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '<|end|>' }}{% endfor %}"
+    )
+    tokens = tokenise(Conversation(TWO_TURNS), chosen, "\n")
+    assert trained_text(tokens, chosen) == "Eins.<|end|>Zwei.<|end|>"
 
 
 def test_template_that_hides_the_turns() -> None:
@@ -300,6 +309,15 @@ def test_sorting_groups_similar_lengths_and_keeps_the_step() -> None:
     assert list(drawn.step_indices(0)) == list(epoch_order(37, 3, 0)[:16])
     lengths = by_length.lengths[by_length.step_indices(0)]
     assert list(lengths) == sorted(lengths, reverse=True)
+
+
+def test_digest_tells_data_apart(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    digests = set()
+    for word in ("count", "qount"):
+        rows = [{"prompt": f"{word} {n}", "completion": f"number {n}"} for n in range(5)]
+        path = write(tmp_path / f"{word}.jsonl", rows)
+        digests |= {prepare(str(path), "train", tokenizer, DataSettings()).digest() for _ in range(2)}
+    assert len(digests) == 2
 
 
 def test_collate_pads_and_keeps_positions_with_a_target() -> None:

@@ -31,6 +31,18 @@ def test_restart_begins_data_and_rates_again() -> None:
     assert [step.number for step in steps if step.restart_after] == [3]
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("train_steps", [1, 3, 20, 44, 200])
+@pytest.mark.parametrize("restart", [True, False])
+def test_rates_stay_between_0_and_1(kind: str, train_steps: int, restart: bool) -> None:
+    before = 64 if restart or train_steps > 65 else 0
+    schedule = make(
+        train_steps=train_steps, mask_warmup=before, mask_steps=1 if before else 0, restart=restart, lr_kind=kind
+    )
+    factors = [schedule.at(number).lr_factor for number in range(schedule.total_steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+
+
 def test_continue_goes_on() -> None:
     schedule = make(restart=False)
     steps = [schedule.at(number) for number in range(schedule.total_steps)]

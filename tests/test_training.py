@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import rosa_ds
 from rosa_ds.config import DataSettings, ModelSettings
-from rosa_ds.data.batches import IGNORE, BatchPlan, load_batch
+from rosa_ds.data.batches import IGNORE, Batch, BatchPlan, load_batch
 from rosa_ds.data.prepare import prepare
+from rosa_ds.export.merge import export_adapter, export_merged, load_adapted
+from rosa_ds.export.verify import verify
 from rosa_ds.models.load import TINY_FOLDER, load_tokenizer
 from rosa_ds.training.schedule import lr_factor
 
@@ -94,9 +96,25 @@ def test_killed_run_ends_as_the_uninterrupted_one(straight: Path, tmp_path: Path
 
 def test_resume_names_what_changed(straight: Path, tmp_path: Path) -> None:
     given = (*zero(2), *FAST, *PHASES, "--training.output_dir", str(straight), "--resume")
-    output = run("python", 1, TRAIN, *given, "--adapter.dropout", "0.2", cwd=tmp_path, status=1)
-    assert "--resume: adapter.dropout was 0.1 and is 0.2 now" in output
-    assert "Traceback" not in output
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    for change, message in (
+        (("--adapter.dropout", "0.2"), "--resume: adapter.dropout was 0.1 and is 0.2 now"),
+        (("--ds.optimizer.type", "AdamW", "--ds.optimizer.params.eps", "1e-6"), "--resume: deepspeed.optimizer was"),
+    ):
+        output = run("deepspeed", 2, TRAIN, *given, *change, cwd=tmp_path, status=1)
+        assert message in output
+        assert "Traceback" not in output
+    assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_into_another_folder_leaves_the_run_alone(straight: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    source = straight / "checkpoints" / "step-000006"
+    run("deepspeed", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", str(source), cwd=tmp_path)
+    folder = tmp_path / "runs" / "default"
+    assert losses(folder) == [entry for entry in losses(straight) if entry[0] > 6]
+    assert (folder / "mask.safetensors").read_bytes() == (straight / "mask.safetensors").read_bytes()
+    assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 
 
 def test_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path) -> None:
@@ -285,12 +303,17 @@ def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
         (("--adapter.target_modules", "q_prj"), "error: adapter.target_modules 'q_prj' matches no module"),
         (("--model.name_or_path", "/nowhere/model"), "error: model.name_or_path /nowhere/model: no such folder"),
         (("--resume",), "error: --resume: runs/default holds no checkpoint"),
-        (("--ds.optimizer.type", "Adamm"), "Did you mean adam"),
+        (("--ds.optimizer.type", "Adamm"), "optimizer type 'Adamm' of the DeepSpeed file is not supported"),
         (("--model.dtype", "float16"), "float16 does not train on this device (cpu): use bfloat16 or float32"),
     ):
         output = run("python", 1, TRAIN, *zero(2), *SMALL, *arguments, cwd=tmp_path, status=1)
         assert message in output
         assert "Traceback" not in output
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    output = run("python", 1, TRAIN, *zero(2), *SMALL, "--training.output_dir", "mine", cwd=tmp_path, status=1)
+    assert "error: training.output_dir mine is not empty and holds no run" in output
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
 
 # -- export and evaluation -----------------------------------------------------------------------------------------
@@ -316,13 +339,71 @@ def test_export_and_evaluation(straight: Path, tmp_path: Path) -> None:
     assert len(figures[0]["samples"]) == figures[0]["rows"] == 16
 
 
-def test_a_damaged_export_is_seen(straight: Path, tmp_path: Path) -> None:
-    export = str(ROOT / "launch" / "export.py")
-    run("python", 1, export, str(straight), "out", "--dtype", "float32", cwd=tmp_path)
-    from rosa_ds.export.verify import verify
-
-    assert verify(straight, tmp_path / "out").passed
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    model.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_export_is_seen(straight: Path, tmp_path: Path, dtype: str) -> None:
+    """A merge that forgets the sparse part of a single layer does not pass."""
+    kind = getattr(torch, dtype)
+    export_merged(straight, tmp_path / "out", kind)
+    result = verify(straight, tmp_path / "out")
+    assert result.passed, str(result)
+    layer = load_adapted(straight / "adapter", torch.float32)[0].model.layers[0].mlp.up_proj
+    layer.mask_known = False
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=kind)
+    model.model.layers[0].mlp.up_proj.weight.data.copy_(layer.merged_weight())
     model.save_pretrained(tmp_path / "out")
-    assert not verify(straight, tmp_path / "out").passed
+    result = verify(straight, tmp_path / "out")
+    assert not result.passed
+    assert result.worst_layer == "model.layers.0.mlp.up_proj"
+
+
+def test_exports_replace_nothing_but_exports(straight: Path, tmp_path: Path) -> None:
+    export_adapter(straight, tmp_path / "adapter")
+    export_adapter(straight, tmp_path / "adapter")
+    load_file(tmp_path / "adapter" / "adapter.safetensors")
+    (tmp_path / "adapter" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds notes.txt, which is not an earlier export's"):
+        export_adapter(straight, tmp_path / "adapter")
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds adapter_config.json"):
+        export_merged(straight, tmp_path / "peft", None)
+    with pytest.raises(ValueError, match="are one in the other"):
+        export_adapter(straight, straight / "adapter")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="holds no adapter"):
+        export_merged(tmp_path / "nothing", tmp_path / "out", None)
+    with pytest.raises(ValueError, match="no such folder"):
+        export_merged(tmp_path / "nowhere", tmp_path / "out", None)
+
+
+# -- the distributed mask against dense autograd ---------------------------------------------------------------------
+
+
+def first_batch() -> Batch:
+    tokenizer = load_tokenizer(ModelSettings())
+    data = prepare("builtin:sql[:96]", "train", tokenizer, DataSettings())
+    batches = BatchPlan(data.lengths, 16, 16, 1, seed=42, sort_by_length=True)
+    return load_batch(data, batches.step_indices(0), tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("torchrun", 2), ("deepspeed", 4)])
+def test_the_mask_is_that_of_dense_autograd(tmp_path: Path, launcher: str, ranks: int) -> None:
+    """The gradient of the whole first step (16 examples in 4 micro-batches) by plain autograd on the plain model."""
+    arguments = ("--mask.warmup_steps", "0", "--mask.steps", "1", "--training.max_steps", "1", "--adapter.dropout", "0")
+    size = ("--ds.train_micro_batch_size_per_gpu", "4")
+    run(launcher, ranks, TRAIN, *zero(2), *FAST, *arguments, *size, cwd=tmp_path)
+    mask = load_file(tmp_path / "runs" / "default" / "mask.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(TINY_FOLDER, dtype=torch.float32).double()
+    batch = first_batch()
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, batch.kept]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    grads = torch.autograd.grad(loss, [model.get_parameter(name) for name in mask])
+    wrong = total = 0
+    for (name, positions), grad in zip(mask.items(), grads, strict=True):
+        score = grad.square().flatten()
+        expected = score.topk(positions.numel())
+        threshold, chosen = float(expected.values.min()), float(score[positions.long()].min())
+        assert chosen >= threshold * (1 - 1e-5), name
+        wrong += len(set(positions.tolist()) - set(expected.indices.tolist()))
+        total += positions.numel()
+    assert wrong <= 0.001 * total

@@ -114,7 +114,7 @@ def _check_inputs(x: Tensor, weight: Tensor, parts: dict[str, Tensor | None], tr
     if x.shape[-1] != features_in:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {features_in}")
     if x.dtype != weight.dtype:
-        raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}: cast one of them, or use autocast around both")
+        raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}: cast one of them")
     A, B, values, positions = parts["A"], parts["B"], parts["values"], parts["positions"]
     if (A is None) != (B is None):
         raise ValueError("A and B belong together: give both or neither")
@@ -159,12 +159,15 @@ def adapter_linear(
         transposed: the weight is stored (M, N).
         collect: called in backward with the output's gradient (T, N) and the input (T, M).
 
-    Returns: (..., N) of x's dtype.
+    Returns: (..., N) of the weight's dtype, also under autocast.
     Raises: ValueError for shapes or dtypes that do not fit together.
     Source: RoSA, arXiv 2401.04679; LoRA, arXiv 2106.09685.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)  # the base's type decides; casting a weight would copy it
     _check_inputs(x, weight, {"A": A, "B": B, "values": values, "positions": positions}, transposed)
     seed = int(torch.randint(2**62, (1,))) if dropout > 0.0 and A is not None else 0
     flat = x.reshape(-1, x.shape[-1])
-    y = _AdapterLinear.apply(flat, weight, bias, A, B, values, positions, scale, dropout, seed, transposed, collect)
+    with torch.autocast(x.device.type, enabled=False):
+        y = _AdapterLinear.apply(flat, weight, bias, A, B, values, positions, scale, dropout, seed, transposed, collect)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 
 import torch
 from torch import Tensor
 
-# A block of tokens is cast (16-bit inputs) or gathered (GPU) at a time; this bounds its scratch memory.
+# A block of tokens (CPU, 16-bit inputs) or of rows (other devices) is in float32 at a time; this bounds its memory.
 SCRATCH_BYTES = 64 * 2**20
 
 
@@ -60,16 +61,19 @@ def _sddmm_cpu(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor) -> Tensor:
     return total.values()
 
 
-def _sddmm_gather(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor) -> Tensor:
+def _sddmm_blocks(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor) -> Tensor:
+    """Blocks of rows of the dense product on the device's matrix units, each sampled and dropped."""
+    (tokens, rows), columns = grad_TN.shape, x_TM.shape[1]
     dtype = torch.float64 if x_TM.dtype == torch.float64 else torch.float32
-    tokens, columns = x_TM.shape
-    row_Z, column_Z = positions_Z // columns, positions_Z % columns
-    total = torch.zeros(positions_Z.numel(), dtype=dtype, device=x_TM.device)
-    step = max(1, SCRATCH_BYTES // (2 * dtype.itemsize * max(1, positions_Z.numel())))
-    for start in range(0, tokens, step):
-        grad = grad_TN[start : start + step].index_select(1, row_Z).to(dtype)
-        x = x_TM[start : start + step].index_select(1, column_Z).to(dtype)
-        total += grad.mul_(x).sum(0)
+    step = max(1, SCRATCH_BYTES // (dtype.itemsize * max(columns, tokens)))
+    edges = torch.arange(0, rows + step, step, device=positions_Z.device).clamp_(max=rows) * columns
+    bounds = torch.searchsorted(positions_Z.long(), edges).tolist()
+    total = torch.empty(positions_Z.numel(), dtype=dtype, device=x_TM.device)
+    wide_x = x_TM.to(dtype)
+    for block, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start < stop:
+            dense = grad_TN[:, block * step : (block + 1) * step].to(dtype).T @ wide_x
+            total[start:stop] = dense.flatten()[positions_Z[start:stop].long() - block * step * columns]
     return total
 
 
@@ -86,11 +90,12 @@ def sddmm(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor) -> Tensor:
 
     Shapes: grad_TN (T, N); x_TM (T, M); positions_Z (Z,).
     Raises: ValueError for shapes or dtypes that do not fit together.
-    Source: RoSA, arXiv 2401.04679. CPU: ``torch.sparse.sampled_addmm``; other devices: gathered columns.
+    Source: RoSA, arXiv 2401.04679. CPU: ``torch.sparse.sampled_addmm``; other devices: blocks of the dense
+    product, sampled.
     """
     _check_inputs(grad_TN, x_TM, positions_Z)
     if positions_Z.numel() == 0 or grad_TN.shape[0] == 0:
         dtype = torch.float64 if x_TM.dtype == torch.float64 else torch.float32
         return torch.zeros(positions_Z.numel(), dtype=dtype, device=x_TM.device)
-    implementation = _sddmm_cpu if x_TM.device.type == "cpu" else _sddmm_gather
+    implementation = _sddmm_cpu if x_TM.device.type == "cpu" else _sddmm_blocks
     return implementation(grad_TN, x_TM, positions_Z)

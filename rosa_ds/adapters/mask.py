@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import keyed_generator
 from rosa_ds.config import GRADIENT_SCORES, Score
-from rosa_ds.files import read_tensors
+from rosa_ds.files import read_tensors, write_tensors
 from rosa_ds.suggest import did_you_mean
 
 Mask = dict[str, Tensor]
@@ -208,7 +207,7 @@ def save_mask(mask: Mapping[str, Tensor], path: Path, origin: Mapping[str, str] 
     """
     temporary = path.with_name(f".{path.name}.partial")
     metadata = {"rosa_ds": json.dumps({"kind": "mask", **(origin or {})}, sort_keys=True)}
-    save_file({name: positions.cpu().contiguous() for name, positions in mask.items()}, temporary, metadata)
+    write_tensors(temporary, mask, metadata)
     temporary.rename(path)
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rosa_ds.adapters.inject import adapted_layers, inject
 from rosa_ds.adapters.mask import set_mask
 from rosa_ds.config import AdapterConfig
-from rosa_ds.files import read_tensors, write_json, write_manifest, written_folder
+from rosa_ds.files import read_tensors, write_json, write_manifest, write_tensors, written_folder
 from rosa_ds.suggest import did_you_mean
 
 FORMAT_VERSION = 1
@@ -71,10 +70,10 @@ def save_adapter(
     """
     description = describe(model, base)
     tensors = trained_parameters(model) if tensors is None else tensors
-    content = {f"trained.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content |= {f"positions.{name}": positions.cpu().contiguous() for name, positions in positions_of(model).items()}
+    content = {f"trained.{name}": tensor.detach() for name, tensor in tensors.items()}
+    content |= {f"positions.{name}": positions for name, positions in positions_of(model).items()}
     with written_folder(Path(folder)) as temporary:
-        save_file(content, temporary / TENSOR_FILE, {"format": "pt"})
+        write_tensors(temporary / TENSOR_FILE, content, {"format": "pt"})
         write_json(
             temporary / CONFIG_FILE,
             {
@@ -99,6 +98,11 @@ def read_description(folder: str | Path) -> AdapterDescription:
     return AdapterDescription(AdapterConfig(**content["config"]), content["seed"], content["base"])
 
 
+def _shape_of(config: AdapterConfig) -> dict[str, Any]:
+    """The settings that decide what an adapter's tensors mean."""
+    return config.model_dump(exclude={"dropout", "low_rank_lr", "sparse_lr"})
+
+
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
     """Give a base model the adapter of a folder (injecting it where the model has none yet).
@@ -109,8 +113,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
     """
     description = read_description(folder)
     content, _ = read_tensors(Path(folder) / TENSOR_FILE)
-    if description.config.method == "full" or not adapted_layers(model):
+    if not adapted_layers(model):
         inject(model, description.config, description.seed)
+    elif _shape_of(describe(model).config) != _shape_of(description.config):
+        raise ValueError(
+            f"{folder} was made with {_shape_of(description.config)}, the model was injected with "
+            f"{_shape_of(describe(model).config)}: load it into the plain base model"
+        )
     parameters = trained_parameters(model)
     tensors = {name.removeprefix("trained."): t for name, t in content.items() if name.startswith("trained.")}
     mask = {name.removeprefix("positions."): t for name, t in content.items() if name.startswith("positions.")}

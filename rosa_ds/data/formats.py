@@ -64,9 +64,12 @@ def parse_row(row: Mapping[str, Any], columns: tuple[str, str] | None = None) ->
 def _text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
         raise ValueError(f"there is no column {column!r}.{did_you_mean(column, row)} Columns: {', '.join(sorted(row))}")
-    if not isinstance(row[column], str) or not row[column].strip():
-        raise ValueError(f"{column!r} is a text that is not empty, given {row[column]!r}")
-    return str(row[column])
+    value = row[column]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # a column of numbers, as in a table of answers
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{column!r} is a text that is not empty, given {value!r}")
+    return value
 
 
 def _pair(row: Mapping[str, Any], columns: tuple[str, str]) -> Pair:

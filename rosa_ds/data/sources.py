@@ -17,7 +17,7 @@ from rosa_ds.suggest import did_you_mean_path
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 BUILTIN = "builtin:sql"
 BUILTIN_TRAIN_ROWS, BUILTIN_EVAL_ROWS = 1600, 200
-_NAME = re.compile(r"(?P<name>.+?)(?::(?P<split>\w+))?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_NAME = re.compile(r"(?P<name>.+?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>\w+))?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +42,29 @@ def load_rows(source: str, purpose: str) -> Rows:
     """Load a source.
 
     Args:
-        source: file, folder or hub name, ``:split`` and ``[start:stop]`` (from 0) optional; or ``builtin:sql``.
+        source: file, folder or hub name, each with optional ``@configuration``, ``:split`` and ``[start:stop]`` (from 0);
+            or ``builtin:sql``.
         purpose: ``train`` or ``eval``: which split where none is named, and which built-in rows.
 
     Raises:
         ValueError: nothing is there, it cannot be read (file and row named), or the slice is empty.
     """
     if Path(source).exists():
-        name, split, start, stop = source, None, 0, None
+        name, config, split, start, stop = source, None, None, 0, None
     elif source.startswith(BUILTIN):
         match = re.fullmatch(r"(?:\[(\d*):(\d*)\])?", source.removeprefix(BUILTIN))
         if match is None:
             raise ValueError(
                 f"{source!r}: the built-in task is {BUILTIN}, with a slice such as {BUILTIN}[:100] if wanted"
             )
-        name, split, start, stop = BUILTIN, None, int(match[1] or 0), int(match[2]) if match[2] else None
+        name, config, split, start, stop = BUILTIN, None, None, int(match[1] or 0), int(match[2]) if match[2] else None
     else:
         match = _NAME.fullmatch(source)
         if match is None:
             raise ValueError(f"data source {source!r} is not a name")
-        name, split = match["name"], match["split"]
+        name, config, split = match["name"], match["config"], match["split"]
         start, stop = int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
-    data = _load_whole(name, split, purpose)
+    data = _load_whole(name, config, split, purpose)
     stop = len(data) if stop is None else min(stop, len(data))
     if start >= stop:
         raise ValueError(f"{source}: no rows from {start} to {stop}; there are {len(data)}")
@@ -80,7 +81,7 @@ def _builtin_rows(purpose: str) -> list[dict[str, Any]]:
     return [row for row in candidates if row not in train][:BUILTIN_EVAL_ROWS]
 
 
-def _load_whole(name: str, split: str | None, purpose: str) -> datasets.Dataset:
+def _load_whole(name: str, config: str | None, split: str | None, purpose: str) -> datasets.Dataset:
     if name == BUILTIN:
         return datasets.Dataset.from_list(_builtin_rows(purpose))
     path = Path(name)
@@ -89,7 +90,7 @@ def _load_whole(name: str, split: str | None, purpose: str) -> datasets.Dataset:
     if not path.is_dir() and (path.suffix in FILE_TYPES or name.startswith((".", "/", "~"))):
         raise ValueError(f"data source {name}: no such file or folder.{did_you_mean_path(path)}")
     try:
-        loaded = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the hub client raises many types; all mean that there is nothing to train on
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"data source {name!r} could not be loaded from this folder or the hub: {text}") from error

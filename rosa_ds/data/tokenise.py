@@ -50,26 +50,30 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, separator: st
         ValueError: messages without a chat template, or a template that hides where an assistant's turn stands.
     """
     if isinstance(example, PlainText):
-        return _with_end(tokenizer, _encode(tokenizer, example.text, [(0, len(example.text))], special=True))
+        return _with_end(tokenizer, _encode(tokenizer, example.text, [(0, len(example.text), 0)], special=True))
     if isinstance(example, Pair) and not tokenizer.chat_template:
         start = len(example.prompt) + len(separator)
         text = example.prompt + separator + example.completion
-        return _with_end(tokenizer, _encode(tokenizer, text, [(start, len(text))], special=True))
+        return _with_end(tokenizer, _encode(tokenizer, text, [(start, len(text), 0)], special=True))
     _require_template(tokenizer)
     messages = as_messages(example)
     if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return Tokens(list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]])
+        return _with_end_of_turn(
+            tokenizer, Tokens(list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]])
+        )
     text = _render(tokenizer, messages)
-    return _encode(tokenizer, text, assistant_spans(tokenizer, messages, text), special=False, end_of_turn=True)
+    return _encode(tokenizer, text, assistant_spans(tokenizer, messages, text), special=False)
 
 
 def assistant_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], text: str
-) -> list[tuple[int, int]]:
-    """Where the assistant's turns stand in the rendered ``text``: character ranges, from after the header to the content's end.
+) -> list[tuple[int, int, int]]:
+    """Where the assistant's turns stand in the rendered ``text``: begin, end of the content, end of the turn.
 
-    A turn begins where the rendering of everything before it (with the generation prompt) ends.
+    A turn begins where the rendering of everything before it (with the generation prompt) ends, and ends where that
+    of everything up to it does. Where a template renders a last turn differently from an earlier one, the turn is
+    taken to end with its content.
     """
     spans = []
     for index, message in enumerate(messages):
@@ -83,37 +87,45 @@ def assistant_spans(
                 f"the chat template does not show where message {index + 1} (assistant) stands in the rendered text: use a "
                 "template with {% generation %} markers, or one row per assistant turn"
             )
-        spans.append((len(before), at + len(content)))
+        end = at + len(content)
+        upto = _render(tokenizer, messages[: index + 1])
+        spans.append((len(before), end, max(end, len(upto)) if text.startswith(upto) else end))
     return spans
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    spans: list[tuple[int, int]],
-    special: bool,
-    end_of_turn: bool = False,
-) -> Tokens:
-    """Token ids of ``text``; trained are tokens that end inside a span, and with ``end_of_turn`` all up to and with the
-    next special token behind it (or, where a template has none, up to the next span or the end)."""
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int, int]], special: bool) -> Tokens:
+    """Token ids of ``text``; of each span (begin, end of content, end of turn) its content is trained, and what follows
+    up to the first special token (the end-of-turn token), inside the turn or right behind the content."""
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: load a fast tokenizer for this model")
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     trained = [False] * len(ids)
-    specials = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for start, end in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if start < b <= end and a < b]
-        for i in inside:
+    specials = _special_ids(tokenizer)
+    for begin, end, turn_end in spans:
+        for i, (a, b) in enumerate(offsets):
+            if b <= begin or a == b:
+                continue
+            behind = a >= end
+            if behind and a >= turn_end and not (a == end and ids[i] in specials):
+                break
             trained[i] = True
-        if end_of_turn and inside:
-            i = inside[-1] + 1
-            while i < len(ids):
-                trained[i] = True
-                if ids[i] in specials:
-                    break
-                i += 1
+            if behind and ids[i] in specials:
+                break
     return Tokens(ids, trained)
+
+
+def _with_end_of_turn(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tokens:
+    """Also train the end-of-text token that ends a turn, where a template's markers leave it out."""
+    trained = list(tokens.trained)
+    for i in range(1, len(trained)):
+        if tokens.trained[i - 1] and not tokens.trained[i] and tokens.ids[i] == tokenizer.eos_token_id:
+            trained[i] = True
+    return Tokens(tokens.ids, trained)
 
 
 def _with_end(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tokens:

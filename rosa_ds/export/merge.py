@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +65,12 @@ def load_merged(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Adap
     """The base in float32 with its adapter folded in, then rounded once to ``dtype``."""
     model, description = load_adapted(folder, torch.float32)
     merge(model)
-    return model.to(dtype), description
+    for (
+        parameter
+    ) in model.parameters():  # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model, description
 
 
 def run_tokenizer(folder: Path, description: AdapterDescription) -> PreTrainedTokenizerBase:
@@ -81,9 +88,10 @@ def export_merged(source: str | Path, out: str | Path, dtype: torch.dtype | None
         dtype: of the weights; ``None`` as the base stores them.
 
     Raises:
-        ValueError: no adapter there, or ``out`` holds something.
+        ValueError: no adapter there, or ``out`` holds anything but an earlier export.
     """
-    folder, out = adapter_folder(source), _free_folder(out)
+    folder = adapter_folder(source)
+    out = _free_folder(out, Path(source))
     description = read_description(folder)
     dtype = dtype or stored_dtype(base_settings(description))
     model, _ = load_merged(folder, dtype)
@@ -96,22 +104,39 @@ def export_merged(source: str | Path, out: str | Path, dtype: torch.dtype | None
             "run": str(source),
             "dtype": str(dtype),
         }
-        write_json(temporary / EXPORT_FILE, origin)
+        _sign(temporary, origin)
     return out
 
 
 def export_adapter(source: str | Path, out: str | Path) -> Path:
-    """Copy the adapter alone, Arguments and errors as :func:`export_merged`."""
-    folder, out = adapter_folder(source), _free_folder(out)
+    """Copy the adapter alone. Arguments and errors as :func:`export_merged`."""
+    folder = adapter_folder(source)
+    out = _free_folder(out, Path(source))
     with written_folder(out) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        _sign(temporary, {"run": str(source), "format": "adapter"})
     return out
 
 
-def _free_folder(out: str | Path) -> Path:
-    """``out``, if nothing but an earlier export of ours is in it."""
+def _sign(folder: Path, origin: dict[str, Any]) -> None:
+    """Say where an export comes from and which files it has, so that a later one may replace it."""
+    files = sorted(path.name for path in folder.iterdir())
+    write_json(folder / EXPORT_FILE, {**origin, "files": files})
+
+
+def _free_folder(out: str | Path, source: Path) -> Path:
+    """``out``, if it is not the source, and nothing or only an earlier export of ours is in it."""
     out = Path(out)
-    ours = (EXPORT_FILE, CONFIG_FILE)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / name).is_file() for name in ours))):
-        raise ValueError(f"{out} exists and holds no earlier export: give another folder")
+    mine, theirs = out.resolve(), source.resolve()
+    if mine == theirs or mine in theirs.parents or theirs in mine.parents:
+        raise ValueError(f"{out} and {source} are one in the other: give another folder to write")
+    if not out.exists():
+        return out
+    there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    signature = out / EXPORT_FILE
+    ours = {EXPORT_FILE, *json.loads(signature.read_text())["files"]} if signature.is_file() else set()
+    if there - ours:
+        raise ValueError(
+            f"{out} holds {sorted(there - ours)[0]}, which is not an earlier export's: give another folder"
+        )
     return out

@@ -17,11 +17,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rosa_ds import distributed
-from rosa_ds.files import manifest_problem, read_tensors, sync_folder, write_json, write_manifest, write_text
+from rosa_ds.files import (
+    manifest_problem,
+    move_aside,
+    read_tensors,
+    sync_folder,
+    write_json,
+    write_manifest,
+    write_tensors,
+    write_text,
+)
 
 FORMAT_VERSION = 1
 logger = logging.getLogger(__name__)
@@ -57,7 +65,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     batch_size: int
     base: Mapping[str, Any]
-    data_rows: int
+    data: str
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -73,49 +81,58 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float
 
     Rank 0 writes everything but the collected gradients, which each owner writes.
 
-    Returns: its folder, its bytes and the seconds it took.
+    Returns: its folder, its bytes (on rank 0) and the seconds it took.
+    Raises: OSError on the rank where writing failed, RunError on the others; the run's older
+        checkpoints are then as they were.
     """
     start = time.monotonic()
     folder = checkpoints_folder(run) / _name(checkpoint.step)
     temporary = folder.with_name(f".{folder.name}.partial")
-    main, error = distributed.is_main(), None
-    if main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    distributed.barrier()
-    try:
+    main = distributed.is_main()
+    with distributed.together():
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    with distributed.together():
         if checkpoint.collected:
-            save_file(_on_cpu(checkpoint.collected), temporary / f"collect-{distributed.rank()}.safetensors")
+            write_tensors(temporary / f"collect-{distributed.rank()}.safetensors", checkpoint.collected)
         if main:
             _write_parts(temporary, checkpoint)
-    except OSError as problem:
-        error = problem
-    distributed.raise_everywhere(error)
-    if main:
-        write_manifest(temporary)
-        sync_folder(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        write_text(folder.parent / "latest", folder.name + "\n")
-        for old in complete_folders(run)[keep:]:
-            shutil.rmtree(old)
-    distributed.barrier()
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    with distributed.together():
+        if main:
+            write_manifest(temporary)
+            sync_folder(temporary)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            write_text(folder.parent / "latest", folder.name + "\n")
+            older = [path for path in complete_folders(run) if path.name < folder.name]
+            for path in older[keep - 1 :]:
+                shutil.rmtree(path)
+    size = sum(path.stat().st_size for path in folder.iterdir()) if main else 0
     return folder, size, time.monotonic() - start
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _abandon(path: Path) -> Path:
+    target = path.with_name(f"abandoned-{path.name}")
+    if target.exists():
+        move_aside(target)
+    return path.rename(target)
+
+
+def set_aside_later(run: Path, step: int) -> list[Path]:
+    """Rename checkpoints of steps that a resumed run will do again, so that they are not taken for its own."""
+    later = [path for path in complete_folders(run) if path.name > _name(step)]
+    return [_abandon(path) for path in later]
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     for name in ("trained", "moments", "positions"):
         tensors = getattr(checkpoint, name)
         if tensors:
-            save_file(_on_cpu(tensors), folder / f"{name}.safetensors")
+            write_tensors(folder / f"{name}.safetensors", tensors)
     plain = ("step", "collected_steps", "optimizer_scalars", "loss_scaler", "trained_tokens", "config")
-    state = {name: getattr(checkpoint, name) for name in (*plain, "batch_size", "base", "data_rows")}
+    state = {name: getattr(checkpoint, name) for name in (*plain, "batch_size", "base", "data")}
     write_json(folder / "state.json", {"format_version": FORMAT_VERSION, **state})
 
 
@@ -173,7 +190,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_resumable(
-    checkpoint: Checkpoint, config: Mapping[str, Any], batch_size: int, base: Mapping[str, Any], data_rows: int
+    checkpoint: Checkpoint, config: Mapping[str, Any], batch_size: int, base: Mapping[str, Any], data: str
 ) -> None:
     """Raise ValueError unless the run can go on under these settings, naming what changed."""
     old, new = _flatten(checkpoint.config), _flatten(config)
@@ -195,7 +212,7 @@ def check_resumable(
             f"--resume: the weights of {base['name_or_path']} are not those that the run began with "
             f"({checkpoint.base['name_or_path']}): give the same base"
         )
-    if checkpoint.data_rows != data_rows:
+    if checkpoint.data != data:
         raise ValueError(
-            f"--resume: data.train had {checkpoint.data_rows} examples and has {data_rows} now: give the same data"
+            "--resume: the examples of data.train are not those that the run began with: give the same data"
         )

@@ -11,7 +11,6 @@ from torch import nn
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
-from rosa_ds.suggest import did_you_mean
 from rosa_ds.training.trained_state import TrainedState
 
 ParameterGroups = dict[str, dict[str, nn.Parameter]]
@@ -39,30 +38,11 @@ def learning_rates(settings: RunConfig) -> dict[str, float]:
     }
 
 
-def _build_optimizer(groups: list[dict[str, Any]], plan: DeepSpeedPlan) -> torch.optim.Optimizer:
-    """The optimizer that the DeepSpeed file names, as torch implements it (nothing has to be compiled)."""
-    arguments = {k: v for k, v in plan.optimizer.arguments.items() if k not in ("torch_adam", "adam_w_mode")}
-    name = plan.optimizer.name
-    if name.lower() == "adam" and plan.optimizer.arguments.get("adam_w_mode", True):
-        name = "AdamW"  # as DeepSpeed reads it
-    by_name = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
-    if name.lower() not in by_name or name.lower() in ("optimizer", "lbfgs", "sparseadam"):
-        raise ValueError(
-            f"optimizer type {name!r} of the DeepSpeed file is none of torch.optim.{did_you_mean(name, by_name)}"
-        )
-    if "betas" in arguments:
-        arguments["betas"] = tuple(arguments["betas"])
-    try:
-        return by_name[name.lower()](groups, **arguments)
-    except TypeError as error:
-        raise ValueError(f"optimizer {name} of the DeepSpeed file: {error}") from None
-
-
 def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> tuple[Any, TrainedState]:
     """Wrap an injected model in a DeepSpeed engine with one parameter group per learning rate.
 
     Returns: the engine and access to its trained parameters.
-    Raises: ValueError if nothing is trainable or the optimizer does not exist.
+    Raises: ValueError if nothing is trainable.
     """
     import deepspeed  # a slow import that only training needs
 
@@ -71,8 +51,9 @@ def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> 
     if not groups:
         raise ValueError("nothing is trainable: check adapter.rank, adapter.density and adapter.target_modules")
     rates = learning_rates(settings)
-    optimizer = _build_optimizer(
-        [{"params": list(group.values()), "lr": rates[name], "name": name} for name, group in groups.items()], plan
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, plan.optimizer.name)(
+        [{"params": list(group.values()), "lr": rates[name], "name": name} for name, group in groups.items()],
+        **plan.optimizer.arguments,
     )
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.config)
     state = TrainedState(engine.optimizer, groups)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rosa_ds.adapters.state import positions_of
 from rosa_ds.config import SPARSE_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan, load_batch
 from rosa_ds.data.prepare import TokenSet
+from rosa_ds.errors import RunError
 from rosa_ds.training import checkpoint
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.engine import learning_rates
@@ -34,6 +36,7 @@ from rosa_ds.training.schedule import Schedule, Step
 from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
+MAX_SKIPPED_STEPS = 20  # in a row; halving a loss scale of 2^16 takes 16 to reach 1
 
 
 @dataclasses.dataclass
@@ -48,9 +51,13 @@ class Run:
     schedule: Schedule
     batches: BatchPlan
     data: TokenSet
+    data_digest: str
     eval_data: TokenSet | None
     pad_id: int
     base: dict[str, Any]
+    float16: bool
+    record: dict[str, Any]
+    """The resolved settings and what the DeepSpeed file adds to them: a resumed run must have the same."""
     whole_at_start: dict[str, Tensor]
     """Numbers of the modules that are trained whole, as the base has them: a restart goes back to them."""
 
@@ -75,6 +82,7 @@ class Loop:
         self._selects = accepts_kept_positions(run.model)
         self._rates = learning_rates(run.settings)
         self._saved_at = -1
+        self._skipped = 0
 
     def train(self) -> None:
         """All remaining steps, with evaluations and checkpoints where the settings want them."""
@@ -142,13 +150,21 @@ class Loop:
         skipped = run.state.overflowed()
         if self.collector is not None:
             self.collector.end_step(scale * ranks, valid=not skipped)
-        if not np.isfinite(loss) and not skipped:
-            raise RuntimeError(
-                f"the loss of step {step.number + 1} is {loss}: lower the learning rates, or train in bf16 or fp32; the last "
-                f"checkpoint in {run.folder} is good"
-            )
+        self._check_finite(step, loss, skipped)
         self.trained_tokens += trained_tokens
         self._log_step(step, loss, tokens, time.monotonic() - start, skipped)
+
+    def _check_finite(self, step: Step, loss: float, skipped: bool) -> None:
+        """Stop before a state that is not finite can be saved; float16 may skip steps while it looks for its loss scale."""
+        norm = self.run.engine.get_global_grad_norm()
+        finite = math.isfinite(loss) and (norm is None or math.isfinite(float(norm)))
+        self._skipped = self._skipped + 1 if skipped else 0
+        if (finite or skipped) if self.run.float16 and self._skipped <= MAX_SKIPPED_STEPS else (finite and not skipped):
+            return
+        raise RunError(
+            f"step {step.number + 1}: loss {loss}, gradient norm {norm}, {self._skipped} steps skipped: lower the learning rates, or "
+            f"train in bf16 or fp32; the checkpoints in {self.run.folder} are from before"
+        )
 
     def _log_step(self, step: Step, loss: float, tokens: int, seconds: float, skipped: bool) -> None:
         settings = self.run.settings.training
@@ -159,9 +175,9 @@ class Loop:
             "step": step.number + 1,
             "epoch": round((step.data_step + 1) / self.run.batches.steps_per_epoch, 4),
             "phase": step.phase,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "lr": {name: self._rates[name] * step.lr_factor for name in self.run.state.groups},
-            "grad_norm": None if norm is None else float(norm),
+            "grad_norm": float(norm) if norm is not None and math.isfinite(float(norm)) else None,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -201,14 +217,18 @@ class Loop:
         start, settings = time.monotonic(), self.run.settings
         mask = choose_mask(self.layers, settings.mask, settings.training.seed, collector)
         set_mask(self.run.model, mask)
-        if distributed.is_main():
-            origin = {"score": settings.mask.score, "base": self.run.base["hash"]}
-            save_mask(mask, self.run.folder / "mask.safetensors", origin)
+        self._write_mask(mask)
         entries = sum(positions.numel() for positions in mask.values())
         seconds = time.monotonic() - start
         source = settings.mask.load or settings.mask.score
         self.log.write(step=self.step, event="mask", source=source, entries=entries, layers=len(mask), seconds=seconds)
         logger.info("mask (%s): %s entries in %d layers, %.1f s", source, f"{entries:,}", len(mask), seconds)
+
+    def _write_mask(self, mask: Mapping[str, Tensor]) -> None:
+        with distributed.together():
+            if distributed.is_main():
+                origin = {"score": self.run.settings.mask.score, "base": self.run.base["hash"]}
+                save_mask(mask, self.run.folder / "mask.safetensors", origin)
 
     def _restart(self) -> None:
         """Back to the beginning with the mask known: fresh A, B and values, the base's own modules, an empty optimizer."""
@@ -243,10 +263,10 @@ class Loop:
             optimizer_scalars=scalars,
             loss_scaler=run.state.read_scaler(),
             trained_tokens=self.trained_tokens,
-            config=run.settings.model_dump(),
+            config=run.record,
             batch_size=run.batches.batch_size,
             base=run.base,
-            data_rows=len(run.data),
+            data=run.data_digest,
         )
         folder, size, seconds = checkpoint.save(run.folder, state, run.settings.training.keep_checkpoints)
         self._saved_at = self.step
@@ -256,9 +276,9 @@ class Loop:
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint: the next step is the one that the interrupted run would have done."""
         run = self.run
-        checkpoint.check_resumable(saved, run.settings.model_dump(), run.batches.batch_size, run.base, len(run.data))
         if saved.positions:
             set_mask(run.model, saved.positions)
+            self._write_mask(saved.positions)
         run.state.write(saved.trained)
         if saved.moments:
             run.state.write_optimizer(saved.moments, saved.optimizer_scalars)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from rosa_ds.files import write_text
+
 
 def peak_memory_bytes() -> int:
     """Largest memory of this process so far: on the accelerator where there is one, else resident."""
@@ -35,7 +37,7 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         kept = path.read_text().splitlines() if path.exists() and resume_step else []
         lines = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= resume_step]
-        path.write_text("".join(line + "\n" for line in lines))
+        write_text(path, "".join(line + "\n" for line in lines))
         self._stream = path.open("a", buffering=1)
         if tensorboard:
             self._board = _open_tensorboard(folder, resume_step)

@@ -67,16 +67,29 @@ def _prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     return train, evaluation
 
 
-def _open_folder(settings: RunConfig, plan: DeepSpeedPlan, resuming: bool) -> Path:
-    """Create the run's folder with its resolved configuration; an older run in it is moved aside."""
+def _open_folder(settings: RunConfig, plan: DeepSpeedPlan, resumed_from: Path | None, step: int) -> Path:
+    """Create the run's folder with its resolved configuration.
+
+    Going on in the folder that the checkpoint lies in, later checkpoints are set aside. Otherwise an older run in the
+    folder is moved aside as a whole.
+
+    Raises:
+        ValueError: the folder holds something that is not a run.
+    """
     folder = Path(settings.training.output_dir)
-    if distributed.is_main():
-        if not resuming and folder.exists() and any(folder.iterdir()):
-            logger.info("the run that was in %s is in %s now", folder, move_aside(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", settings.model_dump())
-        write_json(folder / "ds_config.json", plan.config)
-    distributed.barrier()
+    in_place = resumed_from is not None and resumed_from.resolve().parent.parent == folder.resolve()
+    with distributed.together():
+        if distributed.is_main():
+            if in_place:
+                for abandoned in checkpoint.set_aside_later(folder, step):
+                    logger.info("a checkpoint of a later step is kept as %s", abandoned)
+            elif folder.exists() and any(folder.iterdir()):
+                if not (folder / "config.json").is_file() or not (folder / "ds_config.json").is_file():
+                    raise ValueError(f"training.output_dir {folder} is not empty and holds no run: give another folder")
+                logger.info("the run that was in %s is in %s now", folder, move_aside(folder))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", settings.model_dump())
+            write_json(folder / "ds_config.json", {**plan.config, **plan.record()})
     return folder
 
 
@@ -93,17 +106,41 @@ def _prepare_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
 def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """``adapter/`` in the run's folder: what training added to the base, in float32."""
     tensors = run.state.read()
-    if distributed.is_main():
-        save_adapter(run.model, run.folder / "adapter", run.base, tensors)
-        tokenizer.save_pretrained(run.folder / "tokenizer")
-    distributed.barrier()
+    with distributed.together():
+        if distributed.is_main():
+            save_adapter(run.model, run.folder / "adapter", run.base, tensors)
+            tokenizer.save_pretrained(run.folder / "tokenizer")
+
+
+def _read_checkpoint(settings: RunConfig, wanted: str) -> tuple[Path, Checkpoint]:
+    with distributed.together():
+        source = checkpoint.find(Path(settings.training.output_dir), wanted)
+        saved = checkpoint.load(source)
+    if not distributed.same_everywhere(saved.step):
+        raise ValueError(
+            f"--resume: the ranks see different checkpoints in {source.parent}: is the file system shared?"
+        )
+    logger.info("resuming from %s, step %d", source, saved.step)
+    return source, saved
+
+
+def _announce(settings: RunConfig, plan: DeepSpeedPlan, threads: int) -> None:
+    for unused in settings.settings_without_effect():
+        logger.warning("setting without effect: %s", unused)
+    ranks = distributed.world_size()
+    logger.info(
+        "%d ranks, %d threads each, ZeRO-%d, %s; a step: %d ranks × %d micro-batches × %d examples",
+        *(ranks, threads, plan.stage, plan.dtype, ranks, plan.accumulation_steps, plan.micro_batch_size),
+    )
 
 
 def train(command: CommandLine) -> Path:
     """Do a whole run, or the rest of one; every rank calls it.
 
     Returns: the run's folder.
-    Raises: ValueError for anything that is wrong with settings, model or data, before training begins.
+    Raises:
+        ValueError: anything that is wrong with settings, model or data, before anything is written.
+        RunError: the run cannot go on.
     """
     distributed.initialize()
     threads = distributed.use_threads()
@@ -111,47 +148,21 @@ def train(command: CommandLine) -> Path:
         command.deepspeed, command.config, distributed.world_size(), distributed.gpu_has_bfloat16()
     )
     if plan.dtype == "float16" and not distributed.has_float16():
-        raise ValueError(f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32")
-    for unused in settings.settings_without_effect():
-        logger.warning("setting without effect: %s", unused)
-    logger.info(
-        "%d ranks, %d threads each, ZeRO-%d, %s; a step: %d ranks × %d micro-batches × %d examples",
-        *(distributed.world_size(), threads, plan.stage, plan.dtype),
-        *(distributed.world_size(), plan.accumulation_steps, plan.micro_batch_size),
-    )
-    saved: Checkpoint | None = None
-    if command.resume is not None:
-        source = checkpoint.find(Path(settings.training.output_dir), command.resume)
-        saved = checkpoint.load(source)
-        logger.info("resuming from %s, step %d", source, saved.step)
-    if settings.mask.load is not None:
-        load_mask(Path(settings.mask.load))  # a wrong path should not be found out after an hour
-    tokenizer = load_tokenizer(settings.model)
-    data, eval_data = _prepare_data(settings, tokenizer)
-    model = _prepare_model(settings, plan)
-    run = _assemble(settings, plan, model, tokenizer, data, eval_data, resuming=saved is not None)
-    log = MetricsLog(
-        run.folder if distributed.is_main() else None, settings.training.tensorboard, saved.step if saved else 0
-    )
-    loop = Loop(run, log)
+        raise ValueError(
+            f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
+        )
+    _announce(settings, plan, threads)
+    source, saved = _read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
+    with distributed.together():
+        if settings.mask.load is not None:
+            load_mask(Path(settings.mask.load))  # a wrong path should not be found out after an hour
+        tokenizer = load_tokenizer(settings.model)
+        base = identify(settings.model)
+        data, eval_data = _prepare_data(settings, tokenizer)
+        model = _prepare_model(settings, plan)
+    record = {**settings.model_dump(), "deepspeed": plan.record()}
     if saved is not None:
-        loop.restore(saved)
-    loop.train()
-    _save_result(run, tokenizer)
-    log.close()
-    logger.info("done: %s", run.folder)
-    return run.folder
-
-
-def _assemble(
-    settings: RunConfig,
-    plan: DeepSpeedPlan,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TokenSet,
-    eval_data: TokenSet | None,
-    resuming: bool,
-) -> Run:
+        checkpoint.check_resumable(saved, record, plan.config["train_batch_size"], base, data.digest())
     batches = BatchPlan(
         lengths=data.lengths,
         batch_size=plan.config["train_batch_size"],
@@ -165,17 +176,35 @@ def _assemble(
     restarts = schedule.restart and schedule.mask_steps > 0
     at_start = {name: p.detach().float().clone() for name, p in whole.items()} if restarts else {}
     engine, state = build_engine(model, settings, plan)
-    return Run(
+    first_step = saved.step if saved else 0
+    run = Run(
         settings=settings,
-        folder=_open_folder(settings, plan, resuming),
-        base=identify(settings.model),
-        pad_id=tokenizer.pad_token_id,
+        folder=_open_folder(settings, plan, source, first_step),
         model=model,
         engine=engine,
         state=state,
         schedule=schedule,
         batches=batches,
         data=data,
+        data_digest=data.digest(),
         eval_data=eval_data,
+        pad_id=tokenizer.pad_token_id,
+        base=base,
+        float16=plan.dtype == "float16",
+        record=record,
         whole_at_start=at_start,
     )
+    _train_and_save(run, saved, tokenizer)
+    return run.folder
+
+
+def _train_and_save(run: Run, saved: Checkpoint | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    folder = run.folder if distributed.is_main() else None
+    log = MetricsLog(folder, run.settings.training.tensorboard, saved.step if saved else 0)
+    loop = Loop(run, log)
+    if saved is not None:
+        loop.restore(saved)
+    loop.train()
+    _save_result(run, tokenizer)
+    log.close()
+    logger.info("done: %s", run.folder)

@@ -27,12 +27,12 @@ class Step:
 
 
 def lr_factor(step: int, total: int, warmup: int, kind: str) -> float:
-    """Linear growth over ``warmup`` steps, then linear, cosine or no decay to step ``total``."""
+    """Linear growth over ``warmup`` steps, then linear, cosine or no decay to step ``total``; always in [0, 1]."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if kind == "constant":
         return 1.0
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return 1.0 - progress if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -78,5 +78,7 @@ class Schedule:
         else:
             phase = "warmup" if number < self.mask_warmup else "collect"
         last_of_collect = before > 0 and number == before - 1
-        factor = lr_factor(begun, self.train_steps, self.lr_warmup, self.lr_kind)
+        # Before a restart the schedule is that of a run which is long enough for the steps before the mask.
+        total = max(self.train_steps, before) if restarts and number < before else self.train_steps
+        factor = lr_factor(begun, total, self.lr_warmup, self.lr_kind)
         return Step(number, phase, begun, factor, last_of_collect, last_of_collect and restarts)

@@ -91,14 +91,14 @@ class TrainedState:
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, dict[str, float]] = {}
         for inner, (group, members) in zip(self.inner.param_groups, self.groups.items(), strict=True):
-            state = self.inner.state.get(inner["params"][0], {})
-            scalars[group] = {key: float(value) for key, value in state.items() if _is_scalar(value)}
-            for name in members:
-                for key in (key for key, value in state.items() if not _is_scalar(value)):
-                    if self._flat:
-                        moment = safe_get_full_optimizer_state(self.parameters[name], key)
-                    else:
-                        moment = self.inner.state[self._masters[name]][key]
+            states = [self.inner.state.get(master, {}) for master in inner["params"]]
+            filled: dict[str, Any] = next((state for state in states if state), {})
+            scalars[group] = {key: float(value) for key, value in filled.items() if _is_scalar(value)}
+            keys = [key for key, value in filled.items() if not _is_scalar(value)]
+            for index, name in enumerate(members):
+                for key in keys if self._flat or states[index] else ():
+                    parameter = self.parameters[name]
+                    moment = safe_get_full_optimizer_state(parameter, key) if self._flat else states[index][key]
                     tensors[f"{name}/{key}"] = moment.detach().to("cpu", copy=True)
         return tensors, scalars
 
@@ -121,7 +121,10 @@ class TrainedState:
 
     @torch.no_grad()
     def reset_optimizer(self, groups: Iterable[str]) -> int:
-        """Moments and step counts of these groups back to zero, as before the first step; numbers reset on this rank."""
+        """Moments and step counts of these groups back to zero, which for Adam is as before the first step.
+
+        Returns: how many numbers were reset on this rank.
+        """
         count = 0
         for inner, group in zip(self.inner.param_groups, self.groups, strict=True):
             if group not in groups:
@@ -147,7 +150,10 @@ class TrainedState:
             setattr(scaler, field, value)
 
     def _scaler(self) -> Any:
-        return getattr(self.optimizer, "loss_scaler", self.optimizer)
+        for holder in ("loss_scaler", "loss_scale_config"):
+            if hasattr(self.optimizer, holder):
+                return getattr(self.optimizer, holder)
+        return self.optimizer
 
     def loss_scale(self) -> float:
         """What the loss is multiplied with before backward."""

@@ -11,7 +11,7 @@ from rosa_kernels.sddmm.reference import sddmm_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS = {"csr": op._sddmm_cpu, "gather": op._sddmm_gather}
+IMPLEMENTATIONS = {"csr": op._sddmm_cpu, "blocks": op._sddmm_blocks}
 
 
 def make(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
