@@ -35,7 +35,7 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     """
     import deepspeed  # slow, and needed by nobody who only imports this module
 
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ValueError(
             "SLURM started several tasks, but RANK and WORLD_SIZE are not set: use one task a node with torchrun, or export "
             "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR MASTER_PORT in each task"

@@ -1,0 +1,121 @@
+"""What concerns more than one rank, as far as one process shows it; whole runs on 2 and 4 ranks are in test_training."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import environment, free_port
+
+from rosa_ds import distributed
+from rosa_ds.adapters.layer import AdaptedLinear
+from rosa_ds.training.masking import mask_digest
+
+TWO_RANKS = """
+import sys
+import torch
+from rosa_ds import distributed
+from rosa_ds.errors import RunError
+
+distributed.initialize()
+rank = distributed.rank()
+owned = torch.full((3,), float(rank + 1))
+distributed.sum_to_owner(owned, 1)
+assert rank != 1 or owned.tolist() == [3.0] * 3
+assert distributed.broadcast(torch.full((2,), float(rank)), 1).tolist() == [1.0, 1.0]
+assert distributed.sum_over_ranks(torch.tensor(rank + 1.0)).item() == 3.0
+assert distributed.any_rank(rank == 1) and not distributed.any_rank(False)
+assert distributed.same_everywhere(7) and not distributed.same_everywhere(rank)
+order = []
+with distributed.main_first():
+    order.append(rank)
+try:
+    with distributed.together(), distributed.main_first():
+        if rank == 0:
+            raise OSError("disk full")
+except OSError as error:
+    assert rank == 0 and str(error) == "disk full"
+except RunError as error:
+    assert rank == 1 and "another rank failed" in str(error)
+else:
+    raise AssertionError("nothing was raised")
+distributed.barrier()
+distributed.shutdown()
+open(f"{sys.argv[1]}/{rank}.ok", "w").close()
+"""
+
+
+@pytest.mark.ranks
+def test_two_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for port in [str(free_port())]
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert sorted(path.name for path in tmp_path.glob("*.ok")) == ["0.ok", "1.ok"]
+
+
+def test_alone_every_collective_is_the_identity() -> None:
+    tensor = torch.tensor([1.0, 2.0])
+    assert distributed.sum_over_ranks(tensor.clone()).equal(tensor)
+    assert distributed.broadcast(tensor.clone(), 0).equal(tensor)
+    assert distributed.any_rank(True)
+    assert distributed.same_everywhere(5)
+    with distributed.main_first():
+        pass
+    with pytest.raises(KeyError), distributed.together():
+        raise KeyError
+
+
+def test_owners_share_the_cost() -> None:
+    costs = {"a": 8, "b": 5, "c": 4, "d": 3, "e": 2, "f": 2}
+    owners = distributed.owners_by_cost(costs, 3)
+    load = [sum(cost for name, cost in costs.items() if owners[name] == rank) for rank in range(3)]
+    assert max(load) <= 8 * 4 / 3  # Graham's bound for longest first; the best division has 8
+    assert owners == distributed.owners_by_cost(dict(reversed(costs.items())), 3)
+    assert set(distributed.owners_by_cost(costs, 1).values()) == {0}
+
+
+def test_slurm_tasks_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match="RANK and WORLD_SIZE are not set"):
+        distributed.initialize()
+
+
+def test_threads_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+        assert distributed.use_threads() == 1
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        assert distributed.use_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_digest_of_a_mask() -> None:
+    mask = {"a": torch.tensor([1, 2], dtype=torch.int32), "b": torch.tensor([3], dtype=torch.int32)}
+    assert mask_digest(mask) == mask_digest(dict(reversed(mask.items())))
+    assert mask_digest(mask) != mask_digest(mask | {"b": torch.tensor([4], dtype=torch.int32)})
+    assert 0 <= mask_digest(mask) < 2**62
+
+
+def test_a_layer_says_what_it_is() -> None:
+    layer = AdaptedLinear(torch.nn.Linear(4, 3), "up", rank=2, scale=1.0, dropout=0.0, entries=5, seed=0)
+    assert "in=4, out=3, rank=2, entries=5" in repr(layer)
