@@ -99,7 +99,10 @@ def test_resume_names_what_changed(straight: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
     for change, message in (
         (("--adapter.dropout", "0.2"), "--resume: adapter.dropout was 0.1 and is 0.2 now"),
-        (("--ds.optimizer.type", "AdamW", "--ds.optimizer.params.eps", "1e-6"), "--resume: deepspeed.optimizer was"),
+        (
+            ("--adapter.dropout", "0.1", "--ds.optimizer.type", "AdamW", "--ds.optimizer.params.eps", "1e-6"),
+            "--resume: deepspeed.optimizer was",
+        ),
     ):
         output = run("deepspeed", 2, TRAIN, *given, *change, cwd=tmp_path, status=1)
         assert message in output
