@@ -205,6 +205,7 @@ def training_losses(folder: Path) -> list[float]:
     return [loss for _, event, loss in losses(folder) if event == "train"]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_lora_equals_peft(tmp_path: Path) -> None:
     arguments = ("--method", "lora", "--adapter.rank", "4", "--adapter.dropout", "0", "--training.max_steps", "6")
     run("torchrun", 2, TRAIN, *zero(2), *SMALL, *arguments, "--training.warmup_steps", "2", cwd=tmp_path)
@@ -285,11 +286,49 @@ def test_bfloat16_keeps_float32_masters(tmp_path: Path, stage: int) -> None:
     assert losses(folder) == before
 
 
+def test_a_restart_begins_with_the_base(tmp_path: Path) -> None:
+    """Low-rank part, sparse values and modules trained whole are as at the start: the same loss, to the last bit."""
+    arguments = (
+        "--adapter.modules_to_save",
+        "model.norm",
+        "--training.learning_rate",
+        "0.05",
+        "--adapter.dropout",
+        "0",
+    )
+    steps = ("--mask.warmup_steps", "2", "--mask.steps", "1", "--training.max_steps", "2")
+    run("torchrun", 2, TRAIN, *zero(2), *FAST, *arguments, *steps, cwd=tmp_path)
+    before_mask, train = (
+        training_losses(tmp_path / "runs" / "default")[:3],
+        training_losses(tmp_path / "runs" / "default")[3:],
+    )
+    assert train[0] == before_mask[0]
+    assert before_mask[1] != train[1]
+
+
 def test_sparse_and_full_and_a_loaded_mask(straight: Path, tmp_path: Path) -> None:
     common = ("--training.max_steps", "3", *SMALL)
-    run("python", 1, TRAIN, *zero(0), *common, "--method", "full", "--training.learning_rate", "1e-3", cwd=tmp_path)
+    run(
+        "python",
+        1,
+        TRAIN,
+        *zero(0),
+        *common,
+        "--method",
+        "full",
+        "--training.learning_rate",
+        "1e-3",
+        "--training.save_steps",
+        "2",
+        cwd=tmp_path,
+    )
     full = tmp_path / "runs" / "default"
     assert losses(full)[-1][2] < losses(full)[0][2]
+    before = losses(full)
+    shutil.rmtree(full / "checkpoints" / "step-000003")
+    again = (*common, "--method", "full", "--training.learning_rate", "1e-3", "--training.save_steps", "2", "--resume")
+    run("python", 1, TRAIN, *zero(0), *again, cwd=tmp_path)
+    assert losses(full) == before
     mask = straight / "mask.safetensors"
     given = ("--method", "sparse", "--adapter.density", "0.01", "--mask.load", str(mask), "--mask.steps", "2")
     output = run("python", 1, TRAIN, *zero(2), *common, *given, cwd=tmp_path)

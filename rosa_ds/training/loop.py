@@ -81,12 +81,14 @@ class Loop:
         self.collector: MaskCollector | None = None
         self._selects = accepts_kept_positions(run.model)
         self._rates = learning_rates(run.settings)
-        self._saved_at = -1
         self._skipped = 0
 
     def train(self) -> None:
         """All remaining steps, with evaluations and checkpoints where the settings want them."""
         settings = self.run.settings.training
+        if self._done:
+            logger.info("all %d steps were done already", self.step)
+            return
         if self.step == 0:
             self._evaluate()
             if self.run.settings.method in SPARSE_METHODS and self.run.schedule.mask_steps == 0:
@@ -99,13 +101,10 @@ class Loop:
                 self._finish_collecting(step)
             if self.step == first + 1:
                 logger.info("memory after the first step: %.2f GiB", peak_memory_bytes() / 2**30)
-            if settings.eval_steps and self.step % settings.eval_steps == 0 and not self._done:
+            if self._done or (settings.eval_steps and self.step % settings.eval_steps == 0):
                 self._evaluate()
-            if settings.save_steps and self.step % settings.save_steps == 0:
-                self.save()
-        self._evaluate()
-        if self._saved_at != self.step:
-            self.save()
+            if self._done or (settings.save_steps and self.step % settings.save_steps == 0):
+                self.save()  # after the evaluation, so that a resumed run does not do it again
         logger.info(
             "%d steps in %.0f s, %s trained tokens in the whole run, peak memory %.2f GiB",
             *(self.step - first, time.monotonic() - begun),
@@ -269,7 +268,6 @@ class Loop:
             data=run.data_digest,
         )
         folder, size, seconds = checkpoint.save(run.folder, state, run.settings.training.keep_checkpoints)
-        self._saved_at = self.step
         self.log.write(step=self.step, event="save", folder=folder.name, bytes=size, seconds=seconds)
         logger.info("saved %s: %.1f MiB, %.1f s", folder, size / 2**20, seconds)
 
@@ -283,7 +281,7 @@ class Loop:
         if saved.moments:
             run.state.write_optimizer(saved.moments, saved.optimizer_scalars)
         run.state.write_scaler(saved.loss_scaler)
-        self.step, self.trained_tokens, self._saved_at = saved.step, saved.trained_tokens, saved.step
+        self.step, self.trained_tokens = saved.step, saved.trained_tokens
         if not self._done and run.schedule.at(self.step).phase == "collect" and saved.collected_steps:
             self._begin_collecting()
             assert self.collector is not None

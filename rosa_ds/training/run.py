@@ -99,7 +99,9 @@ def _prepare_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
     report = inject(model, settings.adapter_config(), settings.training.seed)
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
     if settings.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it during version 5
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 
