@@ -82,10 +82,19 @@ def test_kernels_need_nothing_of_the_training_system() -> None:
 
 
 def test_readme_lists_every_file() -> None:
-    readme = (ROOT / "README.md").read_text()
-    files = [path for path in SOURCES if path.name != "__init__.py"]
-    missing = [path.relative_to(ROOT).as_posix() for path in files if path.name not in readme]
-    assert not missing
+    """The tree in the README: folders end in a slash, names of one line are parted by commas, two spaces before the text."""
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    folders: list[str] = []
+    listed = set()
+    for line in tree.strip().splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
+            if name.endswith("/"):
+                folders = [*folders[:depth], name.rstrip("/")]
+            else:
+                listed.add("/".join([*folders[:depth], name]))
+    files = {path.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py"}
+    assert listed == files
 
 
 def test_every_package_is_in_the_distribution() -> None:
