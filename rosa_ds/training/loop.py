@@ -55,7 +55,6 @@ class Run:
     eval_data: TokenSet | None
     pad_id: int
     base: dict[str, Any]
-    float16: bool
     record: dict[str, Any]
     """The resolved settings and what the DeepSpeed file adds to them: a resumed run must have the same."""
     whole_at_start: dict[str, Tensor]
@@ -158,7 +157,8 @@ class Loop:
         norm = self.run.engine.get_global_grad_norm()
         finite = math.isfinite(loss) and (norm is None or math.isfinite(float(norm)))
         self._skipped = self._skipped + 1 if skipped else 0
-        if (finite or skipped) if self.run.float16 and self._skipped <= MAX_SKIPPED_STEPS else (finite and not skipped):
+        searching = self.run.settings.model.dtype == "float16" and 0 < self._skipped <= MAX_SKIPPED_STEPS
+        if searching or (finite and not skipped):
             return
         raise RunError(
             f"step {step.number + 1}: loss {loss}, gradient norm {norm}, {self._skipped} steps skipped: lower the learning rates, or "

@@ -162,9 +162,10 @@ def train(command: CommandLine) -> Path:
         base = identify(settings.model)
         data, eval_data = _prepare_data(settings, tokenizer)
         model = _prepare_model(settings, plan)
+    data_digest = data.digest()
     record = {**settings.model_dump(), "deepspeed": plan.record()}
     if saved is not None:
-        checkpoint.check_resumable(saved, record, plan.config["train_batch_size"], base, data.digest())
+        checkpoint.check_resumable(saved, record, plan.config["train_batch_size"], base, data_digest)
     batches = BatchPlan(
         lengths=data.lengths,
         batch_size=plan.config["train_batch_size"],
@@ -188,11 +189,10 @@ def train(command: CommandLine) -> Path:
         schedule=schedule,
         batches=batches,
         data=data,
-        data_digest=data.digest(),
+        data_digest=data_digest,
         eval_data=eval_data,
         pad_id=tokenizer.pad_token_id,
         base=base,
-        float16=plan.dtype == "float16",
         record=record,
         whole_at_start=at_start,
     )
