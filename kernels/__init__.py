@@ -19,7 +19,20 @@ if __name__ == "kernels":
         _spec.loader.exec_module(sys.modules["kernels"])
 else:
     from rosa_kernels.adapter_linear.op import adapter_linear
-    from rosa_kernels.scatter.op import scattered
+    from rosa_kernels.dispatch import explain
+    from rosa_kernels.pattern.plan import Plan, make_plan
+    from rosa_kernels.scatter.op import restore_into, scatter_add_into, scattered
     from rosa_kernels.sddmm.op import sddmm
+    from rosa_kernels.spmm.op import spmm_add_into
 
-    __all__ = ["adapter_linear", "scattered", "sddmm"]
+    __all__ = [
+        "Plan",
+        "adapter_linear",
+        "explain",
+        "make_plan",
+        "restore_into",
+        "scatter_add_into",
+        "scattered",
+        "sddmm",
+        "spmm_add_into",
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -42,6 +44,7 @@ class AdaptedLinear(nn.Module):
         self.rank, self.scale, self.dropout, self.entries, self.seed = rank, scale, dropout, entries, seed
         self.collect: Collect | None = None
         self.mask_known = False
+        self.plan: rosa_kernels.Plan | None = None
         device = self.weight.device
         if rank:
             self.A = nn.Parameter(initial_A(name, rank, self.in_features, seed).to(device))
@@ -72,8 +75,19 @@ class AdaptedLinear(nn.Module):
             self.positions if self.mask_known else None,
             self.dropout if self.training else 0.0,
             transposed=self.transposed,
+            plan=self.plan,
             collect=self.collect,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
+        """Moved or cast as a module, with a plan for where the mask now lies."""
+        super()._apply(fn, recurse)
+        self._make_plan()
+        return self
+
+    def _make_plan(self) -> None:
+        if self.mask_known and self.positions is not None and not self.positions.is_meta:
+            self.plan = rosa_kernels.make_plan(self.positions, *self.weight.shape, self.weight.dtype)
 
     def check_positions(self, positions: Tensor) -> None:
         """Raise ValueError unless ``positions`` is a mask of this layer: (Z,) int32, strictly increasing, in range."""
@@ -94,6 +108,7 @@ class AdaptedLinear(nn.Module):
         assert self.positions is not None
         self.positions.copy_(positions)
         self.mask_known = True
+        self._make_plan()
 
     @torch.no_grad()
     def initial_parameters(self) -> dict[str, Tensor]:

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import rosa_kernels
-from rosa_kernels.sddmm import op
+from rosa_kernels.pattern.csr import csr_pattern
+from rosa_kernels.sddmm import torch_code
 from rosa_kernels.sddmm.reference import sddmm_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS = {"csr": op._sddmm_cpu, "blocks": op._sddmm_blocks}
+IMPLEMENTATIONS = {"csr": lambda *given: torch_code.sddmm_cpu(*given, []), "blocks": torch_code.sddmm_blocks}
 
 
 def make(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +48,8 @@ def test_matches_reference(case: tuple[int, int, int, float, str], dtype: torch.
 def test_blocks_of_tokens_add_up(implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     grad, x = make(37, 12, 20, dtype)
     positions = random_positions(12, 20, 0.3)
-    monkeypatch.setattr(op, "SCRATCH_BYTES", 600)
+    for name, value in {"SCRATCH_BYTES": 600, "TRANSPOSE_BYTES": 600, "MIN_TOKENS": 4}.items():
+        monkeypatch.setattr(torch_code, name, value)
     values = IMPLEMENTATIONS[implementation](grad, x, positions)
     assert_rel_close("values", values, sddmm_reference(grad.double(), x.double(), positions), torch.float32)
 
@@ -76,7 +78,7 @@ def test_same_bits_again() -> None:
 
 def test_csr_pattern_beyond_int32() -> None:
     positions = torch.tensor([5, 2**33], dtype=torch.int64)
-    pointers, columns = op.csr_pattern(positions, 3, 2**32)
+    pointers, columns = csr_pattern(positions, 3, 2**32)
     assert pointers.tolist() == [0, 1, 1, 2]
     assert columns.tolist() == [5, 0]
 

@@ -1,0 +1,72 @@
+"""Which implementation of an op runs on a device, and why; nothing ever switches silently."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+VARIABLE = "ROSA_KERNELS"
+OPS = ("sddmm", "scatter", "spmm", "low_rank")
+IMPLEMENTATIONS = ("torch", "triton")
+TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is also ROCm's name in torch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation (``torch`` or ``triton``) and one sentence that says why it runs."""
+
+    implementation: str
+    reason: str
+
+
+def forced(setting: str) -> dict[str, str]:
+    """Op -> implementation from a value of ``ROSA_KERNELS``: ``triton``, ``torch`` or ``sddmm=torch,scatter=triton``.
+
+    Raises: ValueError for an unknown op or implementation.
+    """
+    wanted: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in setting.split(","))):
+        op, _, name = item.rpartition("=")
+        if name not in IMPLEMENTATIONS or (op and op not in OPS):
+            raise ValueError(
+                f"{VARIABLE}={setting!r}: {item!r} is neither one of {', '.join(IMPLEMENTATIONS)} nor OP=IMPLEMENTATION "
+                f"with OP one of {', '.join(OPS)}"
+            )
+        wanted |= {op: name} if op else dict.fromkeys(OPS, name)
+    return wanted
+
+
+@functools.cache
+def _choose(op: str, device_type: str, setting: str, interpreted: bool) -> Choice:
+    name = forced(setting).get(op)
+    if name == "torch":
+        return Choice("torch", f"{VARIABLE}={setting}")
+    triton_runs = device_type in TRITON_DEVICES or interpreted
+    if name == "triton" and not triton_runs:
+        raise ValueError(
+            f"{VARIABLE}={setting} asks for Triton, which has no code for {device_type} tensors; on the CPU it runs in its "
+            "interpreter alone: set TRITON_INTERPRET=1 before Python starts, or take the setting back"
+        )
+    if name is None and device_type not in TRITON_DEVICES:
+        return Choice("torch", f"Triton has no code for {device_type} tensors")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"{op} on {device_type} runs in Triton, which is not installed: pip install triton, or set {VARIABLE}=torch "
+            "for the slower torch code"
+        )
+    return Choice("triton", f"{VARIABLE}={setting}" if name else f"the default on {device_type}")
+
+
+def choose(op: str, device_type: str) -> Choice:
+    """The implementation of ``op`` for tensors of a device type. Raises ValueError where there is none."""
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _choose(op, device_type, os.environ.get(VARIABLE, ""), interpreted)
+
+
+def explain(device: torch.device | str) -> dict[str, Choice]:
+    """What runs for each op on ``device``, with the reason; the training run logs it."""
+    return {op: choose(op, torch.device(device).type) for op in OPS}

@@ -1,0 +1,162 @@
+"""Triton kernels of the low-rank products around a dropped input: one pass over x forward, one backward.
+
+The random number of entry (t, m) is Philox of (seed, t · M + m), whatever the blocks, so both kernels draw the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rosa_kernels.sddmm.triton_kernel import ENOUGH_PROGRAMS
+
+BLOCK_T = 16  # forward: the least tensor cores take, so that few tokens still fill the GPU
+BLOCK_M = 128
+BACKWARD_BLOCK_T = 32
+BACKWARD_BLOCK_M = 64
+
+
+@triton.jit
+def _factors(seed, offs_t, offs_m, features, probability):
+    """0 or 1/(1 - p) of entries [T, 1] × [1, M], float32."""
+    keep = tl.rand(seed, offs_t * features + offs_m) >= probability
+    return tl.where(keep, 1.0 / (1.0 - probability), 0.0)
+
+
+@triton.jit
+def down_kernel(
+    x_ptr,
+    A_ptr,
+    h_ptr,
+    seed,
+    probability,
+    num_tokens,
+    features,
+    rank,
+    x_stride_t,
+    x_stride_m,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """h[t, r] = Σ_m factor(t, m) · x[t, m] · A[r, m]. One program owns BLOCK_T tokens."""
+    offs_t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]  # [BLOCK_T, 1]
+    offs_r = tl.arange(0, RANK)  # [RANK], rank rounded up
+    acc = tl.zeros([BLOCK_T, RANK], dtype=tl.float32)
+    for start in range(0, features, BLOCK_M):
+        offs_m = (start + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
+        inside = (offs_t < num_tokens) & (offs_m < features)
+        x = tl.load(x_ptr + offs_t * x_stride_t + offs_m.to(tl.int64) * x_stride_m, mask=inside, other=0.0)
+        dropped = (x * _factors(seed, offs_t, offs_m, features, probability)).to(x.dtype)
+        A_mask = (offs_r < rank)[:, None] & (offs_m < features)
+        A = tl.load(A_ptr + offs_r[:, None] * features + offs_m, mask=A_mask, other=0.0)
+        acc = tl.dot(dropped, tl.trans(A), acc, input_precision="ieee")
+    target = h_ptr + offs_t * rank + offs_r[None, :]
+    tl.store(target, acc.to(h_ptr.dtype.element_ty), mask=(offs_t < num_tokens) & (offs_r < rank)[None, :])
+
+
+@triton.jit
+def low_rank_backward_kernel(
+    grad_x_ptr,
+    grad_h_ptr,
+    x_ptr,
+    A_ptr,
+    grad_A_ptr,
+    seed,
+    probability,
+    num_tokens,
+    tokens_per_split,
+    features,
+    rank,
+    grad_x_stride_t,
+    grad_x_stride_m,
+    x_stride_t,
+    x_stride_m,
+    NEEDS_X: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program owns BLOCK_M features and a share of the tokens.
+
+    grad_x[t, m] += factor(t, m) · Σ_r grad_h[t, r] · A[r, m];  grad_A[split, r, m] = Σ_t grad_h[t, r] · factor · x[t, m]
+    """
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
+    split = tl.program_id(1).to(tl.int64)
+    offs_r = tl.arange(0, RANK)  # [RANK], rank rounded up
+    A_mask = (offs_r < rank)[:, None] & (offs_m < features)
+    A = tl.load(A_ptr + offs_r[:, None] * features + offs_m, mask=A_mask, other=0.0)
+    acc = tl.zeros([RANK, BLOCK_M], dtype=tl.float32)
+    first = split * tokens_per_split
+    last = tl.minimum(first + tokens_per_split, num_tokens)
+    for start in range(first, last, BLOCK_T):
+        offs_t = (start + tl.arange(0, BLOCK_T))[:, None]  # [BLOCK_T, 1], int64
+        inside = (offs_t < last) & (offs_m < features)
+        h_mask = (offs_t < last) & (offs_r < rank)[None, :]
+        grad_h = tl.load(grad_h_ptr + offs_t * rank + offs_r[None, :], mask=h_mask, other=0.0)
+        x = tl.load(x_ptr + offs_t * x_stride_t + offs_m.to(tl.int64) * x_stride_m, mask=inside, other=0.0)
+        factors = _factors(seed, offs_t, offs_m, features, probability)
+        acc = tl.dot(tl.trans(grad_h), (x * factors).to(x.dtype), acc, input_precision="ieee")
+        if NEEDS_X:
+            target = grad_x_ptr + offs_t * grad_x_stride_t + offs_m.to(tl.int64) * grad_x_stride_m
+            grad_x = tl.load(target, mask=inside, other=0.0)
+            more = tl.dot(grad_h, A, input_precision="ieee") * factors
+            tl.store(target, (grad_x.to(tl.float32) + more).to(grad_x.dtype), mask=inside)
+    tl.store(grad_A_ptr + (split * rank + offs_r[:, None]) * features + offs_m, acc, mask=A_mask)
+
+
+def launch_down(x_TM: Tensor, A_RM: Tensor, probability: float, seed: int) -> Tensor:
+    """h (T, R) of x's dtype. Inputs are checked, A is contiguous and of x's dtype."""
+    (tokens, features), rank = x_TM.shape, A_RM.shape[0]
+    h_TR = torch.empty(tokens, rank, dtype=x_TM.dtype, device=x_TM.device)
+    down_kernel[(triton.cdiv(tokens, BLOCK_T),)](
+        x_TM,
+        A_RM,
+        h_TR,
+        seed,
+        probability,
+        tokens,
+        features,
+        rank,
+        *x_TM.stride(),
+        RANK=max(16, triton.next_power_of_2(rank)),
+        BLOCK_T=BLOCK_T,
+        BLOCK_M=BLOCK_M,
+        num_warps=4,
+    )
+    return h_TR
+
+
+def launch_backward(
+    grad_x_TM: Tensor | None, grad_h_TR: Tensor, x_TM: Tensor, A_RM: Tensor, probability: float, seed: int
+) -> Tensor:
+    """grad_A (R, M) in float32; adds to ``grad_x_TM`` in place. Inputs are checked, grad_h and A are contiguous."""
+    (tokens, features), rank = x_TM.shape, A_RM.shape[0]
+    blocks = triton.cdiv(features, BACKWARD_BLOCK_M)
+    splits = max(1, min(ENOUGH_PROGRAMS // blocks, tokens // (4 * BACKWARD_BLOCK_T)))
+    share = triton.cdiv(triton.cdiv(tokens, splits), BACKWARD_BLOCK_T) * BACKWARD_BLOCK_T
+    grad_A = torch.empty(splits, rank, features, dtype=torch.float32, device=x_TM.device)
+    target = x_TM if grad_x_TM is None else grad_x_TM
+    low_rank_backward_kernel[(blocks, splits)](
+        target,
+        grad_h_TR,
+        x_TM,
+        A_RM,
+        grad_A,
+        seed,
+        probability,
+        tokens,
+        share,
+        features,
+        rank,
+        *target.stride(),
+        *x_TM.stride(),
+        NEEDS_X=grad_x_TM is not None,
+        RANK=max(16, triton.next_power_of_2(rank)),
+        BLOCK_T=BACKWARD_BLOCK_T,
+        BLOCK_M=BACKWARD_BLOCK_M,
+        num_warps=4,
+    )
+    return grad_A[0] if splits == 1 else grad_A.sum(0)

@@ -1,0 +1,79 @@
+"""Triton kernel of the product with a sparse matrix: its non-empty tiles as small dense matrices on tensor cores."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rosa_kernels.pattern.tiles import TILE
+from rosa_kernels.pattern.triton_kernel import gather_columns
+
+SCRATCH_BYTES = 64 * 2**20  # of the copies of the wanted columns of a block of tokens
+BLOCK_T = 64  # with a (64, 64) tile: the same accumulator and operands as the sampled product's
+
+
+@triton.jit
+def spmm_tiles_kernel(
+    y_ptr,
+    x_ptr,
+    blocks_ptr,
+    order_ptr,
+    pointers_ptr,
+    members_ptr,
+    tiles_ptr,
+    num_tokens,
+    x_width,
+    y_stride_t,
+    y_stride_c,
+    TRANSPOSE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program owns BLOCK_T tokens and one block of output features, and walks the tiles of that block.
+
+    y[t, order[o]] += Σ_tiles x[t, block of the tile] · tileᵀ (or · tile with TRANSPOSE), sums in float32.
+    """
+    block = tl.program_id(0)
+    offs_t = (tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]  # [BLOCK_T, 1]
+    offs_i = tl.arange(0, TILE)  # [TILE]
+    acc = tl.zeros([BLOCK_T, TILE], dtype=tl.float32)
+    for member in range(tl.load(pointers_ptr + block), tl.load(pointers_ptr + block + 1)):
+        tile = tl.load(members_ptr + member).to(tl.int64)
+        inner = tl.load(tiles_ptr + 2 * tile + (0 if TRANSPOSE else 1)).to(tl.int64) * TILE
+        x = tl.load(x_ptr + offs_t * x_width + inner + offs_i[None, :], mask=offs_t < num_tokens, other=0.0)
+        sparse = tl.load(blocks_ptr + tile * TILE * TILE + offs_i[:, None] * TILE + offs_i[None, :])  # rows, columns
+        acc = tl.dot(x, sparse if TRANSPOSE else tl.trans(sparse), acc, input_precision="ieee")
+    feature = tl.load(order_ptr + block * TILE + offs_i).to(tl.int64)[None, :]
+    target = y_ptr + offs_t * y_stride_t + feature * y_stride_c
+    inside = (offs_t < num_tokens) & (feature >= 0)
+    y = tl.load(target, mask=inside, other=0.0)
+    tl.store(target, (y.to(tl.float32) + acc).to(y.dtype), mask=inside)
+
+
+def launch_spmm_add(y: Tensor, x: Tensor, values_Z: Tensor, transpose: bool, plan: list[Tensor]) -> None:
+    """Add to ``y`` in place. Inputs are checked; ``plan``: the parts of :meth:`TilePlan.product_parts`."""
+    in_order, out_order, tiles, slots, cells, pointers, members = plan
+    blocks = torch.zeros(len(tiles) * TILE * TILE, dtype=x.dtype, device=x.device)
+    blocks.index_copy_(0, cells.long(), values_Z.index_select(0, slots).to(x.dtype))
+    step = max(4096, SCRATCH_BYTES // (x.element_size() * in_order.numel()))
+    for start in range(0, x.shape[0], step):
+        part = y[start : start + step]
+        spmm_tiles_kernel[(out_order.numel() // TILE, triton.cdiv(part.shape[0], BLOCK_T))](
+            part,
+            gather_columns(x[start : start + step], in_order),
+            blocks,
+            out_order,
+            pointers,
+            members,
+            tiles,
+            part.shape[0],
+            in_order.numel(),
+            *part.stride(),
+            TRANSPOSE=transpose,
+            TILE=TILE,
+            BLOCK_T=BLOCK_T,
+            num_warps=4,
+            num_stages=3,
+        )
