@@ -58,6 +58,10 @@ def _choose(op: str, device_type: str, setting: str, interpreted: bool) -> Choic
             f"{op} on {device_type} runs in Triton, which is not installed: pip install triton, or set {VARIABLE}=torch "
             "for the slower torch code"
         )
+    if interpreted:
+        from rosa_kernels.interpreter import repair
+
+        repair()
     return Choice("triton", f"{VARIABLE}={setting}" if name else f"the default on {device_type}")
 
 

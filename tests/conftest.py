@@ -11,8 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the root first, where the folder `kernels` would shadow the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
-import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; nothing runs in it unless a test asks
+
+import pytest  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase  # noqa: E402
 
 from rosa_ds.config import ModelSettings  # noqa: E402

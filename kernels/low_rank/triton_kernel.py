@@ -12,10 +12,19 @@ from torch import Tensor
 
 from rosa_kernels.sddmm.triton_kernel import ENOUGH_PROGRAMS
 
-BLOCK_T = 16  # forward: the least tensor cores take, so that few tokens still fill the GPU
-BLOCK_M = 128
-BACKWARD_BLOCK_T = 32
-BACKWARD_BLOCK_M = 64
+
+def down_launch(itemsize: int, rank: int) -> dict[str, int]:
+    """Blocks of the forward: few tokens each, so that few tokens still fill the GPU; A's block within shared memory."""
+    padded = max(16, triton.next_power_of_2(rank))
+    width = max(32, min(128, 16384 // (padded * itemsize)))
+    return {"RANK": padded, "BLOCK_T": 16, "BLOCK_M": width, "num_warps": 4}
+
+
+def backward_launch(itemsize: int, rank: int) -> dict[str, int]:
+    """Blocks of the backward: the largest that spill no registers on sm_80 up to rank 64 (``rosa_kernels.aot``)."""
+    padded = max(16, triton.next_power_of_2(rank))
+    width = 64 if itemsize == 2 and padded <= 64 else 32
+    return {"RANK": padded, "BLOCK_T": 16, "BLOCK_M": width, "num_warps": 8 if itemsize == 4 and padded >= 64 else 4}
 
 
 @triton.jit
@@ -111,7 +120,8 @@ def launch_down(x_TM: Tensor, A_RM: Tensor, probability: float, seed: int) -> Te
     """h (T, R) of x's dtype. Inputs are checked, A is contiguous and of x's dtype."""
     (tokens, features), rank = x_TM.shape, A_RM.shape[0]
     h_TR = torch.empty(tokens, rank, dtype=x_TM.dtype, device=x_TM.device)
-    down_kernel[(triton.cdiv(tokens, BLOCK_T),)](
+    launch = down_launch(x_TM.element_size(), rank)
+    down_kernel[(triton.cdiv(tokens, launch["BLOCK_T"]),)](
         x_TM,
         A_RM,
         h_TR,
@@ -121,10 +131,7 @@ def launch_down(x_TM: Tensor, A_RM: Tensor, probability: float, seed: int) -> Te
         features,
         rank,
         *x_TM.stride(),
-        RANK=max(16, triton.next_power_of_2(rank)),
-        BLOCK_T=BLOCK_T,
-        BLOCK_M=BLOCK_M,
-        num_warps=4,
+        **launch,
     )
     return h_TR
 
@@ -134,9 +141,11 @@ def launch_backward(
 ) -> Tensor:
     """grad_A (R, M) in float32; adds to ``grad_x_TM`` in place. Inputs are checked, grad_h and A are contiguous."""
     (tokens, features), rank = x_TM.shape, A_RM.shape[0]
-    blocks = triton.cdiv(features, BACKWARD_BLOCK_M)
-    splits = max(1, min(ENOUGH_PROGRAMS // blocks, tokens // (4 * BACKWARD_BLOCK_T)))
-    share = triton.cdiv(triton.cdiv(tokens, splits), BACKWARD_BLOCK_T) * BACKWARD_BLOCK_T
+    launch = backward_launch(x_TM.element_size(), rank)
+    block_t = launch["BLOCK_T"]
+    blocks = triton.cdiv(features, launch["BLOCK_M"])
+    splits = max(1, min(ENOUGH_PROGRAMS // blocks, tokens // (8 * block_t)))
+    share = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
     grad_A = torch.empty(splits, rank, features, dtype=torch.float32, device=x_TM.device)
     target = x_TM if grad_x_TM is None else grad_x_TM
     low_rank_backward_kernel[(blocks, splits)](
@@ -154,9 +163,6 @@ def launch_backward(
         *target.stride(),
         *x_TM.stride(),
         NEEDS_X=grad_x_TM is not None,
-        RANK=max(16, triton.next_power_of_2(rank)),
-        BLOCK_T=BACKWARD_BLOCK_T,
-        BLOCK_M=BACKWARD_BLOCK_M,
-        num_warps=4,
+        **launch,
     )
     return grad_A[0] if splits == 1 else grad_A.sum(0)

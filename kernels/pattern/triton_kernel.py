@@ -44,11 +44,21 @@ def gather_columns_kernel(
         tl.store(target_ptr + token * target_width + offs_c, picked, mask=offs_c < target_width)
 
 
+def gather_launch(itemsize: int, width: int, target_width: int) -> dict[str, int]:
+    """Blocks for a row of ``width`` numbers of which ``target_width`` are wanted."""
+    padded = triton.next_power_of_2(width)
+    return {
+        "SHARED": padded * itemsize <= SHARED_ROW_BYTES,
+        "BLOCK_W": padded,
+        "BLOCK_C": min(triton.next_power_of_2(target_width), 8192),
+        "num_warps": 4 if padded <= 4096 else 16,
+    }
+
+
 def gather_columns(source_TC: Tensor, order: Tensor) -> Tensor:
     """The columns of ``source_TC`` in ``order`` (-1: zeros), contiguous, of its dtype."""
     (tokens, width), target_width = source_TC.shape, order.numel()
     target = torch.empty(tokens, target_width, dtype=source_TC.dtype, device=source_TC.device)
-    padded = triton.next_power_of_2(width)
     gather_columns_kernel[(tokens,)](
         source_TC,
         order,
@@ -57,9 +67,6 @@ def gather_columns(source_TC: Tensor, order: Tensor) -> Tensor:
         target_width,
         source_TC.stride(0),
         source_TC.stride(1),
-        SHARED=padded * source_TC.element_size() <= SHARED_ROW_BYTES,
-        BLOCK_W=padded,
-        BLOCK_C=min(triton.next_power_of_2(target_width), 8192),
-        num_warps=4 if padded <= 4096 else 16,
+        **gather_launch(source_TC.element_size(), width, target_width),
     )
     return target

@@ -11,5 +11,5 @@ def scatter_add_reference(weight: Tensor, values_Z: Tensor, positions_Z: Tensor)
     Shapes: weight any; values_Z and positions_Z (Z,), flat indices into the weight, each once.
     Example: weight [1, 2, 3], positions [0, 2], values [10, 20] -> [11, 2, 23].
     """
-    sparse = weight.double().flatten().zero_().index_add(0, positions_Z.long(), values_Z.double())
-    return (weight.double().flatten() + sparse).to(weight.dtype).view_as(weight)
+    wide = weight.double().flatten()
+    return wide.index_add(0, positions_Z.long(), values_Z.double()).to(weight.dtype).view_as(weight)

@@ -14,10 +14,16 @@ from torch import Tensor
 from rosa_kernels.pattern.tiles import TILE
 from rosa_kernels.pattern.triton_kernel import gather_columns
 
-# Tokens a tile takes at a time: two (BLOCK_T, 64) operands in three stages are 48 KiB of shared memory in 16 bits.
-BLOCK_T = {2: 64, 4: 32}
-# Copies of the wanted columns, for as many tokens at a time as fit in this.
+# By bytes of an input. Two (BLOCK_T, 64) operands in three stages are 48 KiB of shared memory in 16 bits; 32 tokens of float32,
+# whose products run on ordinary cores, spill registers on sm_80, 16 do not.
+TILES_LAUNCH = {
+    2: {"BLOCK_T": 64, "BLOCK_Z": 256, "num_warps": 4, "num_stages": 3},
+    4: {"BLOCK_T": 16, "BLOCK_Z": 256, "num_warps": 4, "num_stages": 3},
+}
+GATHER_LAUNCH = {"BLOCK_Z": 64, "BLOCK_T": 16, "num_warps": 4}
+# Copies of the wanted columns are of as many tokens at a time as fit in this, and of no fewer than that.
 SCRATCH_BYTES = 64 * 2**20
+LEAST_TOKENS = 4096
 # Programs that fill a large GPU (an H100 has 132 multiprocessors): with fewer tiles, the tokens are split.
 ENOUGH_PROGRAMS = 264
 
@@ -136,9 +142,10 @@ def launch_sddmm(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[
     rows_order, columns_order, tiles, starts, slots, cells, rest = plan or [positions_Z[:0]] * 7
     chosen = rest.numel() if plan else entries
     width = max(rows_order.numel() + columns_order.numel(), 1)
-    step = max(4096, SCRATCH_BYTES // (x_TM.element_size() * width)) if len(tiles) else tokens
-    block_t = BLOCK_T.get(x_TM.element_size(), 16)
-    splits = _splits(len(tiles) + triton.cdiv(chosen, 64), min(step, tokens), block_t)
+    step = max(LEAST_TOKENS, SCRATCH_BYTES // (x_TM.element_size() * width)) if len(tiles) else tokens
+    tile_launch = TILES_LAUNCH.get(x_TM.element_size(), TILES_LAUNCH[4])
+    block_t = tile_launch["BLOCK_T"]
+    splits = _splits(len(tiles) + triton.cdiv(chosen, GATHER_LAUNCH["BLOCK_Z"]), min(step, tokens), block_t)
     values = torch.empty(splits, entries, dtype=wide, device=x_TM.device)
     for start in range(0, tokens, step):
         grad, x = grad_TN[start : start + step], x_TM[start : start + step]
@@ -158,13 +165,10 @@ def launch_sddmm(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[
                 columns_order.numel(),
                 ACCUMULATE=start > 0,
                 TILE=TILE,
-                BLOCK_T=block_t,
-                BLOCK_Z=256,
-                num_warps=4,
-                num_stages=3,
+                **tile_launch,
             )
         if chosen:
-            sddmm_gather_kernel[(triton.cdiv(chosen, 64), splits)](
+            sddmm_gather_kernel[(triton.cdiv(chosen, GATHER_LAUNCH["BLOCK_Z"]), splits)](
                 grad,
                 x,
                 positions_Z,
@@ -177,8 +181,6 @@ def launch_sddmm(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[
                 *x.stride(),
                 CHOSEN=bool(plan),
                 ACCUMULATE=start > 0,
-                BLOCK_Z=64,
-                BLOCK_T=16,
-                num_warps=4,
+                **GATHER_LAUNCH,
             )
     return values[0] if splits == 1 else values.sum(0)

@@ -10,8 +10,14 @@ from torch import Tensor
 from rosa_kernels.pattern.tiles import TILE
 from rosa_kernels.pattern.triton_kernel import gather_columns
 
-SCRATCH_BYTES = 64 * 2**20  # of the copies of the wanted columns of a block of tokens
-BLOCK_T = 64  # with a (64, 64) tile: the same accumulator and operands as the sampled product's
+# Copies of the wanted columns are of as many tokens at a time as fit in this, and of no fewer than that.
+SCRATCH_BYTES = 64 * 2**20
+LEAST_TOKENS = 4096
+# By bytes of an input; in float32 anything larger, or fewer warps, spills registers on sm_80.
+LAUNCH = {
+    2: {"BLOCK_T": 64, "num_warps": 4, "num_stages": 3},
+    4: {"BLOCK_T": 32, "num_warps": 8, "num_stages": 3},
+}
 
 
 @triton.jit
@@ -57,10 +63,11 @@ def launch_spmm_add(y: Tensor, x: Tensor, values_Z: Tensor, transpose: bool, pla
     in_order, out_order, tiles, slots, cells, pointers, members = plan
     blocks = torch.zeros(len(tiles) * TILE * TILE, dtype=x.dtype, device=x.device)
     blocks.index_copy_(0, cells.long(), values_Z.index_select(0, slots).to(x.dtype))
-    step = max(4096, SCRATCH_BYTES // (x.element_size() * in_order.numel()))
+    launch = LAUNCH[x.element_size()]
+    step = max(LEAST_TOKENS, SCRATCH_BYTES // (x.element_size() * in_order.numel()))
     for start in range(0, x.shape[0], step):
         part = y[start : start + step]
-        spmm_tiles_kernel[(out_order.numel() // TILE, triton.cdiv(part.shape[0], BLOCK_T))](
+        spmm_tiles_kernel[(out_order.numel() // TILE, triton.cdiv(part.shape[0], launch["BLOCK_T"]))](
             part,
             gather_columns(x[start : start + step], in_order),
             blocks,
@@ -73,7 +80,5 @@ def launch_spmm_add(y: Tensor, x: Tensor, values_Z: Tensor, transpose: bool, pla
             *part.stride(),
             TRANSPOSE=transpose,
             TILE=TILE,
-            BLOCK_T=BLOCK_T,
-            num_warps=4,
-            num_stages=3,
+            **launch,
         )

@@ -93,7 +93,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42) -> InjectRep
         entries = _count_entries(name, layer.weight, density)
         if rank or entries:
             scale = config.alpha / rank if rank else 1.0
-            adapted = AdaptedLinear(layer, name, rank, scale, config.dropout, entries, seed)
+            adapted = AdaptedLinear(layer, name, rank, scale, config.dropout, entries, seed, config.sparse_product)
             _set_submodule(model, name, adapted.train(layer.training))
     for name in whole:
         model.get_submodule(name).requires_grad_(True)

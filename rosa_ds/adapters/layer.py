@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import rosa_kernels
 from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
-from rosa_kernels.adapter_linear.op import Collect
+from rosa_kernels.adapter_linear.op import Collect, SparseProduct
 
 MAX_POSITIONS = 2**31 - 1
 
@@ -33,7 +33,15 @@ class AdaptedLinear(nn.Module):
     positions: nn.Parameter | None
 
     def __init__(
-        self, base: nn.Linear | Conv1D, name: str, rank: int, scale: float, dropout: float, entries: int, seed: int
+        self,
+        base: nn.Linear | Conv1D,
+        name: str,
+        rank: int,
+        scale: float,
+        dropout: float,
+        entries: int,
+        seed: int,
+        sparse_product: SparseProduct = "scatter",
     ) -> None:
         super().__init__()
         self.name = name
@@ -42,6 +50,7 @@ class AdaptedLinear(nn.Module):
         self.bias = base.bias
         self.in_features, self.out_features = self.weight.shape if self.transposed else self.weight.shape[::-1]
         self.rank, self.scale, self.dropout, self.entries, self.seed = rank, scale, dropout, entries, seed
+        self.sparse_product: SparseProduct = sparse_product
         self.collect: Collect | None = None
         self.mask_known = False
         self.plan: rosa_kernels.Plan | None = None
@@ -76,6 +85,7 @@ class AdaptedLinear(nn.Module):
             self.dropout if self.training else 0.0,
             transposed=self.transposed,
             plan=self.plan,
+            sparse_product=self.sparse_product,
             collect=self.collect,
         )
 

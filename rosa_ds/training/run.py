@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import rosa_kernels
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import inject
 from rosa_ds.adapters.mask import load_mask
@@ -98,6 +99,9 @@ def _prepare_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
         model = load_model(settings.model, getattr(torch, plan.dtype))
     report = inject(model, settings.adapter_config(), settings.training.seed)
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
+    if report.adapted:
+        chosen = rosa_kernels.explain(distributed.device())
+        logger.info("kernels: %s", "; ".join(f"{op} {c.implementation} ({c.reason})" for op, c in chosen.items()))
     if settings.training.gradient_checkpointing:
         # transformers renamed it during version 5
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
