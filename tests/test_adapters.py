@@ -230,3 +230,15 @@ def test_loading_rejects_what_does_not_fit(llama: PreTrainedModel, tmp_path: Pat
         rosa_ds.load_adapter(type(llama)(llama.config).double(), tmp_path / "adapter")
     with pytest.raises(ValueError, match="has no adapter"):
         rosa_ds.save_adapter(type(llama)(llama.config), tmp_path / "other")
+
+
+def test_plan_follows_the_mask_and_the_module() -> None:
+    layer = AdaptedLinear(torch.nn.Linear(6, 4), "up", rank=2, scale=1.0, dropout=0.0, entries=3, seed=0)
+    assert layer.plan is None
+    layer.set_positions(torch.tensor([1, 7, 20], dtype=torch.int32))
+    first = layer.plan
+    assert first is not None
+    assert (first.rows, first.columns, first.entries) == (4, 6, 3)
+    layer.double()
+    assert layer.plan is not first
+    assert layer(torch.ones(2, 6, dtype=torch.float64)).shape == (2, 4)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import rosa_ds
 from rosa_ds.adapters.mask import MaskCollector, gradient_score, top_positions
 from rosa_ds.config import AdapterConfig
+from rosa_kernels.collect import op as collect
 
 DENSITY = 0.07
 
@@ -91,6 +92,56 @@ def test_micro_batches_of_a_step_add_up_before_they_are_squared(llama: PreTraine
     collector.detach()
     expected = rosa_ds.compute_mask(llama, [whole])
     assert all(torch.equal(collector.positions(name), expected[f"{name}.weight"]) for name in layers)
+
+
+@pytest.mark.parametrize("score", ["mean_squared", "mean", "gradient_over_magnitude"])
+def test_one_micro_batch_keeps_its_largest_entries_alone(
+    llama: PreTrainedModel, score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "BLOCK_BYTES", 8 * 32 * 5)  # five rows of a float64 matrix of 32 columns at a time
+    rosa_ds.inject(llama, AdapterConfig(method="robust", rank=2, density=DENSITY, dropout=0.0))
+    layers = rosa_ds.adapted_layers(llama)
+    blocks: list[int] = []
+
+    def double(block: torch.Tensor, owner: int) -> None:
+        blocks.append(block.numel())
+        block *= 2  # as if another rank had the same gradient
+
+    collector = MaskCollector(layers, score, dict.fromkeys(layers, 0), 0, double, single=True)
+    collector.attach()
+    (batch,) = batches(1)
+    (llama(**batch).loss * 4).backward()
+    collector.end_step(scale=4)
+    collector.detach()
+    assert max(blocks) <= 5 * 64
+    assert not collector.totals
+    expected = rosa_ds.compute_mask(llama, [batch], score=score)
+    assert all(torch.equal(collector.positions(name), expected[f"{name}.weight"]) for name in layers)
+
+
+def test_single_collector_refuses_a_second_use_and_forgets_overflow(llama: PreTrainedModel) -> None:
+    rosa_ds.inject(llama, AdapterConfig(method="robust", rank=2, density=DENSITY, dropout=0.0))
+    layers = rosa_ds.adapted_layers(llama)
+    collector = MaskCollector(
+        layers, "mean_squared", dict.fromkeys(layers, 0), 0, lambda tensor, owner: None, single=True
+    )
+    collector.attach()
+    first, second = batches(2)
+    loss = llama(**first).loss
+    (loss * float("inf")).backward(retain_graph=True)
+    with pytest.raises(ValueError, match="is used more than once in a forward pass; .* set mask.steps to 2"):
+        loss.backward()
+    collector.end_step(valid=False)
+    (llama(**second).loss).backward()
+    collector.end_step()
+    expected = rosa_ds.compute_mask(llama, [second])
+    assert all(torch.equal(collector.positions(name), expected[f"{name}.weight"]) for name in layers)
+    collector.end_step(valid=False)
+    collector.attach()  # compute_mask has taken it off
+    (llama(**second).loss * float("nan")).backward()
+    collector.end_step()
+    with pytest.raises(ValueError, match="score is not finite"):
+        collector.positions(next(iter(layers)))
 
 
 def test_overflowed_steps_are_forgotten(llama: PreTrainedModel) -> None:

@@ -82,6 +82,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else two lines on stderr for every profile
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result
@@ -142,12 +143,16 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the code: machine, versions, commit, date (UTC)."""
+    """What a figure depends on beside the code: machine, versions, commit, date (UTC).
+
+    ``load`` is the last minute's: with other programs on its cores, a candidate of many small parallel steps looks slow.
+    """
     runs = {op: choice.implementation for op, choice in rosa_kernels.explain(device).items()}
     return {
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: _version(package) for package in ("triton", "peft", "spops")},

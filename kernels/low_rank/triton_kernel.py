@@ -21,10 +21,10 @@ def down_launch(itemsize: int, rank: int) -> dict[str, int]:
 
 
 def backward_launch(itemsize: int, rank: int) -> dict[str, int]:
-    """Blocks of the backward: the largest that spill no registers on sm_80 up to rank 64 (``rosa_kernels.aot``)."""
+    """Blocks of the backward: the largest that spill no registers on sm_80 and sm_90 up to rank 64 (``rosa_kernels.aot``)."""
     padded = max(16, triton.next_power_of_2(rank))
-    width = 64 if itemsize == 2 and padded <= 64 else 32
-    return {"RANK": padded, "BLOCK_T": 16, "BLOCK_M": width, "num_warps": 8 if itemsize == 4 and padded >= 64 else 4}
+    width = 64 if itemsize == 2 and padded <= 64 else 32 if padded < 64 else 16
+    return {"RANK": padded, "BLOCK_T": 16, "BLOCK_M": width, "num_warps": 8 if width == 16 else 4}
 
 
 @triton.jit

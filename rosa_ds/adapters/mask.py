@@ -19,15 +19,20 @@ from rosa_ds.adapters.low_rank import keyed_generator
 from rosa_ds.config import GRADIENT_SCORES, Score
 from rosa_ds.files import read_tensors, write_tensors
 from rosa_ds.suggest import did_you_mean
+from rosa_kernels.collect.op import RunningTopK, gradient_blocks
 
 Mask = dict[str, Tensor]
 """Weight name -> (Z,) sorted int32 positions, flat row-major in the weight as it is stored."""
 
 
-def top_positions(score: Tensor, count: int) -> Tensor:
-    """The ``count`` entries with the largest score. Shapes: score any; result (count,) int32, sorted."""
+def _check_finite(score: Tensor) -> None:
     if not torch.isfinite(score).all():
         raise ValueError("a mask's score is not finite: the loss or its gradient overflowed while it was collected")
+
+
+def top_positions(score: Tensor, count: int) -> Tensor:
+    """The ``count`` entries with the largest score. Shapes: score any; result (count,) int32, sorted."""
+    _check_finite(score)
     return score.flatten().topk(count, sorted=False).indices.sort().values.to(torch.int32)
 
 
@@ -60,9 +65,10 @@ def static_positions(kind: Score, layer: AdaptedLinear, seed: int) -> Tensor:
 class MaskCollector:
     """Gathers, during backward, what the mask is chosen from, one layer at a time.
 
-    The gradient ``G = dYᵀ x`` of each adapted weight is formed inside its layer's backward, given to
-    ``reduce(G, owner)`` (which leaves the sum over ranks on the owner) and added up on the owner alone over the
-    micro-batches of one optimizer step. :meth:`end_step` then folds that gradient into the running score.
+    The gradient ``G = dYᵀ x`` of each adapted weight is formed inside its layer's backward, a block of rows at a time;
+    each block is given to ``reduce(block, owner)``, which leaves the sum over ranks on the owner. There it is added up
+    over the micro-batches of one optimizer step, and :meth:`end_step` folds that gradient into the running score.
+    With ``single`` the gradient of one micro-batch is all there is: the owner keeps its largest entries alone.
 
     Args:
         layers: the adapted layers by name; those without a sparse part are left alone.
@@ -70,6 +76,7 @@ class MaskCollector:
         owners: layer name -> rank that keeps it.
         rank: this rank.
         reduce: sums a tensor over ranks onto the owner, in place.
+        single: one optimizer step of one micro-batch a rank.
     """
 
     def __init__(
@@ -79,13 +86,15 @@ class MaskCollector:
         owners: Mapping[str, int],
         rank: int,
         reduce: Callable[[Tensor, int], None],
+        single: bool = False,
     ) -> None:
         self.layers = {name: layer for name, layer in layers.items() if layer.entries}
         self.score = score
-        self.owners, self.rank, self.reduce = owners, rank, reduce
+        self.owners, self.rank, self.reduce, self.single = owners, rank, reduce, single
         self.totals: dict[str, Tensor] = {}
         self.steps = 0
         self._current: dict[str, Tensor] = {}
+        self._largest: dict[str, RunningTopK] = {}
 
     def attach(self) -> None:
         for name, layer in self.layers.items():
@@ -96,21 +105,35 @@ class MaskCollector:
             layer.collect = None
 
     def _add(self, name: str, grad_TN: Tensor, x_TM: Tensor) -> None:
-        wide = torch.promote_types(torch.float32, x_TM.dtype)
-        left, right = (x_TM, grad_TN) if self.layers[name].transposed else (grad_TN, x_TM)
-        gradient = left.to(wide).T @ right.to(wide)
-        self.reduce(gradient, self.owners[name])
-        if self.owners[name] != self.rank:
-            return
-        if name in self._current:
-            self._current[name] += gradient
+        layer, owner = self.layers[name], self.owners[name]
+        if name in self._largest:
+            raise ValueError(
+                f"{layer.weight_name} is used more than once in a forward pass; with mask.steps 1 and one micro-batch a "
+                "step no sum of gradients is kept: set mask.steps to 2"
+            )
+        if self.single:
+            self._largest[name] = RunningTopK(layer.entries)
+        for first, block in gradient_blocks(*((x_TM, grad_TN) if layer.transposed else (grad_TN, x_TM))):
+            self.reduce(block, owner)
+            if owner == self.rank:
+                self._take(name, first, block)
+
+    def _take(self, name: str, first: int, block: Tensor) -> None:
+        """Rows of a gradient, from ``first`` on, summed over the ranks."""
+        weight, rows = self.layers[name].weight, slice(first, first + len(block))
+        if self.single:
+            term = block.square_() if self.score == "mean_squared" else block
+            self._largest[name].add(gradient_score(self.score, term, weight[rows]), first * weight.shape[1])
         else:
-            self._current[name] = gradient
+            if name not in self._current:
+                self._current[name] = torch.zeros(weight.shape, dtype=block.dtype, device=block.device)
+            self._current[name][rows] += block
 
     def end_step(self, scale: float = 1.0, valid: bool = True) -> None:
         """Close an optimizer step. ``scale``: what the loss was multiplied with; ``valid`` false (fp16 overflow) forgets it."""
         current, self._current = self._current, {}
         if not valid:
+            self._largest = {}
             return
         self.steps += 1
         for name, gradient in current.items():
@@ -139,13 +162,17 @@ class MaskCollector:
                 "fp16.initial_scale_power, or use bf16"
             )
         layer = self.layers[name]
-        total = self.totals.get(name)
-        if total is None or not bool(total.any()):
+        largest, total = self._largest.get(name), self.totals.get(name)
+        scores = largest.scores() if largest is not None else total
+        if scores is None or not bool(scores.any()):
             raise ValueError(
                 f"the gradient of {layer.weight_name} is zero everywhere, so it has no mask: leave the layer out of "
                 "adapter.target_modules, or raise mask.warmup_steps or mask.steps"
             )
-        return top_positions(gradient_score(self.score, total, layer.weight), layer.entries)
+        if largest is not None:
+            _check_finite(scores)
+            return largest.positions().to(torch.int32)
+        return top_positions(gradient_score(self.score, scores, layer.weight), layer.entries)
 
 
 def compute_mask(

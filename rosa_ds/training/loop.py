@@ -198,7 +198,9 @@ class Loop:
             group["lr"] = self._rates[group["name"]] * factor
 
     def _begin_collecting(self) -> None:
-        self.collector = build_collector(self.layers, self.run.settings.mask)
+        self.collector = build_collector(
+            self.layers, self.run.settings.mask, self.run.engine.gradient_accumulation_steps()
+        )
         self.collector.attach()
 
     def _finish_collecting(self, step: Step) -> None:

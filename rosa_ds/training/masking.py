@@ -20,9 +20,11 @@ def mask_owners(layers: Mapping[str, AdaptedLinear]) -> dict[str, int]:
     return distributed.owners_by_cost(sizes, distributed.world_size())
 
 
-def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings) -> MaskCollector:
-    """A collector whose gradients are summed over all ranks."""
-    return MaskCollector(layers, settings.score, mask_owners(layers), distributed.rank(), distributed.sum_to_owner)
+def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings, micro_batches: int) -> MaskCollector:
+    """A collector whose gradients are summed over all ranks. ``micro_batches``: of one rank in an optimizer step."""
+    single = settings.steps == 1 and micro_batches == 1
+    owners, rank = mask_owners(layers), distributed.rank()
+    return MaskCollector(layers, settings.score, owners, rank, distributed.sum_to_owner, single)
 
 
 def mask_digest(mask: Mask) -> int:

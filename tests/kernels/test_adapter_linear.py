@@ -101,6 +101,67 @@ def test_transposed_weight(parts: str) -> None:
         assert_rel_close(name, value, wanted, torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_separate_sparse_product(transposed: bool, dtype: torch.dtype) -> None:
+    given = make(CASES[2], dtype, "both")
+    expected = run(adapter_linear_reference, in_float64(given), REFERENCE_NAMES, dtype)
+    given |= {"sparse_product": "separate", "transposed": transposed}
+    order = torch.arange(given["positions"].numel())
+    if transposed:
+        rows, columns = given["weight"].shape
+        flat = given["positions"].long()
+        flat = (flat % columns) * rows + flat // columns
+        order = flat.argsort()
+        given |= {"weight": given["weight"].T.contiguous(), "positions": flat[order].to(torch.int32)}
+        given["values"] = given["values"].detach()[order].requires_grad_()
+    actual = run(rosa_kernels.adapter_linear, given, rounded_to=dtype)
+    for name, value in actual.items():
+        wanted = expected[name][order] if name == "values" else expected[name]
+        assert_rel_close(name, value, wanted, dtype, terms=65)
+
+
+def test_separate_product_sees_values_that_a_16_bit_weight_rounds_away() -> None:
+    x, weight = torch.ones(1, 4, dtype=torch.bfloat16), torch.full((1, 4), 0.5, dtype=torch.bfloat16)
+    positions, values = torch.arange(4, dtype=torch.int32), torch.full((4,), 2**-10)
+    written = rosa_kernels.adapter_linear(x, weight, values=values, positions=positions)
+    separate = rosa_kernels.adapter_linear(
+        x, torch.cat([weight[:, :2], -weight[:, 2:]], 1), values=values, positions=positions, sparse_product="separate"
+    )
+    assert written.item() == 2.0  # 0.5 + 2^-10 is 0.5 in bfloat16
+    assert separate.item() == 2**-8
+
+
+@pytest.mark.parametrize("sparse_product", ["scatter", "separate"])
+def test_dequantised_base(sparse_product: str) -> None:
+    """The stored form is dequantised in forward and again in backward, and never changed."""
+    given = make(CASES[0], torch.float32, "both")
+    scale = given["weight"].abs().amax() / 127
+    stored = (given["weight"] / scale).round().to(torch.int8)
+    before, calls = stored.clone(), []
+
+    def dequantize(weight: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return weight.float() * scale
+
+    expected = run(adapter_linear_reference, in_float64(given | {"weight": stored * scale}), REFERENCE_NAMES)
+    given |= {"weight": stored, "dequantize": dequantize, "sparse_product": sparse_product}
+    for name, value in run(rosa_kernels.adapter_linear, given).items():
+        assert_rel_close(name, value, expected[name], torch.float32)
+    assert len(calls) == 2
+    assert torch.equal(stored, before)
+
+
+def test_no_gradient_where_none_is_needed() -> None:
+    given = make(CASES[0], torch.float64, "both")
+    for name in ("x", "A", "values"):
+        given[name] = given[name].detach()
+    actual, expected = run(rosa_kernels.adapter_linear, given), run(adapter_linear_reference, given, REFERENCE_NAMES)
+    assert actual.keys() == expected.keys() == {"y", "bias", "B"}
+    for name, value in actual.items():
+        assert_rel_close(name, value, expected[name], torch.float64)
+
+
 def test_gradcheck() -> None:
     given = make(CASES[0], torch.float64, "both")
     keys = ("x", "bias", "A", "B", "values")
@@ -200,8 +261,9 @@ def test_dropout_rate_and_scale(probability: float) -> None:
         ({"A": None}, "A and B belong together"),
         ({"A": torch.ones(3, 7)}, "do not fit a layer of 20 to 12 features"),
         ({"values": None}, "positions without values"),
+        ({"sparse_product": "both"}, "is scatter or separate, given 'both'"),
     ],
-    ids=["features", "dtype", "half a pair", "shape", "values"],
+    ids=["features", "dtype", "half a pair", "shape", "values", "product"],
 )
 def test_rejects(change: dict[str, Any], message: str) -> None:
     given = make(CASES[0], torch.float32, "both") | change

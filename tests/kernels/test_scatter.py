@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosa_kernels import scattered
+from rosa_kernels import restore_into, scatter_add_into, scattered
+from rosa_kernels.scatter.reference import scatter_add_reference
 from rosa_kernels.testing import random_positions
 
 
@@ -21,6 +22,19 @@ def test_adds_inside_and_restores_every_bit(dtype: torch.dtype) -> None:
         assert torch.allclose(weight.flatten().double(), wanted.double(), rtol=torch.finfo(dtype).eps, atol=0)
         assert not torch.equal(weight, before)
     assert torch.equal(weight, before)
+
+
+def test_add_into_and_restore() -> None:
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    positions, values = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([10.0, 20.0], requires_grad=True)
+    old = scatter_add_into(weight, values, positions)
+    assert weight.tolist() == [11.0, 2.0, 23.0]
+    assert old.tolist() == [1.0, 3.0]
+    restore_into(weight, old, positions)
+    assert weight.tolist() == [1.0, 2.0, 3.0]
+    assert scatter_add_reference(weight, values.detach(), positions).tolist() == [11.0, 2.0, 23.0]
+    with pytest.raises(ValueError, match="positions are int32 or int64, given torch.float32"):
+        scatter_add_into(weight, values, torch.ones(2))
 
 
 def test_restores_after_an_error_and_hides_from_autograd() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rosa_kernels
-from rosa_kernels.pattern.csr import csr_pattern
+from rosa_kernels.pattern.csr import compact_plan, csr_pattern
 from rosa_kernels.sddmm import torch_code
 from rosa_kernels.sddmm.reference import sddmm_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions
@@ -52,6 +52,31 @@ def test_blocks_of_tokens_add_up(implementation: str, dtype: torch.dtype, monkey
         monkeypatch.setattr(torch_code, name, value)
     values = IMPLEMENTATIONS[implementation](grad, x, positions)
     assert_rel_close("values", values, sddmm_reference(grad.double(), x.double(), positions), torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[-1])
+def test_a_plan_changes_nothing(case: tuple[int, int, int, float, str]) -> None:
+    tokens, rows, columns, density, _ = case
+    grad, x = make(tokens, rows, columns, torch.float32)
+    positions = random_positions(rows, columns, density)
+    plan = rosa_kernels.make_plan(positions, rows, columns, torch.float32)
+    assert torch.equal(rosa_kernels.sddmm(grad, x, positions, plan), rosa_kernels.sddmm(grad, x, positions))
+
+
+def test_compact_plan_example() -> None:
+    plan = compact_plan(torch.tensor([5, 7], dtype=torch.int32), 3, 4)
+    assert plan.used_rows.tolist() == [1]
+    assert plan.used_columns.tolist() == [1, 3]
+    assert plan.pointers.tolist() == [0, 2]
+    assert plan.column_indices.tolist() == [0, 1]
+
+
+def test_a_plan_of_another_mask_is_refused() -> None:
+    grad, x = make(3, 4, 5, torch.float32)
+    positions = random_positions(4, 5, 0.3)
+    plan = rosa_kernels.make_plan(positions, 5, 4, torch.float32)
+    with pytest.raises(ValueError, match=r"in a \(5, 4\) matrix was given, for 6 in \(4, 5\)"):
+        rosa_kernels.sddmm(grad, x, positions, plan)
 
 
 def test_empty_pattern_and_no_tokens() -> None:

@@ -1,0 +1,50 @@
+"""The dense gradient of a weight a block of rows at a time, and its largest entries without ever holding all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# A block of rows of the gradient is this large: one all-reduce of a size at which networks run near their full rate.
+BLOCK_BYTES = 64 * 2**20
+
+
+def gradient_blocks(grad_TN: Tensor, x_TM: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """``gradᵀ x`` as (first row, block of rows), float32 (float64 for float64), at most BLOCK_BYTES each or one row.
+
+    Shapes: grad_TN (T, N); x_TM (T, M); a block (rows, M).
+    """
+    wide = torch.promote_types(torch.float32, x_TM.dtype)
+    x_TM = x_TM.to(wide)
+    rows = max(1, BLOCK_BYTES // (wide.itemsize * x_TM.shape[1]))
+    for first in range(0, grad_TN.shape[1], rows):
+        yield first, grad_TN[:, first : first + rows].to(wide).T @ x_TM
+
+
+class RunningTopK:
+    """The ``count`` largest of all scores seen so far, with their positions: O(count) memory between blocks."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._scores: Tensor | None = None
+        self._positions: Tensor | None = None
+
+    def add(self, scores: Tensor, first: int) -> None:
+        """Take part of the scores. Shapes: scores any; ``first`` is the flat position of their first entry."""
+        best, positions = scores.flatten().topk(min(self.count, scores.numel()), sorted=False)
+        positions += first
+        if self._scores is not None and self._positions is not None:
+            best, positions = torch.cat([self._scores, best]), torch.cat([self._positions, positions])
+            best, chosen = best.topk(min(self.count, best.numel()), sorted=False)
+            positions = positions[chosen]
+        self._scores, self._positions = best, positions
+
+    def scores(self) -> Tensor:
+        """(count,) the largest scores, in no order. Fewer while fewer were seen."""
+        return torch.empty(0) if self._scores is None else self._scores
+
+    def positions(self) -> Tensor:
+        """(count,) int64, sorted."""
+        return torch.empty(0, dtype=torch.int64) if self._positions is None else self._positions.sort().values

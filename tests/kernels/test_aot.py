@@ -1,0 +1,81 @@
+"""Every Triton kernel compiled for real GPUs, in a process that does not interpret, and its machine code read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from rosa_kernels import aot
+
+WANTED = {"sm_80", "sm_90", "gfx942"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, "-W", "ignore", "-m", "rosa_kernels.aot", "--json"]
+    command += [part for target in sorted(WANTED) for part in ("--target", target)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd="/")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    print("\n" + aot.table([aot.Row(**row) for row in rows]))
+    return rows
+
+
+def test_every_kernel_dtype_and_target(compiled: list[dict[str, Any]]) -> None:
+    from rosa_kernels.low_rank import triton_kernel as low_rank
+    from rosa_kernels.pattern import triton_kernel as pattern
+    from rosa_kernels.scatter import triton_kernel as scatter
+    from rosa_kernels.sddmm import triton_kernel as sddmm
+    from rosa_kernels.spmm import triton_kernel as spmm
+
+    written = {name for module in (low_rank, pattern, scatter, sddmm, spmm) for name in vars(module)}
+    kernels = {name.removesuffix("_kernel") for name in written if name.endswith("_kernel")}
+    wanted = {(kernel, dtype, target) for kernel in kernels for dtype in aot.DTYPES for target in WANTED}
+    assert {(row["kernel"], row["dtype"], row["target"]) for row in compiled} == wanted
+
+
+def test_no_spills(compiled: list[dict[str, Any]]) -> None:
+    assert [row for row in compiled if row["spilled"] and row["target"] != "gfx942"] == []
+    assert all(0 < row["registers"] <= 255 for row in compiled if row["target"] != "gfx942")
+
+
+def test_tiles_use_tensor_cores_and_16_byte_loads(compiled: list[dict[str, Any]]) -> None:
+    tiles = [row for row in compiled if row["tiles"]]
+    assert tiles
+    for row in tiles:
+        assert row["widest_load"] == 16, row
+        assert (row["tensor_core"] > 0) or row["dtype"] == "fp32", row
+
+
+def test_rows_are_permuted_in_shared_memory_where_they_fit(compiled: list[dict[str, Any]]) -> None:
+    for row in compiled:
+        if row["kernel"] == "gather_columns":
+            assert (row["shared"] > 0) == ("SHARED=True" in row["constants"])
+            assert row["shared"] <= 64 * 2**10
+
+
+def test_load_widths_are_read() -> None:
+    wanted = {
+        "LDG.E.128.CONSTANT": 16,
+        "LDGSTS.E.BYPASS.128": 16,
+        "LDG.E.64": 8,
+        "LDG.E": 4,
+        "LDG.E.U16": 2,
+        "LDS.128": 0,
+    }
+    wanted |= {"global_load_dwordx4": 16, "buffer_load_dword": 4, "global_load_ushort": 2, "ds_read_b128": 0}
+    assert {opcode: aot._load_bytes(opcode) for opcode in wanted} == wanted
+
+
+def test_refuses_the_interpreter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        aot.main([])
+    assert "unset it" in capsys.readouterr().err

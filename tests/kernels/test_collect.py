@@ -1,0 +1,48 @@
+"""The running choice of a product's largest entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rosa_kernels.collect import op
+from rosa_kernels.collect.op import RunningTopK, gradient_blocks
+from rosa_kernels.collect.reference import top_positions_reference
+from rosa_kernels.testing import assert_rel_close
+
+
+def running(grad: torch.Tensor, x: torch.Tensor, count: int) -> RunningTopK:
+    largest = RunningTopK(count)
+    for first, block in gradient_blocks(grad, x):
+        largest.add(block.square(), first * x.shape[1])
+    return largest
+
+
+def test_example() -> None:
+    grad, x = torch.tensor([[1.0, -3.0]]), torch.tensor([[1.0, 2.0]])
+    assert running(grad, x, 2).positions().tolist() == [2, 3]
+    assert top_positions_reference(grad, x, 2).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_bytes", [1, 1000, 2**20])
+@pytest.mark.parametrize("count", [1, 40, 35 * 21])
+def test_same_entries_whatever_the_blocks(
+    count: int, block_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "BLOCK_BYTES", block_bytes)
+    generator = torch.Generator().manual_seed(0)
+    grad, x = (torch.randn(9, size, generator=generator).to(dtype) for size in (35, 21))
+    blocks = list(gradient_blocks(grad, x))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {block.dtype for _, block in blocks} == {wide}
+    assert [first for first, _ in blocks] == list(range(0, 35, len(blocks[0][1])))
+    assert_rel_close("G", torch.cat([block for _, block in blocks]), grad.double().T @ x.double(), wide)
+    largest = running(grad, x, count)
+    assert torch.equal(largest.positions(), top_positions_reference(grad.double(), x.double(), count))
+    assert largest.scores().shape == (count,)
+
+
+def test_nothing_seen() -> None:
+    assert RunningTopK(3).positions().numel() == 0
+    assert RunningTopK(3).scores().numel() == 0
