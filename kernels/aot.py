@@ -70,7 +70,7 @@ def specs(dtype: str) -> list[Spec]:
     entries |= dict.fromkeys(("num_chosen", "num_tokens", "tokens_per_split", "num_entries", "columns"), "i32")
     entries |= {"grad_stride_t": "i32!", "grad_stride_n": "1", "x_stride_t": "i32!", "x_stride_m": "1"}
     product = {"y_ptr": data, "x_ptr": data, "blocks_ptr": data, "order_ptr": index, "pointers_ptr": index}
-    product |= {"members_ptr": index, "tiles_ptr": index, "num_tokens": "i32", "x_width": "i32!"}
+    product |= {"members_ptr": index, "num_tokens": "i32", "x_width": "i32!"}
     product |= {"y_stride_t": "i32!", "y_stride_c": "1"}
     down = {"x_ptr": data, "A_ptr": data, "h_ptr": data, "seed": "i64", "probability": "fp32", "num_tokens": "i32"}
     down |= {"features": "i32!", "rank": "i32", "x_stride_t": "i32!", "x_stride_m": "1"}
@@ -242,13 +242,13 @@ def table(compiled: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m rosa_kernels.aot", description=__doc__)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="default: sm_80 and sm_90")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line in place of the table")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
-    compiled = list(rows(chosen.target or ["sm_80", "sm_90"], chosen.dtype or list(DTYPES)))
+    compiled = list(rows(chosen.target or list(TARGETS), chosen.dtype or list(DTYPES)))
     text = "\n".join(json.dumps(asdict(row)) for row in compiled) if chosen.json else table(compiled)
     sys.stdout.write(text + "\n")
 

@@ -1,13 +1,15 @@
-"""Which implementation of an op runs on a device, and why; nothing ever switches silently."""
+"""Which implementation of an op runs on a device, and why. A failing kernel is an error: nothing falls back."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 VARIABLE = "ROSA_KERNELS"
 OPS = ("sddmm", "scatter", "spmm", "low_rank")
@@ -58,7 +60,7 @@ def _choose(op: str, device_type: str, setting: str, interpreted: bool) -> Choic
             f"{op} on {device_type} runs in Triton, which is not installed: pip install triton, or set {VARIABLE}=torch "
             "for the slower torch code"
         )
-    if interpreted:
+    if os.environ.get("TRITON_INTERPRET") == "1":
         from rosa_kernels.interpreter import repair
 
         repair()
@@ -74,3 +76,18 @@ def choose(op: str, device_type: str) -> Choice:
 def explain(device: torch.device | str) -> dict[str, Choice]:
     """What runs for each op on ``device``, with the reason; the training run logs it."""
     return {op: choose(op, torch.device(device).type) for op in OPS}
+
+
+def on_device_of(*tensors: Tensor | None) -> contextlib.AbstractContextManager[object]:
+    """Launch where the tensors are: Triton takes device and stream from what is current.
+
+    Raises: ValueError for tensors on different devices.
+    """
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must lie on one device, given {sorted(map(str, devices))}: move them together")
+    (device,) = devices
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    guard: contextlib.AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return guard

@@ -49,7 +49,7 @@ class AdapterSettings(Section):
     density: Annotated[float, Field(ge=0, le=1)] = 0.006
     """Share of each matrix's entries that the sparse part trains (0.006 = 0.6 %)."""
     sparse_product: Literal["scatter", "separate"] = "scatter"
-    """How the base sees the sparse part: scatter writes the values into the weight for each product (a 16-bit weight rounds the sum), separate adds a sparse product of its own (exact, slower)."""
+    """How the base sees the sparse part: scatter writes the values into the weight for each product (a 16-bit weight rounds the sum), separate adds a sparse product of its own, which rounds no value against the weight (slower)."""
     target_modules: list[str] = ["all-linear"]
     """Layers to adapt: all-linear (all but the output head), or names, name endings (q_proj) and regular expressions that a full name must match."""
     rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -232,13 +234,31 @@ def test_loading_rejects_what_does_not_fit(llama: PreTrainedModel, tmp_path: Pat
         rosa_ds.save_adapter(type(llama)(llama.config), tmp_path / "other")
 
 
-def test_plan_follows_the_mask_and_the_module() -> None:
-    layer = AdaptedLinear(torch.nn.Linear(6, 4), "up", rank=2, scale=1.0, dropout=0.0, entries=3, seed=0)
-    assert layer.plan is None
-    layer.set_positions(torch.tensor([1, 7, 20], dtype=torch.int32))
-    first = layer.plan
-    assert first is not None
-    assert (first.rows, first.columns, first.entries) == (4, 6, 3)
-    layer.double()
-    assert layer.plan is not first
-    assert layer(torch.ones(2, 6, dtype=torch.float64)).shape == (2, 4)
+def values_gradient(layer: AdaptedLinear) -> torch.Tensor:
+    x = torch.arange(12, dtype=layer.weight.dtype).view(2, 6)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), layer.values)
+    return gradient
+
+
+def test_plan_follows_the_mask() -> None:
+    """A layer that was loaded, copied, pickled or moved samples the gradient at its present positions."""
+    layers = []
+    for positions in ([1, 7, 20], [0, 8, 23]):
+        torch.manual_seed(0)
+        layer = AdaptedLinear(torch.nn.Linear(6, 4), "up", rank=2, scale=1.0, dropout=0.0, entries=3, seed=0)
+        assert layer.plan is None
+        layer.set_positions(torch.tensor(positions, dtype=torch.int32))
+        assert layer.plan is not None
+        layers.append(layer)
+    first, second = layers
+    expected = values_gradient(second)
+    assert not torch.equal(values_gradient(first), expected)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(values_gradient(first), expected)
+    assert torch.equal(values_gradient(copy.deepcopy(second)), expected)
+    buffer = io.BytesIO()
+    torch.save(second, buffer)
+    buffer.seek(0)
+    assert torch.equal(values_gradient(torch.load(buffer, weights_only=False)), expected)
+    assert torch.allclose(values_gradient(second.double()).float(), expected)
+    assert second.to("meta").plan is None

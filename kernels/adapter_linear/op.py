@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rosa_kernels.adapter_linear.base import scattered_matmul, scattered_matmul_op
 from rosa_kernels.low_rank import op as low_rank
-from rosa_kernels.pattern.plan import Plan
+from rosa_kernels.pattern.plan import Plan, check_plan
 from rosa_kernels.sddmm.op import sampled, sddmm_op
 from rosa_kernels.spmm.op import add_product, spmm_op
 
@@ -101,6 +102,7 @@ class _AdapterLinear(torch.autograd.Function):
         return y_TN
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_TN = grads[0].contiguous()
         x_TM, h_TR = ctx.saved_tensors
@@ -140,9 +142,13 @@ def _check_inputs(x: Tensor, weight: Tensor, parts: dict[str, Tensor | None], o:
         raise ValueError("positions without values: give both, or values alone while the positions are not known")
     if o.sparse_product not in ("scatter", "separate"):
         raise ValueError(f"sparse_product is scatter or separate, given {o.sparse_product!r}")
+    if o.plan is not None and positions is not None:
+        check_plan(o.plan, o.plan.rows, o.plan.columns, positions)
     if o.dequantize is not None:
         return  # the stored form says nothing of the matrix's shape and type
     features_in, features_out = weight.shape if o.transposed else weight.shape[::-1]
+    if o.plan is not None and (o.plan.rows, o.plan.columns) != tuple(weight.shape):
+        raise ValueError(f"the plan is of a ({o.plan.rows}, {o.plan.columns}) matrix, the weight {tuple(weight.shape)}")
     if x.shape[-1] != features_in:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {features_in}")
     if x.dtype != weight.dtype:
@@ -189,7 +195,7 @@ def adapter_linear(
         transposed: the weight is stored (M, N).
         plan: what :func:`rosa_kernels.make_plan` prepared of the positions.
         sparse_product: ``scatter`` writes the values into the weight for each product, which rounds ``W + S`` to the
-            weight's dtype; ``separate`` adds a sparse product of its own and rounds nothing away.
+            weight's dtype; ``separate`` adds a sparse product of its own, in which no value is rounded against the weight.
         dequantize: makes the dense weight, of x's dtype, from ``weight`` in forward and again in backward.
         collect: called in backward with the output's gradient (T, N) and the input (T, M).
 

@@ -72,6 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=_density, help=f"share of a matrix in the mask (default: {DENSITY})")
     parser.add_argument("--tokens", type=_positive, action="append", help=f"repeatable (default: {TOKENS})")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="default: float32")
+    parser.add_argument(
+        "--warm", action="store_true", help="repeat on the same inputs; default: inputs outside the caches"
+    )
     parser.add_argument("--repeats", type=_positive, default=7, help="of each candidate (default: 7)")
     parser.add_argument("--threads", type=_positive, help="of the CPU (default: torch's)")
     parser.add_argument("--device", type=_device, help="default: cuda where there is one, else cpu")
@@ -185,7 +188,7 @@ def run(options: argparse.Namespace, write: Callable[[str], object]) -> list[Row
             case = Case(layer, tokens, dtype, device, positions, name)
             density = 100 * case.entries / (layer.rows * layer.columns)
             write(f"\n{op.name} {layer}, {tokens} tokens, {options.dtype}, {case.entries} entries ({density:.2g} %)\n")
-            measured = measure_case(op, case, options.repeats)
+            measured = measure_case(op, case, options.repeats, options.warm)
             write(format_rows(measured))
             rows += measured
             clear_device(device)

@@ -128,8 +128,10 @@ def _row(op: Op, case: Case, candidate: Candidate) -> Row:
     }
 
 
-def measure_case(op: Op, case: Case, repeats: int) -> list[Row]:
+def measure_case(op: Op, case: Case, repeats: int, warm: bool = False) -> list[Row]:
     """Gate, then time and memory of each candidate: one row each, absent ones with the reason.
+
+    ``warm`` repeats on one set of inputs; otherwise each repeat finds its inputs outside the caches.
 
     Raises: GateError before anything is timed.
     """
@@ -140,7 +142,7 @@ def measure_case(op: Op, case: Case, repeats: int) -> list[Row]:
     references = {function: function(sets[0]) for function in {candidate.reference for candidate in present}}
     errors = {each.name: gate(each, sets[0], references[each.reference], limit) for each in present}
     del references
-    number = measure.number_of_sets(sets[0].nbytes(), repeats * len(present), case.device)
+    number = 1 if warm else measure.number_of_sets(sets[0].nbytes(), repeats * len(present), case.device)
     sets += [make_inputs(case, op.reads, seed) for seed in range(1, number)]
     calls = {candidate.name: [candidate.bind(inputs) for inputs in sets] for candidate in present}
     times = measure.interleaved(calls, repeats, case.device)

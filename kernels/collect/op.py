@@ -34,7 +34,7 @@ class RunningTopK:
     def add(self, scores: Tensor, first: int) -> None:
         """Take part of the scores. Shapes: scores any; ``first`` is the flat position of their first entry."""
         best, positions = scores.flatten().topk(min(self.count, scores.numel()), sorted=False)
-        positions += first
+        positions = (positions + first).to(torch.int32)
         if self._scores is not None and self._positions is not None:
             best, positions = torch.cat([self._scores, best]), torch.cat([self._positions, positions])
             best, chosen = best.topk(min(self.count, best.numel()), sorted=False)
@@ -46,5 +46,5 @@ class RunningTopK:
         return torch.empty(0) if self._scores is None else self._scores
 
     def positions(self) -> Tensor:
-        """(count,) int64, sorted."""
-        return torch.empty(0, dtype=torch.int64) if self._positions is None else self._positions.sort().values
+        """(count,) int32, sorted."""
+        return torch.empty(0, dtype=torch.int32) if self._positions is None else self._positions.sort().values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rosa_kernels.dispatch import choose
+from rosa_kernels.dispatch import choose, on_device_of
 from rosa_kernels.low_rank.dropout import dropout_factors
 
 
@@ -24,7 +24,8 @@ def down(x_TM: Tensor, A_RM: Tensor, probability: float, seed: Tensor) -> Tensor
     if _in_triton(x_TM, probability):
         from rosa_kernels.low_rank.triton_kernel import launch_down
 
-        return launch_down(x_TM, A_RM.contiguous(), probability, int(seed))
+        with on_device_of(x_TM, A_RM):
+            return launch_down(x_TM, A_RM.contiguous(), probability, int(seed))
     if probability == 0.0:
         return x_TM @ A_RM.T
     return (x_TM * dropout_factors(x_TM, probability, int(seed))) @ A_RM.T
@@ -50,15 +51,16 @@ def backward(
         from rosa_kernels.low_rank.triton_kernel import launch_backward
 
         grad_h_TR, A_RM = grad_h_TR.contiguous(), A_RM.contiguous()
-        return launch_backward(grad_x_TM, grad_h_TR, x_TM, A_RM, probability, int(seed)).to(A_RM.dtype)
+        with on_device_of(grad_x_TM, grad_h_TR, x_TM, A_RM):
+            return launch_backward(grad_x_TM, grad_h_TR, x_TM, A_RM, probability, int(seed)).to(A_RM.dtype)
     if probability == 0.0:
         if grad_x_TM is not None:
             grad_x_TM.addmm_(grad_h_TR, A_RM)
-        return grad_h_TR.T @ x_TM
+        return (grad_h_TR.T @ x_TM).contiguous()
     factors = dropout_factors(x_TM, probability, int(seed))
     if grad_x_TM is not None:
         grad_x_TM.addcmul_(grad_h_TR @ A_RM, factors)
-    return grad_h_TR.T @ factors.mul_(x_TM)
+    return (grad_h_TR.T @ factors.mul_(x_TM)).contiguous()
 
 
 backward_op = torch.library.custom_op("rosa::low_rank_backward", backward, mutates_args=("grad_x_TM",))
@@ -68,4 +70,4 @@ backward_op = torch.library.custom_op("rosa::low_rank_backward", backward, mutat
 def _(
     grad_x_TM: Tensor | None, grad_h_TR: Tensor, x_TM: Tensor, A_RM: Tensor, probability: float, seed: Tensor
 ) -> Tensor:
-    return torch.empty_like(A_RM)
+    return A_RM.new_empty(A_RM.shape)

@@ -34,7 +34,7 @@ def _factors(seed, offs_t, offs_m, features, probability):
     return tl.where(keep, 1.0 / (1.0 - probability), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "num_tokens"])
 def down_kernel(
     x_ptr,
     A_ptr,
@@ -66,7 +66,7 @@ def down_kernel(
     tl.store(target, acc.to(h_ptr.dtype.element_ty), mask=(offs_t < num_tokens) & (offs_r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "num_tokens"])
 def low_rank_backward_kernel(
     grad_x_ptr,
     grad_h_ptr,

@@ -27,6 +27,9 @@ def csr_pattern(positions_Z: Tensor, rows: int, columns: int) -> tuple[Tensor, T
     return pointers.to(positions_Z.dtype), positions_Z % columns
 
 
+COMPACT_PARTS = 4  # tensors of CompactPlan.sampling_parts
+
+
 @dataclass(frozen=True, eq=False)
 class CompactPlan:
     """A mask as a CSR matrix without empty rows and columns: what ``sampled_addmm`` reads.

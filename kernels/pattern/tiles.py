@@ -1,7 +1,7 @@
 """Order rows and columns of a mask so that few tiles hold its entries: made once, with the mask.
 
 Rows and columns are sorted by how many entries they hold; those without any drop out. In that order the 64 × 64 tiles
-that hold at least :data:`MIN_ENTRIES` entries go to tensor cores, the entries of the others are gathered one by one.
+that hold at least :func:`min_entries` entries go to tensor cores, the entries of the others are gathered one by one.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class TilePlan:
         heavy, heavy_entries, heavy_blocks: how many tiles, the first ones, go to tensor cores; how many entries, the first
             ones, they hold; and how many blocks of rows and of columns, the first ones, they touch. On the host, so that
             a launch does not wait for the device.
-        by_row, by_column: for products with the sparse matrix: (pointers (blocks + 1,), tiles (K,)), the tiles of each
-            block of rows, and of columns.
+        by_row, by_column: for products with the sparse matrix: (pointers (blocks + 1,), members (K, 2)), the tiles of
+            each block of rows, and of columns, each with its block on the other side.
     """
 
     rows: int
@@ -75,15 +75,10 @@ class TilePlan:
         ]
 
     def product_parts(self, transpose: bool) -> list[Tensor]:
-        """What ``spmm`` reads: orders of its input and output, tiles, slots, cells, and the tiles of each output block."""
+        """What ``spmm`` reads: orders of its input and output, slots, cells, and the tiles of each output block."""
         orders = (self.row_order, self.column_order) if transpose else (self.column_order, self.row_order)
         members = self.by_column if transpose else self.by_row
-        return [*orders, self.tiles, self.slots, self.cells, *members]
-
-    def bytes(self) -> int:
-        """Device memory of the plan."""
-        tensors = [self.row_order, self.column_order, self.tiles, self.starts, self.slots, self.cells]
-        return sum(tensor.nbytes for tensor in (*tensors, *self.by_row, *self.by_column))
+        return [*orders, self.slots, self.cells, *members]
 
 
 def _order(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,11 +90,11 @@ def _order(counts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(kept, (0, -kept.numel() % TILE), value=-1).to(torch.int32), rank
 
 
-def _tiles_of(blocks: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Pointers (number + 1,) and tiles (K,) of each block, both int32."""
+def _tiles_of(blocks: Tensor, others: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Pointers (number + 1,) and (tile, other block) (K, 2) of each block, both int32."""
     tiles = blocks.argsort(stable=True)
     pointers = torch.searchsorted(blocks[tiles], torch.arange(number + 1, device=blocks.device))
-    return pointers.to(torch.int32), tiles.to(torch.int32)
+    return pointers.to(torch.int32), torch.stack([tiles, others[tiles]], 1).to(torch.int32)
 
 
 @torch.no_grad()
@@ -143,6 +138,6 @@ def tile_plan(positions_Z: Tensor, rows: int, columns: int, dtype: torch.dtype, 
         heavy,
         int(counts[:heavy].sum()),
         (heavy_blocks[0], heavy_blocks[1]),
-        _tiles_of(tiles[:, 0], row_order.numel() // TILE),
-        _tiles_of(tiles[:, 1], column_order.numel() // TILE),
+        _tiles_of(tiles[:, 0], tiles[:, 1], row_order.numel() // TILE),
+        _tiles_of(tiles[:, 1], tiles[:, 0], column_order.numel() // TILE),
     )

@@ -33,7 +33,7 @@ def gather_columns_kernel(
     row_ptr = source_ptr + token * source_stride_t
     if SHARED:
         offs_w = tl.arange(0, BLOCK_W)  # [BLOCK_W]
-        row = tl.load(row_ptr + offs_w * source_stride_c, mask=offs_w < width, other=0.0)
+        row = tl.load(row_ptr + offs_w.to(tl.int64) * source_stride_c, mask=offs_w < width, other=0.0)
     for start in range(0, target_width, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         column = tl.load(order_ptr + offs_c, mask=offs_c < target_width, other=-1)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rosa_kernels.dispatch import choose
+from rosa_kernels.dispatch import choose, on_device_of
 
 
 def _check_inputs(weight: Tensor, values_Z: Tensor, positions_Z: Tensor) -> None:
@@ -27,7 +27,8 @@ def add(weight: Tensor, values_Z: Tensor, positions_Z: Tensor) -> Tensor:
     if choose("scatter", weight.device.type).implementation == "triton":
         from rosa_kernels.scatter.triton_kernel import launch_scatter_add
 
-        return launch_scatter_add(weight, values_Z, positions_Z)
+        with on_device_of(weight, values_Z, positions_Z):
+            return launch_scatter_add(weight, values_Z.contiguous(), positions_Z.contiguous())
     flat = weight.view(-1)
     old = flat.index_select(0, positions_Z)
     total = (old.to(torch.promote_types(old.dtype, torch.float32)) + values_Z).to(old.dtype)
@@ -40,7 +41,8 @@ def put_back(weight: Tensor, old_Z: Tensor, positions_Z: Tensor) -> None:
     if choose("scatter", weight.device.type).implementation == "triton":
         from rosa_kernels.scatter.triton_kernel import launch_restore
 
-        launch_restore(weight, old_Z, positions_Z)
+        with on_device_of(weight, old_Z, positions_Z):
+            launch_restore(weight, old_Z.contiguous(), positions_Z.contiguous())
     else:
         weight.view(-1).index_copy_(0, positions_Z.long(), old_Z)
 
@@ -68,15 +70,22 @@ def scatter_add_into(weight: Tensor, values_Z: Tensor, positions_Z: Tensor) -> T
     Raises: ValueError for shapes that do not fit or a weight that is not contiguous.
     """
     _check_inputs(weight, values_Z, positions_Z)
-    old: Tensor = scatter_add_op(weight, values_Z.detach(), positions_Z)
-    return old
+    if torch.compiler.is_compiling():
+        old: Tensor = scatter_add_op(weight, values_Z.detach(), positions_Z)
+        return old
+    torch.autograd.graph.increment_version(weight)  # a Triton kernel does not tell autograd
+    return add(weight, values_Z.detach(), positions_Z)
 
 
 @torch.no_grad()
 def restore_into(weight: Tensor, old_Z: Tensor, positions_Z: Tensor) -> None:
     """Undo :func:`scatter_add_into`, bit for bit. Shapes, Raises: as there."""
     _check_inputs(weight, old_Z, positions_Z)
-    restore_op(weight, old_Z, positions_Z)
+    if torch.compiler.is_compiling():
+        restore_op(weight, old_Z, positions_Z)
+    else:
+        torch.autograd.graph.increment_version(weight)
+        put_back(weight, old_Z, positions_Z)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rosa_kernels.dispatch import choose
+from rosa_kernels.dispatch import choose, on_device_of
+from rosa_kernels.pattern.csr import COMPACT_PARTS
 from rosa_kernels.pattern.plan import Plan, check_plan
 from rosa_kernels.sddmm import torch_code
 
@@ -33,9 +34,11 @@ def sampled(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Tenso
     if choose("sddmm", x_TM.device.type).implementation == "triton":
         from rosa_kernels.sddmm.triton_kernel import launch_sddmm
 
-        return launch_sddmm(grad_TN, x_TM, positions_Z, plan)
+        with on_device_of(grad_TN, x_TM, positions_Z, *plan):
+            return launch_sddmm(grad_TN, x_TM, positions_Z.contiguous(), plan)
     if x_TM.device.type == "cpu":
-        return torch_code.sddmm_cpu(grad_TN, x_TM, positions_Z, plan)
+        compact = plan if len(plan) == COMPACT_PARTS else []  # tiles say nothing here
+        return torch_code.sddmm_cpu(grad_TN, x_TM, positions_Z, compact)
     return torch_code.sddmm_blocks(grad_TN, x_TM, positions_Z)
 
 

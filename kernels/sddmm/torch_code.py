@@ -41,7 +41,7 @@ def sddmm_cpu(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Ten
 
 
 def sddmm_blocks(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor) -> Tensor:
-    """Blocks of rows of the dense product on the device's matrix units, each sampled and dropped; waits for the device."""
+    """Blocks of rows of the dense product in the sums' type, each sampled and dropped; waits for the device."""
     (tokens, rows), columns = grad_TN.shape, x_TM.shape[1]
     dtype = torch.float64 if x_TM.dtype == torch.float64 else torch.float32
     step = max(1, SCRATCH_BYTES // (dtype.itemsize * max(columns, tokens)))

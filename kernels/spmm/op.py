@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rosa_kernels.dispatch import choose
+from rosa_kernels.dispatch import choose, on_device_of
 from rosa_kernels.pattern.csr import acknowledge_beta_csr, csr_pattern
 from rosa_kernels.pattern.plan import Plan, check_plan
 
@@ -69,7 +69,8 @@ def add_product(
         )
     from rosa_kernels.spmm.triton_kernel import launch_spmm_add
 
-    launch_spmm_add(y, x, values_Z, transpose, plan)
+    with on_device_of(y, x, values_Z, *plan):
+        launch_spmm_add(y, x, values_Z, transpose, plan)
 
 
 spmm_op = torch.library.custom_op("rosa::spmm_add_into", add_product, mutates_args=("y",))
@@ -102,7 +103,8 @@ def spmm_add_into(
     """``y += x Sᵀ`` of the sparse S (N, M), or with ``transpose`` ``y += x S``; sums in float32 or wider.
 
     Where ``W + S`` written into a 16-bit W rounds a small value away, this keeps it: the values are rounded to x's
-    dtype for a product on tensor cores (relative to themselves, not to W), and not at all on the CPU.
+    dtype for a product on tensor cores (relative to themselves, not to W), and not at all on the CPU. y is rounded as
+    its dtype asks, after the base product and after this one.
 
     Args:
         y: (T, N), or (T, M) with transpose; changed in place; any strides.

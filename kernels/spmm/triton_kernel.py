@@ -20,7 +20,7 @@ LAUNCH = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def spmm_tiles_kernel(
     y_ptr,
     x_ptr,
@@ -28,7 +28,6 @@ def spmm_tiles_kernel(
     order_ptr,
     pointers_ptr,
     members_ptr,
-    tiles_ptr,
     num_tokens,
     x_width,
     y_stride_t,
@@ -46,8 +45,8 @@ def spmm_tiles_kernel(
     offs_i = tl.arange(0, TILE)  # [TILE]
     acc = tl.zeros([BLOCK_T, TILE], dtype=tl.float32)
     for member in range(tl.load(pointers_ptr + block), tl.load(pointers_ptr + block + 1)):
-        tile = tl.load(members_ptr + member).to(tl.int64)
-        inner = tl.load(tiles_ptr + 2 * tile + (0 if TRANSPOSE else 1)).to(tl.int64) * TILE
+        tile = tl.load(members_ptr + 2 * member).to(tl.int64)
+        inner = tl.load(members_ptr + 2 * member + 1).to(tl.int64) * TILE
         x = tl.load(x_ptr + offs_t * x_width + inner + offs_i[None, :], mask=offs_t < num_tokens, other=0.0)
         sparse = tl.load(blocks_ptr + tile * TILE * TILE + offs_i[:, None] * TILE + offs_i[None, :])  # rows, columns
         acc = tl.dot(x, sparse if TRANSPOSE else tl.trans(sparse), acc, input_precision="ieee")
@@ -60,8 +59,8 @@ def spmm_tiles_kernel(
 
 def launch_spmm_add(y: Tensor, x: Tensor, values_Z: Tensor, transpose: bool, plan: list[Tensor]) -> None:
     """Add to ``y`` in place. Inputs are checked; ``plan``: the parts of :meth:`TilePlan.product_parts`."""
-    in_order, out_order, tiles, slots, cells, pointers, members = plan
-    blocks = torch.zeros(len(tiles) * TILE * TILE, dtype=x.dtype, device=x.device)
+    in_order, out_order, slots, cells, pointers, members = plan
+    blocks = torch.zeros(len(members) * TILE * TILE, dtype=x.dtype, device=x.device)
     blocks.index_copy_(0, cells.long(), values_Z.index_select(0, slots).to(x.dtype))
     launch = LAUNCH[x.element_size()]
     step = max(LEAST_TOKENS, SCRATCH_BYTES // (x.element_size() * in_order.numel()))
@@ -74,7 +73,6 @@ def launch_spmm_add(y: Tensor, x: Tensor, values_Z: Tensor, transpose: bool, pla
             out_order,
             pointers,
             members,
-            tiles,
             part.shape[0],
             in_order.numel(),
             *part.stride(),

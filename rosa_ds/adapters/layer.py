@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,20 +85,29 @@ class AdaptedLinear(nn.Module):
             self.positions if self.mask_known else None,
             self.dropout if self.training else 0.0,
             transposed=self.transposed,
-            plan=self.plan,
+            plan=self._current_plan(),
             sparse_product=self.sparse_product,
             collect=self.collect,
         )
 
+    def _current_plan(self) -> rosa_kernels.Plan | None:
+        """The mask's plan, made when the mask is set, or here after the layer was moved, loaded or copied."""
+        if self.plan is None and self.mask_known and self.positions is not None:
+            self.plan = rosa_kernels.make_plan(self.positions, *self.weight.shape, self.weight.dtype)
+        return self.plan
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        """Moved or cast as a module, with a plan for where the mask now lies."""
         super()._apply(fn, recurse)
-        self._make_plan()
+        if self.plan is not None and self.positions is not None and self.plan.device != self.positions.device:
+            self.plan = None
         return self
 
-    def _make_plan(self) -> None:
-        if self.mask_known and self.positions is not None and not self.positions.is_meta:
-            self.plan = rosa_kernels.make_plan(self.positions, *self.weight.shape, self.weight.dtype)
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*arguments, **named)
+        self.plan = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plan": None}
 
     def check_positions(self, positions: Tensor) -> None:
         """Raise ValueError unless ``positions`` is a mask of this layer: (Z,) int32, strictly increasing, in range."""
@@ -118,7 +128,9 @@ class AdaptedLinear(nn.Module):
         assert self.positions is not None
         self.positions.copy_(positions)
         self.mask_known = True
-        self._make_plan()
+        self.plan = None
+        if not self.positions.is_meta:
+            self._current_plan()
 
     @torch.no_grad()
     def initial_parameters(self) -> dict[str, Tensor]:

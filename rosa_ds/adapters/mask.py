@@ -171,7 +171,7 @@ class MaskCollector:
             )
         if largest is not None:
             _check_finite(scores)
-            return largest.positions().to(torch.int32)
+            return largest.positions()
         return top_positions(gradient_score(self.score, scores, layer.weight), layer.entries)
 
 

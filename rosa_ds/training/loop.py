@@ -217,7 +217,8 @@ class Loop:
         """Choose the positions, give them to the layers and write ``mask.safetensors``."""
         start, settings = time.monotonic(), self.run.settings
         mask = choose_mask(self.layers, settings.mask, settings.training.seed, collector)
-        set_mask(self.run.model, mask)
+        with distributed.together():
+            set_mask(self.run.model, mask)
         self._write_mask(mask)
         entries = sum(positions.numel() for positions in mask.values())
         seconds = time.monotonic() - start

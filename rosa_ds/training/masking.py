@@ -45,7 +45,11 @@ def choose_mask(
     """
     sparse = {name: layer for name, layer in layers.items() if layer.entries}
     if settings.load is not None:
-        return load_mask(Path(settings.load))
+        with distributed.together():
+            mask = load_mask(Path(settings.load))
+        if not distributed.same_everywhere(mask_digest(mask)):
+            raise ValueError(f"the ranks read different masks from {settings.load}: give a file that all hosts share")
+        return mask
     owners = mask_owners(sparse)
     owned: Mask = {}
     error: ValueError | None = None
@@ -57,7 +61,7 @@ def choose_mask(
     except ValueError as problem:
         error = problem
     distributed.raise_everywhere(error)
-    mask: Mask = {}
+    mask = {}
     for name, layer in sparse.items():
         positions = owned.pop(name, None)
         if positions is None:

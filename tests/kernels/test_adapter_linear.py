@@ -172,6 +172,21 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(function, tuple(given[key] for key in keys))
 
 
+def test_a_second_derivative_is_refused() -> None:
+    given = make(CASES[0], torch.float64, "both")
+    y = rosa_kernels.adapter_linear(**given)
+    (grad,) = torch.autograd.grad(y.square().sum(), given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_plan_of_another_matrix_is_refused() -> None:
+    given = make(CASES[0], torch.float32, "both")
+    given["plan"] = rosa_kernels.make_plan(given["positions"], 20, 12, torch.float32)
+    with pytest.raises(ValueError, match=r"the plan is of a \(20, 12\) matrix, the weight \(12, 20\)"):
+        rosa_kernels.adapter_linear(**given)
+
+
 def test_three_dimensions_and_float32_parts_on_a_16_bit_base() -> None:
     given = make((6, 12, 20, 0.2, ""), torch.float32, "both")
     given |= {"x": given["x"].detach().view(2, 3, 20).bfloat16().requires_grad_(), "weight": given["weight"].bfloat16()}

@@ -38,6 +38,9 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "spmm transposed": (spmm_op, (torch.randn(4, 7), grad, values, positions, 5, 7, True, [])),
         "down": (down_op, (x, A, 0.5, seed)),
         "backward": (backward_op, (torch.randn(4, 7), grad_h, x, A, 0.5, seed)),
+        "down of a transposed A": (down_op, (x, torch.randn(7, 2).T, 0.5, seed)),
+        "backward of a transposed A": (backward_op, (torch.randn(4, 7), grad_h, x, torch.randn(7, 2).T, 0.5, seed)),
+        "backward of a transposed A without dropout": (backward_op, (None, grad_h, x, torch.randn(7, 2).T, 0.0, seed)),
         "backward without x": (backward_op, (None, grad_h, x, A, 0.0, seed)),
     }
 

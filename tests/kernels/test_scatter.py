@@ -27,7 +27,9 @@ def test_adds_inside_and_restores_every_bit(dtype: torch.dtype) -> None:
 def test_add_into_and_restore() -> None:
     weight = torch.tensor([1.0, 2.0, 3.0])
     positions, values = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([10.0, 20.0], requires_grad=True)
+    version = weight._version
     old = scatter_add_into(weight, values, positions)
+    assert weight._version > version  # autograd sees that a saved weight is no longer what it was
     assert weight.tolist() == [11.0, 2.0, 23.0]
     assert old.tolist() == [1.0, 3.0]
     restore_into(weight, old, positions)

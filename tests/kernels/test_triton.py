@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 import rosa_kernels
+from rosa_kernels.dispatch import on_device_of
 from rosa_kernels.low_rank import op as low_rank
 from rosa_kernels.low_rank.reference import backward_reference, down_reference
 from rosa_kernels.pattern import triton_kernel as columns_code
+from rosa_kernels.pattern.csr import CompactPlan
 from rosa_kernels.pattern.tiles import TILE, TilePlan, tile_plan
 from rosa_kernels.scatter.reference import scatter_add_reference
 from rosa_kernels.sddmm import triton_kernel as sddmm_code
@@ -234,11 +236,36 @@ def test_whole_layer_agrees_with_torch(
         return {"y": y.detach()} | dict(zip(given, grads, strict=True))
 
     actual, dropped = run(0.0), run(0.5)
+    seed = torch.Generator().manual_seed(0)
+    seed_of_run = torch.randint(2**62, (1,), generator=seed)
+    factors = torch.zeros(18, 70, device=DEVICE)
+    low_rank.backward(
+        factors, torch.ones_like(factors[:, :1]), factors.clone(), torch.ones_like(factors[:1]), 0.5, seed_of_run
+    )
     monkeypatch.setenv("ROSA_KERNELS", "torch")
     expected = run(0.0)
     for name, value in actual.items():
         assert_rel_close(name, value, expected[name], torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, 80)
-        assert not torch.equal(value, dropped[name]) or name in ("B", "values")
+    x, A, B = (
+        randn(18, 70, dtype=dtype).double(),
+        *(randn(*size, dtype=torch.float32, seed=i).double() for i, size in ((1, (4, 70)), (2, (80, 4)))),
+    )
+    g = randn(2, 9, 80, dtype=dtype, seed=5).double().view(18, 80)
+    more, grad_A = backward_reference(g @ B, x, A, factors.double())
+    less, grad_A_kept = backward_reference(g @ B, x, A, torch.ones_like(factors).double())
+    h, h_kept = (down_reference(x, A, f) for f in (factors.double(), torch.ones_like(factors).double()))
+    changes = {
+        "y": (h - h_kept) @ B.T,
+        "x": more - less,
+        "A": grad_A - grad_A_kept,
+        "B": g.T @ (h - h_kept),
+        "values": torch.zeros_like(expected["values"]),
+    }
+    for name, change in changes.items():
+        wanted = expected[name].double() + change.view_as(expected[name])
+        assert_rel_close(
+            f"dropped {name}", dropped[name], wanted, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, 800
+        )
 
 
 def test_plan_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,11 +273,38 @@ def test_plan_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     x = randn(3, 4, dtype=torch.float32)
     plan = rosa_kernels.make_plan(positions, 4, 4, torch.float32)
     assert isinstance(plan, TilePlan)
-    assert plan.bytes() > 0
     assert plan.device.type == DEVICE
+    expected = rosa_kernels.sddmm(x, x, positions, plan)
     monkeypatch.setenv("ROSA_KERNELS", "torch")
-    with pytest.raises(ValueError, match="a TilePlan of 2 entries .* and a CompactPlan: make it with make_plan"):
-        rosa_kernels.sddmm(x, x, positions, plan)
+    assert torch.allclose(rosa_kernels.sddmm(x, x, positions, plan), expected)  # torch has no use for tiles
+    compact = rosa_kernels.make_plan(positions, 4, 4, torch.float32)
+    assert isinstance(compact, CompactPlan)
+    monkeypatch.setenv("ROSA_KERNELS", "sddmm=torch,spmm=triton")
+    assert isinstance(rosa_kernels.make_plan(positions, 4, 4, torch.float32), TilePlan)
+    monkeypatch.setenv("ROSA_KERNELS", "triton")
+    with pytest.raises(ValueError, match="a CompactPlan of 2 entries .* under the same ROSA_KERNELS"):
+        rosa_kernels.sddmm(x, x, positions, compact)
+    with pytest.raises(ValueError, match="a CompactPlan of 2 entries"):
+        rosa_kernels.adapter_linear(
+            x, torch.ones_like(x[:1]).expand(4, 4).clone(), values=expected, positions=positions, plan=compact
+        )
+
+
+def test_entries_that_are_not_contiguous() -> None:
+    positions = torch.tensor([0, 9, 2, 9, 5, 9], dtype=torch.int32, device=DEVICE)[::2]
+    grad, x = randn(3, 2, dtype=torch.float32), randn(3, 4, dtype=torch.float32, seed=1)
+    expected = sddmm_reference(grad.double(), x.double(), positions)
+    assert_rel_close("values", rosa_kernels.sddmm(grad, x, positions), expected, torch.float32)
+    weight, values = torch.zeros(2, 4, device=DEVICE), torch.ones((), device=DEVICE).expand(3)
+    old = rosa_kernels.scatter_add_into(weight, values, positions)
+    assert weight.flatten().tolist() == [1, 0, 1, 0, 0, 1, 0, 0]
+    rosa_kernels.restore_into(weight, torch.stack([old, old + 7], 1)[:, 0], positions)
+    assert not weight.any()
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must lie on one device, given \['cpu', 'meta'\]"):
+        on_device_of(torch.ones(1), None, torch.ones(1, device="meta"))
 
 
 def test_spmm_in_triton_needs_a_plan() -> None:
