@@ -144,6 +144,25 @@ def test_single_collector_refuses_a_second_use_and_forgets_overflow(llama: PreTr
         collector.positions(next(iter(layers)))
 
 
+def test_ranks_at_different_layers_are_an_error(llama: PreTrainedModel) -> None:
+    rosa_ds.inject(llama, AdapterConfig(method="robust", rank=2, density=DENSITY))
+    layers = rosa_ds.adapted_layers(llama)
+    other = next(name for name in layers if "layers.0" in name and "v_proj" in name)
+    summed: list[int] = []
+    collector = MaskCollector(
+        layers,
+        "mean_squared",
+        dict.fromkeys(layers, 0),
+        0,
+        lambda block, owner: summed.append(owner),
+        agree=lambda name: name != other,
+    )
+    collector.attach()
+    with pytest.raises(ValueError, match=f"used different layers in one step .here {other}"):
+        llama(**batches(1)[0]).loss.backward()
+    assert 0 < len(summed) < len(layers)
+
+
 def test_overflowed_steps_are_forgotten(llama: PreTrainedModel) -> None:
     rosa_ds.inject(llama, AdapterConfig(method="robust", rank=2, density=DENSITY, dropout=0.0))
     layers = rosa_ds.adapted_layers(llama)

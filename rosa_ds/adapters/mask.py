@@ -77,6 +77,8 @@ class MaskCollector:
         rank: this rank.
         reduce: sums a tensor over ranks onto the owner, in place.
         single: one optimizer step of one micro-batch a rank.
+        agree: do all ranks give this name now? Asked before a layer's gradient is summed, so that a layer that one rank
+            did not use is an error and not the sum of two layers' gradients.
     """
 
     def __init__(
@@ -87,10 +89,11 @@ class MaskCollector:
         rank: int,
         reduce: Callable[[Tensor, int], None],
         single: bool = False,
+        agree: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self.layers = {name: layer for name, layer in layers.items() if layer.entries}
         self.score = score
-        self.owners, self.rank, self.reduce, self.single = owners, rank, reduce, single
+        self.owners, self.rank, self.reduce, self.single, self.agree = owners, rank, reduce, single, agree
         self.totals: dict[str, Tensor] = {}
         self.steps = 0
         self._current: dict[str, Tensor] = {}
@@ -110,6 +113,11 @@ class MaskCollector:
             raise ValueError(
                 f"{layer.weight_name} is used more than once in a forward pass; with mask.steps 1 and one micro-batch a "
                 "step no sum of gradients is kept: set mask.steps to 2"
+            )
+        if not self.agree(name):
+            raise ValueError(
+                f"the ranks used different layers in one step (here {name}), so their gradients cannot be summed for a mask: "
+                "leave layers that are not used by every example (experts, layer drop) out of adapter.target_modules"
             )
         if self.single:
             self._largest[name] = RunningTopK(layer.entries)

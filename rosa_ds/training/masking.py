@@ -24,7 +24,12 @@ def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings,
     """A collector whose gradients are summed over all ranks. ``micro_batches``: of one rank in an optimizer step."""
     single = settings.steps == 1 and micro_batches == 1
     owners, rank = mask_owners(layers), distributed.rank()
-    return MaskCollector(layers, settings.score, owners, rank, distributed.sum_to_owner, single)
+    return MaskCollector(layers, settings.score, owners, rank, distributed.sum_to_owner, single, _all_at)
+
+
+def _all_at(name: str) -> bool:
+    """Collective: is every rank at this layer?"""
+    return distributed.same_everywhere(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
 
 
 def mask_digest(mask: Mask) -> int:
