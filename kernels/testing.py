@@ -40,7 +40,7 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 def bound(dtype: torch.dtype, terms: int = 1) -> float:
     """:data:`BOUNDS`, or where sums of many ``terms`` go beyond it, the random walk of their float32 (float64) roundings."""
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulator = torch.promote_types(torch.float32, dtype)
     return max(BOUNDS[dtype], torch.finfo(accumulator).eps / 2 * terms**0.5)
 
 

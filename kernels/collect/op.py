@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rosa_kernels.limits import sum_dtype
+
 # A block of rows of the gradient is this large: one all-reduce of a size at which networks run near their full rate.
 BLOCK_BYTES = 64 * 2**20
 
@@ -16,7 +18,7 @@ def gradient_blocks(grad_TN: Tensor, x_TM: Tensor) -> Iterator[tuple[int, Tensor
 
     Shapes: grad_TN (T, N); x_TM (T, M); a block (rows, M).
     """
-    wide = torch.promote_types(torch.float32, x_TM.dtype)
+    wide = sum_dtype(x_TM.dtype)
     x_TM = x_TM.to(wide)
     rows = max(1, BLOCK_BYTES // (wide.itemsize * x_TM.shape[1]))
     for first in range(0, grad_TN.shape[1], rows):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_kernels.sddmm.triton_kernel import ENOUGH_PROGRAMS
+from rosa_kernels.limits import token_splits
 
 
 def down_launch(itemsize: int, rank: int) -> dict[str, int]:
@@ -144,7 +144,7 @@ def launch_backward(
     launch = backward_launch(x_TM.element_size(), rank)
     block_t = launch["BLOCK_T"]
     blocks = triton.cdiv(features, launch["BLOCK_M"])
-    splits = max(1, min(ENOUGH_PROGRAMS // blocks, tokens // (8 * block_t)))
+    splits = token_splits(blocks, tokens, 8 * block_t)
     share = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
     grad_A = torch.empty(splits, rank, features, dtype=torch.float32, device=x_TM.device)
     target = x_TM if grad_x_TM is None else grad_x_TM

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels.dispatch import choose, on_device_of
+from rosa_kernels.limits import sum_dtype
 from rosa_kernels.pattern.csr import COMPACT_PARTS
 from rosa_kernels.pattern.plan import Plan, check_plan
 from rosa_kernels.sddmm import torch_code
@@ -30,7 +31,7 @@ def _check_inputs(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: Plan
 def sampled(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Tensor]) -> Tensor:
     """The product that :func:`sddmm` checked; ``plan``: the parts of a :data:`Plan`, or nothing."""
     if positions_Z.numel() == 0 or grad_TN.shape[0] == 0:
-        return torch.zeros_like(positions_Z, dtype=_sum_dtype(x_TM))
+        return torch.zeros_like(positions_Z, dtype=sum_dtype(x_TM.dtype))
     if choose("sddmm", x_TM.device.type).implementation == "triton":
         from rosa_kernels.sddmm.triton_kernel import launch_sddmm
 
@@ -47,11 +48,7 @@ sddmm_op = torch.library.custom_op("rosa::sddmm", sampled, mutates_args=())
 
 @sddmm_op.register_fake
 def _(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Tensor]) -> Tensor:
-    return torch.empty_like(positions_Z, dtype=_sum_dtype(x_TM))
-
-
-def _sum_dtype(x_TM: Tensor) -> torch.dtype:
-    return torch.float64 if x_TM.dtype == torch.float64 else torch.float32
+    return torch.empty_like(positions_Z, dtype=sum_dtype(x_TM.dtype))
 
 
 def sddmm(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: Plan | None = None) -> Tensor:

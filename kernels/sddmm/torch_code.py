@@ -7,14 +7,13 @@ import itertools
 import torch
 from torch import Tensor
 
+from rosa_kernels import limits
 from rosa_kernels.pattern.csr import acknowledge_beta_csr, compact_plan
 
 # Transposed blocks of tokens are this large, but never of fewer than MIN_TOKENS, which would make the sums of a mask's
 # entries more work than the copies. Fastest of 2 to 16 MiB and 64 to 512 tokens at 4096², 11008×4096 and 1536×576.
 TRANSPOSE_BYTES = 8 * 2**20
 MIN_TOKENS = 256
-# Off the CPU a block of rows of the dense product is in float32 at a time.
-SCRATCH_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
@@ -26,7 +25,7 @@ def sddmm_cpu(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Ten
     """
     (tokens, rows), columns = grad_TN.shape, x_TM.shape[1]
     acknowledge_beta_csr()
-    dtype = torch.float64 if x_TM.dtype == torch.float64 else torch.float32
+    dtype = limits.sum_dtype(x_TM.dtype)
     parts = plan or compact_plan(positions_Z, rows, columns).sampling_parts()
     used_rows, used_columns, pointers, column_Z = parts
     size = (used_rows.numel(), used_columns.numel())
@@ -43,8 +42,8 @@ def sddmm_cpu(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Ten
 def sddmm_blocks(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor) -> Tensor:
     """Blocks of rows of the dense product in the sums' type, each sampled and dropped; waits for the device."""
     (tokens, rows), columns = grad_TN.shape, x_TM.shape[1]
-    dtype = torch.float64 if x_TM.dtype == torch.float64 else torch.float32
-    step = max(1, SCRATCH_BYTES // (dtype.itemsize * max(columns, tokens)))
+    dtype = limits.sum_dtype(x_TM.dtype)
+    step = max(1, limits.SCRATCH_BYTES // (dtype.itemsize * max(columns, tokens)))
     edges = torch.arange(0, rows + step, step, device=positions_Z.device).clamp_(max=rows) * columns
     bounds = torch.searchsorted(positions_Z.long(), edges).tolist()
     total = torch.empty(positions_Z.numel(), dtype=dtype, device=x_TM.device)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosa_kernels.limits import sum_dtype, token_splits, tokens_at_once
 from rosa_kernels.pattern.tiles import TILE
 from rosa_kernels.pattern.triton_kernel import gather_columns
 
@@ -21,11 +22,6 @@ TILES_LAUNCH = {
     4: {"BLOCK_T": 16, "BLOCK_Z": 256, "num_warps": 4, "num_stages": 3},
 }
 GATHER_LAUNCH = {"BLOCK_Z": 64, "BLOCK_T": 16, "num_warps": 4}
-# Copies of the wanted columns are of as many tokens at a time as fit in this, and of no fewer than that.
-SCRATCH_BYTES = 64 * 2**20
-LEAST_TOKENS = 4096
-# Programs that fill a large GPU (an H100 has 132 multiprocessors): with fewer tiles, the tokens are split.
-ENOUGH_PROGRAMS = 264
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -125,27 +121,23 @@ def sddmm_gather_kernel(
     tl.store(target, acc, mask=entry)
 
 
-def _splits(programs: int, tokens: int, block: int) -> int:
-    """Shares of the tokens: enough programs for the GPU, none with fewer than four blocks of tokens."""
-    return max(1, min(ENOUGH_PROGRAMS // max(programs, 1), tokens // (4 * block)))
-
-
 def launch_sddmm(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Tensor]) -> Tensor:
     """Values (Z,), float32 (float64 for float64). Inputs are checked, T and Z are not zero.
 
     ``plan``: the parts of :meth:`TilePlan.sampling_parts`, or empty: then every entry is gathered.
     """
     tokens, entries, columns = x_TM.shape[0], positions_Z.numel(), x_TM.shape[1]
-    wide = torch.float64 if x_TM.dtype == torch.float64 else torch.float32
+    wide = sum_dtype(x_TM.dtype)
     if wide == torch.float64:
         plan = []  # tensor cores of float64 are not worth a second kind of tile
     rows_order, columns_order, tiles, starts, slots, cells, rest = plan or [positions_Z[:0]] * 7
     chosen = rest.numel() if plan else entries
-    width = max(rows_order.numel() + columns_order.numel(), 1)
-    step = max(LEAST_TOKENS, SCRATCH_BYTES // (x_TM.element_size() * width)) if len(tiles) else tokens
+    width = rows_order.numel() + columns_order.numel()
+    step = tokens_at_once(x_TM.element_size() * width) if len(tiles) else tokens
     tile_launch = TILES_LAUNCH.get(x_TM.element_size(), TILES_LAUNCH[4])
     block_t = tile_launch["BLOCK_T"]
-    splits = _splits(len(tiles) + triton.cdiv(chosen, GATHER_LAUNCH["BLOCK_Z"]), min(step, tokens), block_t)
+    programs = len(tiles) + triton.cdiv(chosen, GATHER_LAUNCH["BLOCK_Z"])
+    splits = token_splits(programs, min(step, tokens), 4 * block_t)
     values = torch.empty(splits, entries, dtype=wide, device=x_TM.device)
     for start in range(0, tokens, step):
         grad, x = grad_TN[start : start + step], x_TM[start : start + step]

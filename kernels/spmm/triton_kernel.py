@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosa_kernels.limits import tokens_at_once
 from rosa_kernels.pattern.tiles import TILE
 from rosa_kernels.pattern.triton_kernel import gather_columns
 
-# Copies of the wanted columns are of as many tokens at a time as fit in this, and of no fewer than that.
-SCRATCH_BYTES = 64 * 2**20
-LEAST_TOKENS = 4096
 # By bytes of an input; in float32 anything larger, or fewer warps, spills registers on sm_80.
 LAUNCH = {
     2: {"BLOCK_T": 64, "num_warps": 4, "num_stages": 3},
@@ -63,7 +61,7 @@ def launch_spmm_add(y: Tensor, x: Tensor, values_Z: Tensor, transpose: bool, pla
     blocks = torch.zeros(len(members) * TILE * TILE, dtype=x.dtype, device=x.device)
     blocks.index_copy_(0, cells.long(), values_Z.index_select(0, slots).to(x.dtype))
     launch = LAUNCH[x.element_size()]
-    step = max(LEAST_TOKENS, SCRATCH_BYTES // (x.element_size() * in_order.numel()))
+    step = tokens_at_once(x.element_size() * in_order.numel())
     for start in range(0, x.shape[0], step):
         part = y[start : start + step]
         spmm_tiles_kernel[(out_order.numel() // TILE, triton.cdiv(part.shape[0], launch["BLOCK_T"]))](

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rosa_kernels
+from rosa_kernels import limits
 from rosa_kernels.pattern.csr import compact_plan, csr_pattern
 from rosa_kernels.sddmm import torch_code
 from rosa_kernels.sddmm.reference import sddmm_reference
@@ -48,7 +49,8 @@ def test_matches_reference(case: tuple[int, int, int, float, str], dtype: torch.
 def test_blocks_of_tokens_add_up(implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     grad, x = make(37, 12, 20, dtype)
     positions = random_positions(12, 20, 0.3)
-    for name, value in {"SCRATCH_BYTES": 600, "TRANSPOSE_BYTES": 600, "MIN_TOKENS": 4}.items():
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", 600)
+    for name, value in {"TRANSPOSE_BYTES": 600, "MIN_TOKENS": 4}.items():
         monkeypatch.setattr(torch_code, name, value)
     values = IMPLEMENTATIONS[implementation](grad, x, positions)
     assert_rel_close("values", values, sddmm_reference(grad.double(), x.double(), positions), torch.float32)

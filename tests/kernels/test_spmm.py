@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rosa_kernels
-from rosa_kernels.spmm import op
+from rosa_kernels import limits
 from rosa_kernels.spmm.reference import spmm_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions
 
@@ -37,7 +37,7 @@ def test_matches_reference(case: tuple[int, int, int, float, str], dtype: torch.
 
 
 def test_blocks_of_tokens_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "SCRATCH_BYTES", 700)
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", 700)
     positions, values = random_positions(6, 8, 0.3), torch.rand(round(6 * 8 * 0.3))
     x, y = torch.randn(8, 40).T, torch.randn(6, 40).T
     expected = y.double() + spmm_reference(x.double(), values.double(), positions, (6, 8), False)

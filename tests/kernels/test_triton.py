@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import rosa_kernels
+from rosa_kernels import limits
 from rosa_kernels.dispatch import on_device_of
 from rosa_kernels.low_rank import op as low_rank
 from rosa_kernels.low_rank.reference import backward_reference, down_reference
@@ -16,7 +17,6 @@ from rosa_kernels.pattern.tiles import TILE, TilePlan, tile_plan
 from rosa_kernels.scatter.reference import scatter_add_reference
 from rosa_kernels.sddmm import triton_kernel as sddmm_code
 from rosa_kernels.sddmm.reference import sddmm_reference
-from rosa_kernels.spmm import triton_kernel as spmm_code
 from rosa_kernels.spmm.reference import spmm_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions
 
@@ -70,8 +70,8 @@ def test_sddmm_shapes(case: Case, dtype: torch.dtype, planned: bool) -> None:
 
 @pytest.mark.parametrize("planned", [True, False], ids=["plan", "no plan"])
 def test_sddmm_splits_and_blocks_of_tokens_add_up(planned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sddmm_code, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(sddmm_code, "LEAST_TOKENS", 300)
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(limits, "LEAST_TOKENS", 300)
     grad, x = randn(700, 70, dtype=torch.float32), randn(700, 90, dtype=torch.float32, seed=1)
     positions = clustered_positions(70, 90, 0.05)
     plan = tile_plan(positions, 70, 90, torch.float32) if planned else None
@@ -147,8 +147,8 @@ def test_spmm(case: Case, dtype: torch.dtype, transpose: bool) -> None:
 
 
 def test_spmm_in_blocks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spmm_code, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(spmm_code, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(limits, "LEAST_TOKENS", 32)
     positions = clustered_positions(70, 90, 0.05)
     x, y = randn(75, 90, dtype=torch.float32), randn(75, 70, dtype=torch.float32, seed=1)
     values = randn(positions.numel(), dtype=torch.float32, seed=2)

@@ -1,0 +1,56 @@
+"""Time training steps: ``python launch/step_time.py MODEL --candidate peft-lora --candidate robust [--dtype bfloat16]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from rosa_ds.adapters.mask import load_mask
+from rosa_ds.config import ModelSettings
+from rosa_ds.evaluation.step_time import OURS, PEERS, StepCase, measure_steps
+from rosa_ds.logs import run_program
+
+logger = logging.getLogger("rosa_ds.launch.step_time")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="step_time.py", description=__doc__)
+    parser.add_argument("model", help="model folder, hub name, .gguf file or tiny")
+    parser.add_argument(
+        "--candidate",
+        action="append",
+        choices=(*OURS, *PEERS),
+        help="repeatable; ratios are to the first; default: all",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument("--mask", type=Path, help="mask.safetensors of a run; default: from a gradient of the batch")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    for name, default in (("rank", 8), ("batch", 4), ("length", 256), ("repeats", 7)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--density", type=float, default=0.006, help="default: 0.006")
+    options = parser.parse_args(arguments)
+    if min(options.rank, options.batch, options.length - 1, options.repeats) < 1:
+        raise ValueError("--rank, --batch and --repeats are 1 or more, --length 2 or more")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sizes = {name: getattr(options, name) for name in ("rank", "density", "batch", "length", "repeats")}
+    case = StepCase(ModelSettings(name_or_path=options.model), getattr(torch, options.dtype), **sizes)
+    names = options.candidate or [PEERS[0], *OURS, PEERS[1]]
+    rows = measure_steps(case, names, load_mask(options.mask) if options.mask else None)
+    logger.info(
+        "%s, %s, %d × %d tokens, %d threads, medians of %d steps in turns, torch %s",
+        *(options.model, options.dtype, case.batch, case.length, torch.get_num_threads(), case.repeats),
+        torch.__version__,
+    )
+    for row in rows:
+        logger.info(
+            "%-17s %10s trained  forward %.3f s  backward %.3f s  update %.3f s  step %.3f s  ratio %.3f",
+            *(row.name, f"{row.trained:,}", row.forward, row.backward, row.update, row.step, row.ratio),
+        )
+
+
+if __name__ == "__main__":
+    run_program(main)

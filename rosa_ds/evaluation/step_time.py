@@ -1,0 +1,141 @@
+"""Time of a training step of one model under several adapters, ours and PEFT's, taken in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_ds.adapters.inject import inject
+from rosa_ds.adapters.mask import Mask, compute_mask, set_mask
+from rosa_ds.config import AdapterConfig, Method, ModelSettings
+from rosa_ds.models.load import load_model
+
+PEERS = ("peft-lora", "peft-supertuning")
+OURS: tuple[Method, ...] = ("robust", "sparse", "lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase:
+    """What is timed. ``batch`` sequences of ``length`` random tokens; no dropout, since peers differ in what they drop."""
+
+    model: ModelSettings
+    dtype: torch.dtype
+    rank: int = 8
+    density: float = 0.006
+    batch: int = 4
+    length: int = 256
+    repeats: int = 7
+    seed: int = 42
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds are medians; ``ratio`` is of whole steps, to the first candidate's."""
+
+    name: str
+    trained: int
+    forward: float
+    backward: float
+    update: float
+    step: float
+    ratio: float
+
+
+@dataclasses.dataclass
+class _Candidate:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    times: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
+
+    def step(self, ids: Tensor) -> None:
+        """One optimizer step; its times are kept."""
+        begin = time.perf_counter()
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.times.append((forward - begin, backward - forward, time.perf_counter() - backward))
+
+
+def _adapter(case: StepCase, method: Method) -> AdapterConfig:
+    return AdapterConfig(method=method, rank=case.rank, density=case.density, dropout=0.0)
+
+
+def gradient_mask(case: StepCase, ids: Tensor) -> Mask:
+    """Positions of the largest gradients of one batch, which have the clusters that trained masks have."""
+    model = load_model(case.model, torch.float32)
+    inject(model, _adapter(case, "sparse"), case.seed)
+    return compute_mask(model, [{"input_ids": ids, "labels": ids}])
+
+
+def _peer(model: nn.Module, case: StepCase, name: str) -> nn.Module:
+    peft: Any = importlib.import_module("peft")
+    shared = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if name == "peft-lora":
+        config = peft.LoraConfig(lora_dropout=0.0, **shared)
+    else:
+        config = peft.SupertuningConfig(sparsity=1.0 - case.density, **shared)
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
+
+
+def _build(case: StepCase, name: str, mask: Callable[[], Mask]) -> _Candidate:
+    model: nn.Module = load_model(case.model, case.dtype)
+    if name in PEERS:
+        model = _peer(model, case, name)
+    else:
+        config = _adapter(case, name)  # type: ignore[arg-type]
+        inject(model, config, case.seed)
+        if name != "lora":
+            set_mask(model, mask())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return _Candidate(model.train(), torch.optim.AdamW(trained, lr=0.0))
+
+
+def measure_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None) -> list[StepTime]:
+    """Steps of every candidate in turns (A, B, A, B, ...), after one of each that is not counted.
+
+    Args:
+        case: model, shapes, repeats.
+        names: of :data:`OURS` and :data:`PEERS`; ratios are to the first.
+        mask: of the sparse parts; where not given, one from a gradient of the same batch.
+
+    Raises: ValueError for an unknown name, or a peer that is not installed.
+    """
+    if unknown := [name for name in names if name not in (*OURS, *PEERS)]:
+        raise ValueError(f"no candidate {unknown[0]!r}: choose from {', '.join((*OURS, *PEERS))}")
+    ids = torch.randint(0, 256, (case.batch, case.length), generator=torch.Generator().manual_seed(case.seed))
+    kept: list[Mask] = [mask] if mask is not None else []
+
+    def one_mask() -> Mask:
+        if not kept:
+            kept.append(gradient_mask(case, ids))
+        return kept[0]
+
+    try:
+        candidates = {name: _build(case, name, one_mask) for name in dict.fromkeys(names)}
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"a peer cannot be built ({error}): pip install 'peft>=0.21', or leave it out") from error
+    for _ in range(case.repeats + 1):
+        for candidate in candidates.values():
+            candidate.step(ids)
+    return _table(candidates)
+
+
+def _table(candidates: dict[str, _Candidate]) -> list[StepTime]:
+    rows: list[StepTime] = []
+    for name, candidate in candidates.items():
+        forward, backward, update = (statistics.median(part) for part in zip(*candidate.times[1:], strict=True))
+        step = statistics.median(sum(times) for times in candidate.times[1:])
+        trained = sum(p.numel() for group in candidate.optimizer.param_groups for p in group["params"])
+        rows.append(StepTime(name, trained, forward, backward, update, step, step / rows[0].step if rows else 1.0))
+    return rows

@@ -1,0 +1,31 @@
+"""The step benchmark on the built-in model; what it measures is not a test's business, that it measures all is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rosa_ds.config import ModelSettings
+from rosa_ds.evaluation.step_time import OURS, PEERS, StepCase, measure_steps
+
+CASE = StepCase(ModelSettings(), torch.float32, rank=2, density=0.01, batch=1, length=8, repeats=2)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+def test_all_candidates_train_and_are_compared() -> None:
+    rows = {row.name: row for row in measure_steps(CASE, [*PEERS, *OURS])}
+    assert list(rows) == [*PEERS, *OURS]
+    assert rows["peft-lora"].ratio == 1.0
+    assert rows["lora"].trained == rows["peft-lora"].trained
+    assert rows["robust"].trained == rows["lora"].trained + rows["sparse"].trained
+    # PEFT rounds the number of entries down where ours rounds to the nearest
+    assert 0 <= rows["robust"].trained - rows["peft-supertuning"].trained <= len(rows) * 40
+    for row in rows.values():
+        assert 0 < row.forward < row.step
+        assert 0 < row.backward < row.step
+        assert row.ratio == pytest.approx(row.step / rows["peft-lora"].step)
+
+
+def test_unknown_candidates_are_named() -> None:
+    with pytest.raises(ValueError, match="no candidate 'dora': choose from robust"):
+        measure_steps(CASE, ["dora"])
