@@ -16,6 +16,7 @@ Score = Literal["mean_squared", "mean", "random", "magnitude", "gradient_over_ma
 LOW_RANK_METHODS = frozenset({"lora", "robust"})
 SPARSE_METHODS = frozenset({"sparse", "robust"})
 GRADIENT_SCORES = frozenset({"mean_squared", "mean", "gradient_over_magnitude"})
+WEIGHT_SCORES = frozenset({"magnitude", "gradient_over_magnitude"})
 
 
 class Section(BaseModel):
@@ -99,6 +100,8 @@ class MaskSettings(Section):
     """Optimizer steps over which gradients are collected."""
     after: Literal["restart", "continue"] = "restart"
     """restart: low-rank part, schedule and data order begin again with the mask known; continue: training goes on."""
+    device_memory_gib: Annotated[float, Field(ge=0)] | None = None
+    """What a rank's sums of gradients may take of its GPU while they are collected; the rest is kept in host memory. null: half of what is free."""
     load: str | None = None
     """A mask.safetensors of another run: no mask is computed."""
 
@@ -143,8 +146,8 @@ class TrainingSettings(Section):
     """The learning rate after its warm-up: to 0 linearly, to 0 along a cosine, or constant."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Of data order, initialisation, dropout and random masks."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward instead of keeping them."""
+    gradient_checkpointing: bool | Literal["reentrant"] = False
+    """Recompute activations in backward instead of keeping them: true, or reentrant for torch's older way."""
     logging_steps: Annotated[int, Field(ge=1)] = 1
     """Steps between two lines of metrics.jsonl."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
@@ -155,6 +158,8 @@ class TrainingSettings(Section):
     """Steps between checkpoints; 0: none but the last."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Older checkpoints are deleted."""
+    stall_minutes: Annotated[float, Field(ge=0)] = 30.0
+    """A rank that gets no further for so long ends the run and says which rank it waits for; 0: never."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run's folder."""
 
@@ -208,7 +213,7 @@ class RunConfig(Section):
             unused["mask.warmup_steps"] = f"method {self.method} has no low-rank part to warm up"
         elif not self.collects_gradients:
             reason = "the mask is loaded" if self.mask.load else f"mask.score {self.mask.score} needs no gradient"
-            for name in ("warmup_steps", "steps", "after"):
+            for name in ("warmup_steps", "steps", "after", "device_memory_gib"):
                 unused[f"mask.{name}"] = reason
         if self.method == "full":
             unused["adapter.target_modules"] = "method full trains everything"

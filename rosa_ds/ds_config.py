@@ -19,7 +19,15 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TRAIN_BATCH_SIZE = 16
 MAX_AUTO_MICRO_BATCH_SIZE = 8
-SUPPORTED_STAGES = (0, 1, 2)
+SUPPORTED_STAGES = (0, 1, 2, 3)
+# Other ways to divide or store parameters than masks, checkpoints and draws can read.
+_REFUSED_ZERO_KEYS = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "mics_shard_size",
+    "zero_hpz_partition_size",
+)
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # DeepSpeed ignores top-level keys that it does not know; one that nearly matches these is a typing error.
 # Source: https://www.deepspeed.ai/docs/config-json/
@@ -223,6 +231,24 @@ def _drop_auto(section: dict[str, Any], path: str) -> None:
             del section[key]
 
 
+def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:
+    """Offloading, and what else a ZeRO section may hold. Raises: ValueError for what cannot work."""
+    for key in _REFUSED_ZERO_KEYS:
+        if zero.get(key) not in (None, False, "auto", 1 if key == "zero_hpz_partition_size" else -1):
+            raise ValueError(f"zero_optimization.{key} {zero[key]!r} is not supported: remove it")
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device == "none":
+            continue
+        if stage != 3 or device != "cpu":
+            raise ValueError(
+                f"zero_optimization.{key} to {device!r} at stage {stage}: only stage 3 offloads, and only to cpu; remove it "
+                "(adapters have a small optimizer state) or use ds_configs/zero3_offload.json"
+            )
+        # DeepSpeed's own CPU optimizer must be compiled and knows no parameter groups of ours by name.
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
 def plan_deepspeed(
     config: dict[str, Any], settings: RunConfig, world_size: int, gpu_has_bfloat16: bool
 ) -> tuple[DeepSpeedPlan, RunConfig]:
@@ -252,11 +278,7 @@ def plan_deepspeed(
         raise ValueError(
             f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2"
         )
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device", "none") != "none":
-            raise ValueError(
-                f"zero_optimization.{key} is not supported yet: remove it (adapters have a small optimizer state)"
-            )
+    _check_zero(config, zero, stage)
     optimizer, settings = _take_optimizer(config, _take_scheduler(config, settings))
     dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)
     total, micro, steps = resolve_batch(config, world_size)

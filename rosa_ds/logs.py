@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 import datasets
@@ -22,6 +23,8 @@ def set_up_logging() -> None:
     ours = logging.getLogger("rosa_ds")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO if main else logging.WARNING)
+    # DeepSpeed calls these; torch 2.13 says so at every step
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not main:

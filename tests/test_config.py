@@ -29,7 +29,7 @@ def plan(deepspeed: dict[str, Any], world: int = 1, **settings: Any) -> Any:
 def test_every_shipped_file_is_valid(path: Path, world: int) -> None:
     command = parse_command_line(["--config", str(path)])
     made, _ = plan_deepspeed(command.deepspeed, command.config, world, gpu_has_bfloat16=True)
-    assert made.stage == int(path.stem[-1])
+    assert made.stage == int(path.stem.removeprefix("zero")[0])
     assert made.dtype == "bfloat16"
     assert made.config["train_batch_size"] == made.micro_batch_size * made.accumulation_steps * world == 16
     assert "auto" not in json.dumps(made.config)
@@ -161,11 +161,17 @@ def test_batch_sizes(given: tuple[Any, ...], world: int, expected: tuple[int, in
         ({"train_batch_size": 15}, 2, "use a multiple of 2"),
         ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 3}, 2, "is not train_micro_batch_size_per_gpu ×"),
         ({"train_batch_size": 0}, 1, "is a whole number of 1 or more"),
-        ({"zero_optimization": {"stage": 3}}, 1, "stage 3: supported are"),
+        ({"zero_optimization": {"stage": 4}}, 1, "stage 4: supported are"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, 1, "mics_shard_size 2 is not supported"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            1,
+            "offload_param to 'nvme' at stage 3",
+        ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             1,
-            "offload_optimizer is not supported",
+            "offload_optimizer to 'cpu' at stage 2: only stage 3 offloads",
         ),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, 1, "choose one"),
         ({"bf16": True}, 1, "is a section such as"),

@@ -67,7 +67,7 @@ def test_source_rules(path: Path) -> None:
     text, names = path.read_text(), imported_names(path)
     where = path.relative_to(ROOT).as_posix()
     assert len(text.splitlines()) <= 400, "split the file"
-    if where != "rosa_ds/distributed.py":
+    if not where.startswith("rosa_ds/distributed/"):
         assert not any(name.startswith(("torch.distributed", "deepspeed.comm")) for name in names)
         assert "GatheredParameters" not in text
     if where not in ("rosa_ds/models/pretrain_tiny.py", "rosa_ds/cli.py"):

@@ -91,7 +91,9 @@ def test_micro_batches_of_a_step_add_up_before_they_are_squared(llama: PreTraine
     collector.end_step()
     collector.detach()
     expected = rosa_ds.compute_mask(llama, [whole])
-    assert all(torch.equal(collector.positions(name), expected[f"{name}.weight"]) for name in layers)
+    assert all(
+        torch.equal(collector.positions(name, layers[name].weight), expected[f"{name}.weight"]) for name in layers
+    )
 
 
 @pytest.mark.parametrize("score", ["mean_squared", "mean", "gradient_over_magnitude"])
@@ -116,7 +118,9 @@ def test_one_micro_batch_keeps_its_largest_entries_alone(
     assert max(blocks) <= 5 * 64
     assert not collector.totals
     expected = rosa_ds.compute_mask(llama, [batch], score=score)
-    assert all(torch.equal(collector.positions(name), expected[f"{name}.weight"]) for name in layers)
+    assert all(
+        torch.equal(collector.positions(name, layers[name].weight), expected[f"{name}.weight"]) for name in layers
+    )
 
 
 def test_single_collector_refuses_a_second_use_and_forgets_overflow(llama: PreTrainedModel) -> None:
@@ -135,13 +139,15 @@ def test_single_collector_refuses_a_second_use_and_forgets_overflow(llama: PreTr
     (llama(**second).loss).backward()
     collector.end_step()
     expected = rosa_ds.compute_mask(llama, [second])
-    assert all(torch.equal(collector.positions(name), expected[f"{name}.weight"]) for name in layers)
+    assert all(
+        torch.equal(collector.positions(name, layers[name].weight), expected[f"{name}.weight"]) for name in layers
+    )
     collector.end_step(valid=False)
     collector.attach()  # compute_mask has taken it off
     (llama(**second).loss * float("nan")).backward()
     collector.end_step()
     with pytest.raises(ValueError, match="score is not finite"):
-        collector.positions(next(iter(layers)))
+        collector.positions(next(iter(layers)), layers[next(iter(layers))].weight)
 
 
 def test_ranks_at_different_layers_are_an_error(llama: PreTrainedModel) -> None:
@@ -173,13 +179,13 @@ def test_overflowed_steps_are_forgotten(llama: PreTrainedModel) -> None:
     collector.end_step(valid=False)
     name = next(iter(layers))
     with pytest.raises(ValueError, match="every collect step overflowed"):
-        collector.positions(name)
+        collector.positions(name, layers[name].weight)
     (llama(**second).loss * 8).backward()
     collector.end_step(scale=8)
     collector.detach()
     assert collector.steps == 1
     expected = rosa_ds.compute_mask(llama, [second], score="mean")
-    assert torch.equal(collector.positions(name), expected[f"{name}.weight"])
+    assert torch.equal(collector.positions(name, layers[name].weight), expected[f"{name}.weight"])
 
 
 def test_a_layer_without_gradient_is_named(llama: PreTrainedModel) -> None:

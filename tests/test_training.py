@@ -30,7 +30,7 @@ PHASES = ("--mask.warmup_steps", "2", "--mask.steps", "2", "--training.max_steps
 KEEP = ("--training.keep_checkpoints", "20", "--adapter.dropout", "0.1")
 
 
-def zero(stage: int) -> tuple[str, str]:
+def zero(stage: int | str) -> tuple[str, str]:
     return "--config", str(ROOT / "ds_configs" / f"zero{stage}.json")
 
 
@@ -132,10 +132,27 @@ def test_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path) -> No
     assert losses(copy) == losses(straight)
 
 
-SPLITS = {
-    "1 rank, 4 micro-batches, stage 0": ("python", 1, 0, 4),
-    "2 ranks, 2 micro-batches, stage 1": ("torchrun", 2, 1, 4),
-    "4 ranks, 1 micro-batch, stage 2": ("deepspeed", 4, 2, 4),
+PERSIST = "--ds.zero_optimization.stage3_param_persistence_threshold"
+REUSE = "--ds.zero_optimization.stage3_max_reuse_distance"
+OVERLAP = "--ds.zero_optimization.overlap_comm"
+SPLITS: dict[str, tuple[str, int, int | str, tuple[str, ...]]] = {
+    "1 rank, 4 micro-batches, stage 0": ("python", 1, 0, ()),
+    "2 ranks, 2 micro-batches, stage 1": ("torchrun", 2, 1, ()),
+    "4 ranks, 1 micro-batch, stage 2": ("deepspeed", 4, 2, ()),
+    "1 rank, stage 3": ("python", 1, 3, ()),
+    "2 ranks, stage 3, DeepSpeed's own persistence": ("torchrun", 2, 3, (PERSIST, "100000")),
+    "4 ranks, stage 3, nothing persists, no reuse, no overlap": (
+        *("deepspeed", 4, 3),
+        (PERSIST, "0", REUSE, "0", OVERLAP, "false"),
+    ),
+    "2 ranks, stage 3, offload, checkpointing": (
+        *("torchrun", 2, "3_offload"),
+        (PERSIST, "0", "--training.gradient_checkpointing", "true"),
+    ),
+    "2 ranks, stage 3, reentrant checkpointing": (
+        *("torchrun", 2, 3),
+        ("--training.gradient_checkpointing", "reentrant"),
+    ),
 }
 NO_DROPOUT = (*FAST, *PHASES, "--adapter.dropout", "0")
 
@@ -143,9 +160,9 @@ NO_DROPOUT = (*FAST, *PHASES, "--adapter.dropout", "0")
 @pytest.fixture(scope="session", params=SPLITS)
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
-    launcher, ranks, stage, micro = SPLITS[request.param]
-    size = ("--ds.train_micro_batch_size_per_gpu", str(micro))
-    run(launcher, ranks, TRAIN, *zero(stage), *NO_DROPOUT, *size, cwd=folder)
+    launcher, ranks, stage, more = SPLITS[request.param]
+    size = ("--ds.train_micro_batch_size_per_gpu", "4")
+    run(launcher, ranks, TRAIN, *zero(stage), *NO_DROPOUT, *size, *more, cwd=folder)
     return folder / "runs" / "default"
 
 
@@ -234,7 +251,7 @@ class DenseRobust(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight + sparse + self.scale * self.B @ self.A)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_robust_equals_dense_autograd(tmp_path: Path, stage: int) -> None:
     arguments = ("--adapter.dropout", "0", "--training.max_steps", "6", "--mask.score", "random")
     run("torchrun", 2, TRAIN, *zero(stage), *FAST, *arguments, cwd=tmp_path)
@@ -256,7 +273,7 @@ def test_robust_equals_dense_autograd(tmp_path: Path, stage: int) -> None:
 # -- other settings ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_keeps_float32_masters(tmp_path: Path, stage: int) -> None:
     """Also: mask.after continue, gradient checkpointing, a module trained whole, resume with 16-bit parameters."""
     arguments = (

@@ -15,8 +15,8 @@ Plan: TypeAlias = TilePlan | CompactPlan
 """Made once with the mask by :func:`make_plan`; ``sddmm``, ``spmm_add_into`` and ``adapter_linear`` take it."""
 
 
-def _tiles_wanted(device: torch.device) -> bool:
-    """Does an op that reads a plan run in Triton?"""
+def needs_tiles(device: torch.device) -> bool:
+    """Does an op that reads a plan run in Triton on this device?"""
     return any(choose(op, device.type).implementation == "triton" for op in ("sddmm", "spmm"))
 
 
@@ -27,7 +27,7 @@ def make_plan(positions_Z: Tensor, rows: int, columns: int, dtype: torch.dtype) 
     Waits for the device, so it belongs where the mask is made, not in a step.
     Shapes: positions_Z (Z,) int32 or int64, flat row-major in (rows, columns), sorted, each once.
     """
-    if _tiles_wanted(positions_Z.device):
+    if needs_tiles(positions_Z.device):
         return tile_plan(positions_Z, rows, columns, dtype)
     return compact_plan(positions_Z, rows, columns)
 
@@ -36,7 +36,7 @@ def check_plan(plan: Plan, rows: int, columns: int, positions_Z: Tensor) -> None
     """Raise ValueError unless ``plan`` has these sizes and device, and tiles where Triton runs. Not its positions."""
     given = (plan.rows, plan.columns, plan.entries)
     fits = given == (rows, columns, positions_Z.numel()) and plan.device == positions_Z.device
-    if not fits or (_tiles_wanted(positions_Z.device) and not isinstance(plan, TilePlan)):
+    if not fits or (needs_tiles(positions_Z.device) and not isinstance(plan, TilePlan)):
         raise ValueError(
             f"a {type(plan).__name__} of {given[2]} entries in a ({given[0]}, {given[1]}) matrix on {plan.device} was given "
             f"for {positions_Z.numel()} in ({rows}, {columns}) on {positions_Z.device}: make it with make_plan from these "

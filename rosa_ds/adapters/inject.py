@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear
 from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
 from rosa_ds.config import LOW_RANK_METHODS, SPARSE_METHODS, AdapterConfig
@@ -52,19 +53,21 @@ def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _count_entries(name: str, weight: Tensor, density: float) -> int:
-    if density > 0 and weight.numel() > MAX_POSITIONS:
+    numel = distributed.full_numel(weight)
+    if density > 0 and numel > MAX_POSITIONS:
         raise ValueError(
-            f"{name}.weight has {weight.numel():,} entries, int32 positions reach {MAX_POSITIONS:,}: leave it out "
+            f"{name}.weight has {numel:,} entries, int32 positions reach {MAX_POSITIONS:,}: leave it out "
             "of the sparse part with adapter.density_pattern"
         )
-    return round(density * weight.numel())
+    return round(density * numel)
 
 
 def inject(model: nn.Module, config: AdapterConfig, seed: int = 42) -> InjectReport:
     """Freeze a model and give it trainable parts; the function it computes does not change.
 
     Args:
-        model: any model with ``nn.Linear`` or ``Conv1D`` layers; changed in place.
+        model: any model with ``nn.Linear`` or ``Conv1D`` layers, also on the meta device or partitioned by ZeRO-3 (whose
+            weights are not gathered); changed in place.
         config: method, ranks, densities, targets. ``full`` makes everything trainable instead.
         seed: of the initial ``A``, per layer.
 
@@ -76,7 +79,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42) -> InjectRep
     if config.method == "full":
         model.requires_grad_(True)
         model.rosa_injected = (config, seed)  # type: ignore[assignment]
-        return InjectReport((), ("all",), 0, 0, sum(p.numel() for p in model.parameters()), 0)
+        return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
     targets = find_targets(model, config.target_modules)
     check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
     check_patterns(config.density_pattern, targets, "adapter.density_pattern")
@@ -108,9 +111,17 @@ def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
     for parameter in model.parameters():
         key = own.get(id(parameter), "whole" if parameter.requires_grad else "frozen")
         if key != "positions":
-            count[key] += parameter.numel()
+            count[key] += distributed.full_numel(parameter)
     low_rank = count["A"] + count["B"]
     return InjectReport(tuple(layers), whole, low_rank, count["values"], count["whole"], count["frozen"])
+
+
+def _check_whole(model: nn.Module) -> None:
+    if any(distributed.is_partitioned(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "this model's weights are partitioned by ZeRO-3, so nothing can be merged into them: save the adapter "
+            "(rosa_ds.save_adapter) and merge it into a model of one process, as launch/export.py does"
+        )
 
 
 @torch.no_grad()
@@ -118,7 +129,9 @@ def merge(model: nn.Module) -> nn.Module:
     """Fold all adapters into the base weights and put plain layers back: an ordinary transformers model again.
 
     The sum is formed in float32 and rounded once to the weight's dtype. Returns the same model, changed.
+    Raises: ValueError for a model that ZeRO-3 has partitioned, whose layers cannot be exchanged.
     """
+    _check_whole(model)
     for name, layer in adapted_layers(model).items():
         layer.weight.data.copy_(layer.merged_weight())
         _set_submodule(model, name, layer.plain())
@@ -131,6 +144,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
     Keeps a copy of the adapted base weights meanwhile.
     """
+    _check_whole(model)
     layers = adapted_layers(model)
     backup = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     try:

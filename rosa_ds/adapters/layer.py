@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rosa_kernels
+from rosa_ds import distributed
 from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
 from rosa_kernels.adapter_linear.op import Collect, SparseProduct
+from rosa_kernels.pattern.plan import needs_tiles
 
 MAX_POSITIONS = 2**31 - 1
 
@@ -21,7 +23,8 @@ class AdaptedLinear(nn.Module):
 
     Parameters keep the base layer's names (``weight``, ``bias``), so the names of the base model do not change;
     the trainable ones are ``A`` (R, M), ``B`` (N, R) and ``values`` (Z,), with ``positions`` (Z,) frozen int32.
-    The sparse part sleeps until :meth:`set_positions`; ``values`` then has a zero gradient.
+    The sparse part sleeps until :meth:`set_positions`; ``values`` then has a zero gradient. Under ZeRO-3 all of them are
+    partitioned and whole only inside forward and backward, so shapes come from ``in_features`` and ``out_features``.
 
     Source: RoSA, arXiv 2401.04679.
     """
@@ -49,7 +52,8 @@ class AdaptedLinear(nn.Module):
         self.transposed = isinstance(base, Conv1D)
         self.weight = base.weight
         self.bias = base.bias
-        self.in_features, self.out_features = self.weight.shape if self.transposed else self.weight.shape[::-1]
+        shape = distributed.full_shape(base.weight)
+        self.in_features, self.out_features = shape if self.transposed else shape[::-1]
         self.rank, self.scale, self.dropout, self.entries, self.seed = rank, scale, dropout, entries, seed
         self.sparse_product: SparseProduct = sparse_product
         self.collect: Collect | None = None
@@ -72,6 +76,17 @@ class AdaptedLinear(nn.Module):
         """Name of the base weight in the model, the key of this layer's mask."""
         return f"{self.name}.weight"
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of the whole ``weight`` as it is stored."""
+        sizes = (self.out_features, self.in_features)
+        return sizes[::-1] if self.transposed else sizes
+
+    @property
+    def weight_numel(self) -> int:
+        """Numbers of the whole ``weight``."""
+        return self.in_features * self.out_features
+
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., M); result (..., N), of x's dtype."""
         return rosa_kernels.adapter_linear(
@@ -91,9 +106,15 @@ class AdaptedLinear(nn.Module):
         )
 
     def _current_plan(self) -> rosa_kernels.Plan | None:
-        """The mask's plan, made when the mask is set, or here after the layer was moved, loaded or copied."""
-        if self.plan is None and self.mask_known and self.positions is not None:
-            self.plan = rosa_kernels.make_plan(self.positions, *self.weight.shape, self.weight.dtype)
+        """The mask's plan, made when the mask is set, or here after the layer was moved, loaded or copied.
+
+        A plan is as large as the positions. Where those are partitioned, torch makes it again in each backward; Triton,
+        which would wait for the device to make it, keeps it.
+        """
+        if self.positions is None or not self.mask_known:
+            return None
+        if self.plan is None and (not distributed.is_partitioned(self.positions) or needs_tiles(self.positions.device)):
+            self.plan = rosa_kernels.make_plan(self.positions, *self.weight_shape, self.weight.dtype)
         return self.plan
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
@@ -114,8 +135,8 @@ class AdaptedLinear(nn.Module):
         problem = ""
         if positions.shape != (self.entries,) or positions.dtype != torch.int32:
             problem = f"{tuple(positions.shape)} of {positions.dtype} given, ({self.entries},) of torch.int32 expected"
-        elif self.entries and (positions[0] < 0 or positions[-1] >= self.weight.numel()):
-            problem = f"indices from {int(positions[0])} to {int(positions[-1])} in {self.weight.numel()} entries"
+        elif self.entries and (positions[0] < 0 or positions[-1] >= self.weight_numel):
+            problem = f"indices from {int(positions[0])} to {int(positions[-1])} in {self.weight_numel} entries"
         elif bool((positions[1:] <= positions[:-1]).any()):
             problem = "not sorted, or an entry stands twice"
         if problem:
@@ -126,10 +147,10 @@ class AdaptedLinear(nn.Module):
         """Fix which entries the sparse part trains. Shapes: (Z,) int32, sorted. Raises: see check_positions."""
         self.check_positions(positions)
         assert self.positions is not None
-        self.positions.copy_(positions)
+        distributed.write_whole(self.positions, positions)
         self.mask_known = True
         self.plan = None
-        if not self.positions.is_meta:
+        if not self.positions.is_meta and not distributed.is_partitioned(self.positions):
             self._current_plan()
 
     @torch.no_grad()
@@ -138,9 +159,9 @@ class AdaptedLinear(nn.Module):
         fresh: dict[str, Tensor] = {}
         if self.A is not None and self.B is not None:
             fresh["A"] = initial_A(self.name, self.rank, self.in_features, self.seed)
-            fresh["B"] = torch.zeros(self.B.shape)
+            fresh["B"] = torch.zeros(self.out_features, self.rank)
         if self.values is not None:
-            fresh["values"] = torch.zeros(self.values.shape)
+            fresh["values"] = torch.zeros(self.entries)
         return fresh
 
     @torch.no_grad()

@@ -51,14 +51,14 @@ def gradient_score(kind: Score, total: Tensor, weight: Tensor) -> Tensor:
     raise ValueError(f"mask.score {kind!r} does not come from gradients: use one of {sorted(GRADIENT_SCORES)}")
 
 
-def static_positions(kind: Score, layer: AdaptedLinear, seed: int) -> Tensor:
-    """The mask of a score that needs no gradient (``random``, ``magnitude``). Shapes: (Z,) int32."""
+def static_positions(kind: Score, layer: AdaptedLinear, weight: Tensor, seed: int) -> Tensor:
+    """The mask of a score that needs no gradient (``random``, ``magnitude``). Shapes: weight whole; (Z,) int32."""
     if kind == "random":
         generator = keyed_generator(seed, layer.name, "mask")
-        chosen = torch.randperm(layer.weight.numel(), generator=generator)[: layer.entries]
+        chosen = torch.randperm(layer.weight_numel, generator=generator)[: layer.entries]
         return chosen.sort().values.to(torch.int32)
     if kind == "magnitude":
-        return top_positions(layer.weight.detach().float().abs(), layer.entries)
+        return top_positions(weight.detach().float().abs(), layer.entries)
     raise ValueError(f"mask.score {kind!r} needs gradients")
 
 
@@ -77,6 +77,8 @@ class MaskCollector:
         rank: this rank.
         reduce: sums a tensor over ranks onto the owner, in place.
         single: one optimizer step of one micro-batch a rank.
+        steps: optimizer steps that will be collected; with one the gradient is the sum, and no second matrix is kept.
+        device_bytes: what the kept matrices may take on the device; those of further layers are kept in host memory.
         agree: do all ranks give this name now? Asked before a layer's gradient is summed, so that a layer that one rank
             did not use is an error and not the sum of two layers' gradients.
     """
@@ -89,6 +91,8 @@ class MaskCollector:
         rank: int,
         reduce: Callable[[Tensor, int], None],
         single: bool = False,
+        steps: int = 2,
+        device_bytes: int | None = None,
         agree: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self.layers = {name: layer for name, layer in layers.items() if layer.entries}
@@ -96,8 +100,24 @@ class MaskCollector:
         self.owners, self.rank, self.reduce, self.single, self.agree = owners, rank, reduce, single, agree
         self.totals: dict[str, Tensor] = {}
         self.steps = 0
+        self._on_host, self.kept_bytes = self._place(1 if steps == 1 else 2, device_bytes)
         self._current: dict[str, Tensor] = {}
         self._largest: dict[str, RunningTopK] = {}
+
+    def _place(self, matrices: int, device_bytes: int | None) -> tuple[set[str], dict[str, int]]:
+        """The layers of this rank whose ``matrices`` do not fit the device, and the bytes kept ``device`` and ``host``."""
+        on_host: set[str] = set()
+        kept = {"device": 0, "host": 0}
+        for name, layer in self.layers.items():
+            if self.owners[name] != self.rank:
+                continue
+            wide = torch.promote_types(torch.float32, layer.weight.dtype).itemsize
+            # scores and positions of the best candidates, old and new, or whole matrices
+            size = 4 * 8 * layer.entries if self.single else matrices * wide * layer.weight_numel
+            fits = self.single or device_bytes is None or kept["device"] + size <= device_bytes
+            kept["device" if fits else "host"] += size
+            on_host |= set() if fits else {name}
+        return on_host, kept
 
     def attach(self) -> None:
         for name, layer in self.layers.items():
@@ -128,14 +148,15 @@ class MaskCollector:
 
     def _take(self, name: str, first: int, block: Tensor) -> None:
         """Rows of a gradient, from ``first`` on, summed over the ranks."""
-        weight, rows = self.layers[name].weight, slice(first, first + len(block))
+        layer, rows = self.layers[name], slice(first, first + len(block))
         if self.single:
             term = block.square_() if self.score == "mean_squared" else block
-            self._largest[name].add(gradient_score(self.score, term, weight[rows]), first * weight.shape[1])
+            self._largest[name].add(gradient_score(self.score, term, layer.weight[rows]), first * layer.weight_shape[1])
         else:
             if name not in self._current:
-                self._current[name] = torch.zeros(weight.shape, dtype=block.dtype, device=block.device)
-            self._current[name][rows] += block
+                device = torch.device("cpu") if name in self._on_host else block.device
+                self._current[name] = torch.zeros(layer.weight_shape, dtype=block.dtype, device=device)
+            self._current[name][rows] += block.to(self._current[name].device)
 
     def end_step(self, scale: float = 1.0, valid: bool = True) -> None:
         """Close an optimizer step. ``scale``: what the loss was multiplied with; ``valid`` false (fp16 overflow) forgets it."""
@@ -155,11 +176,14 @@ class MaskCollector:
     def restore(self, totals: Mapping[str, Tensor], steps: int) -> None:
         """Go on from the sums that another collector had after ``steps`` steps; this rank takes those it owns."""
         owned = {name: layer for name, layer in self.layers.items() if self.owners[name] == self.rank}
-        self.totals = {name: totals[name].to(layer.weight.device) for name, layer in owned.items()}
+        self.totals = {
+            name: totals[name].to("cpu" if name in self._on_host else layer.weight.device)
+            for name, layer in owned.items()
+        }
         self.steps = steps
 
-    def positions(self, name: str) -> Tensor:
-        """The mask of a layer that this rank owns.
+    def positions(self, name: str, weight: Tensor) -> Tensor:
+        """The mask of a layer that this rank owns. Shapes: weight, the layer's, whole; (Z,) int32.
 
         Raises:
             ValueError: no valid step was collected, or this layer's gradient was zero everywhere.
@@ -180,7 +204,7 @@ class MaskCollector:
         if largest is not None:
             _check_finite(scores)
             return largest.positions()
-        return top_positions(gradient_score(self.score, scores, layer.weight), layer.entries)
+        return top_positions(gradient_score(self.score, scores.to(weight.device), weight), layer.entries)
 
 
 def compute_mask(
@@ -201,7 +225,7 @@ def compute_mask(
     if not layers:
         raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")
     if score not in GRADIENT_SCORES:
-        return {layer.weight_name: static_positions(score, layer, seed) for layer in layers.values()}
+        return {layer.weight_name: static_positions(score, layer, layer.weight, seed) for layer in layers.values()}
     collector = MaskCollector(layers, score, dict.fromkeys(layers, 0), 0, lambda tensor, owner: None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     collector.attach()
@@ -211,16 +235,16 @@ def compute_mask(
             collector.end_step()
     finally:
         collector.detach()
-    return {layer.weight_name: collector.positions(name) for name, layer in layers.items()}
+    return {layer.weight_name: collector.positions(name, layer.weight) for name, layer in layers.items()}
 
 
-def set_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
-    """Give every layer with a sparse part its positions; nothing is set unless all fit.
+def check_mask(layers: Mapping[str, AdaptedLinear], mask: Mapping[str, Tensor]) -> None:
+    """Does the mask fit these layers (by any key), each of which has a sparse part?
 
     Raises:
         ValueError: a layer without a mask, a mask without a layer, or positions that do not fit.
     """
-    layers = {layer.weight_name: layer for layer in adapted_layers(model).values() if layer.entries}
+    layers = {layer.weight_name: layer for layer in layers.values()}
     unknown = sorted(set(mask) - set(layers))
     missing = sorted(set(layers) - set(mask))
     if unknown:
@@ -231,8 +255,14 @@ def set_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
         )
     for name, layer in layers.items():
         layer.check_positions(mask[name])
-    for name, layer in layers.items():
-        layer.set_positions(mask[name])
+
+
+def set_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+    """Give every layer with a sparse part its positions; nothing is set unless all fit. Raises: as :func:`check_mask`."""
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
+    check_mask(layers, mask)
+    for layer in layers.values():
+        layer.set_positions(mask[layer.weight_name])
 
 
 def save_mask(mask: Mapping[str, Tensor], path: Path, origin: Mapping[str, str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, inject
 from rosa_ds.adapters.mask import set_mask
 from rosa_ds.config import AdapterConfig
@@ -37,12 +39,14 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def positions_of(model: nn.Module) -> dict[str, Tensor]:
-    """Weight name -> positions of the layers whose mask is known."""
-    return {
-        layer.weight_name: layer.positions.detach()
-        for layer in adapted_layers(model).values()
-        if layer.positions is not None and layer.mask_known
-    }
+    """Weight name -> positions of the layers whose mask is known; as :func:`rosa_ds.distributed.read_on_main`."""
+    return distributed.read_on_main(
+        {
+            layer.weight_name: layer.positions
+            for layer in adapted_layers(model).values()
+            if layer.positions is not None and layer.mask_known
+        }
+    )
 
 
 def describe(model: nn.Module, base: Mapping[str, Any] | None = None) -> AdapterDescription:
@@ -64,15 +68,25 @@ def save_adapter(
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
+    A model that ZeRO-3 has partitioned is saved by all ranks together (the first one writes), any other by whoever calls.
+
     Args:
         base: where the base comes from (name, revision, hash); by default the name it was loaded by.
         tensors: float32 numbers of the trained parameters by name, where the model's own are only a 16-bit copy.
     """
     description = describe(model, base)
-    tensors = trained_parameters(model) if tensors is None else tensors
+    shared = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
+    if tensors is None:
+        tensors = distributed.read_on_main(trained_parameters(model))
     content = {f"trained.{name}": tensor.detach() for name, tensor in tensors.items()}
     content |= {f"positions.{name}": positions for name, positions in positions_of(model).items()}
-    with written_folder(Path(folder)) as temporary:
+    with distributed.together() if shared else contextlib.nullcontext():
+        if distributed.is_main() or not shared:
+            _write(Path(folder), content, description)
+
+
+def _write(folder: Path, content: Mapping[str, Tensor], description: AdapterDescription) -> None:
+    with written_folder(folder) as temporary:
         write_tensors(temporary / TENSOR_FILE, content, {"format": "pt"})
         write_json(
             temporary / CONFIG_FILE,
@@ -127,12 +141,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
         where = "model" if wrong[0] in tensors else "adapter"
         raise ValueError(f"{folder}: {wrong[0]} is not in the {where}.{did_you_mean(wrong[0], parameters)}")
     for name, tensor in tensors.items():
-        if tensor.shape != parameters[name].shape:
+        if tensor.shape != (shape := distributed.full_shape(parameters[name])):
             raise ValueError(
-                f"{folder}: {name} is {tuple(tensor.shape)}, the model's is {tuple(parameters[name].shape)}: is it another base?"
+                f"{folder}: {name} is {tuple(tensor.shape)}, the model's is {tuple(shape)}: is it another base?"
             )
     if mask:
         set_mask(model, mask)
     for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+        distributed.write_whole(parameters[name], tensor)
     return description

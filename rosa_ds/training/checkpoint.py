@@ -43,6 +43,8 @@ MAY_CHANGE = frozenset(
             "training.keep_checkpoints",
             "training.tensorboard",
             "training.gradient_checkpointing",
+            "training.stall_minutes",
+            "mask.device_memory_gib",
         ),
         *("data.eval", "data.batching", "model.attn_implementation", "model.name_or_path", "model.revision"),
     }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
@@ -38,6 +39,23 @@ def learning_rates(settings: RunConfig) -> dict[str, float]:
     }
 
 
+PERSISTENCE = "stage3_param_persistence_threshold"
+
+
+def keep_vectors_everywhere(model: nn.Module, config: dict[str, Any]) -> None:
+    """At stage 3, where the file says nothing else, only norms and biases stay gathered, and never a part of an adapter.
+
+    DeepSpeed's own default of 100,000 numbers would leave most of A, B, values and positions on every rank.
+    """
+    ours = {
+        id(getattr(layer, part))
+        for layer in adapted_layers(model).values()
+        for part in ("A", "B", "values", "positions")
+    }
+    vectors = [p for p in model.parameters() if len(distributed.full_shape(p)) == 1 and id(p) not in ours]
+    config["zero_optimization"].setdefault(PERSISTENCE, max(map(distributed.full_numel, vectors), default=0))
+
+
 def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> tuple[Any, TrainedState]:
     """Wrap an injected model in a DeepSpeed engine with one parameter group per learning rate.
 
@@ -50,6 +68,8 @@ def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> 
     groups = parameter_groups(model)
     if not groups:
         raise ValueError("nothing is trainable: check adapter.rank, adapter.density and adapter.target_modules")
+    if plan.stage == 3:
+        keep_vectors_everywhere(model, plan.config)
     rates = learning_rates(settings)
     optimizer: torch.optim.Optimizer = getattr(torch.optim, plan.optimizer.name)(
         [{"params": list(group.values()), "lr": rates[name], "name": name} for name, group in groups.items()],

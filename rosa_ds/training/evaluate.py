@@ -17,12 +17,17 @@ from rosa_ds.training.loss import token_loss_sum
 def evaluate_loss(model: Any, data: TokenSet, batch_size: int, pad_id: int, selects: bool) -> float:
     """Mean negative log-likelihood of all trained tokens of ``data``, in nats a token: the same on every rank.
 
-    Each rank takes every n-th batch of the examples in order of length; ranks without one take part in the sum.
+    Each rank takes every n-th batch of the examples in order of length. All go through the model equally often, since
+    under ZeRO-3 each pass gathers weights: one that has no batch left repeats its first for nothing.
     """
     order = np.argsort(-data.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     device = model.device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for indices in batches[distributed.rank() :: distributed.world_size()]:
-        total += token_loss_sum(model, load_batch(data, indices, pad_id), device, selects).double()
+    ranks = distributed.world_size()
+    for number in range(distributed.rank(), -(-len(batches) // ranks) * ranks, ranks):
+        distributed.progress(f"evaluation, batch {number // ranks + 1}")
+        indices = batches[number] if number < len(batches) else batches[0]
+        loss = token_loss_sum(model, load_batch(data, indices, pad_id), device, selects).double()
+        total += loss if number < len(batches) else 0.0
     return float(distributed.sum_over_ranks(total)) / int(data.trained.sum())

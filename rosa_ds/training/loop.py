@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.adapters.mask import MaskCollector, save_mask, set_mask
+from rosa_ds.adapters.mask import Mask, MaskCollector, save_mask, set_mask
 from rosa_ds.adapters.state import positions_of
 from rosa_ds.config import SPARSE_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan, load_batch
@@ -30,7 +30,7 @@ from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate_loss
 from rosa_ds.training.loss import accepts_kept_positions, token_loss_sum
-from rosa_ds.training.masking import build_collector, choose_mask
+from rosa_ds.training.masking import build_collector, fix_mask
 from rosa_ds.training.metrics import MetricsLog, peak_memory_bytes
 from rosa_ds.training.schedule import Schedule, Step
 from rosa_ds.training.trained_state import TrainedState
@@ -136,7 +136,8 @@ class Loop:
         scale = run.state.loss_scale()
         run.engine.train()
         nll = torch.zeros((), dtype=torch.float64, device=run.engine.device)
-        for micro in run.batches.micro_batches(step.data_step, rank):
+        for number, micro in enumerate(run.batches.micro_batches(step.data_step, rank)):
+            distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number + 1}")
             loss_sum = token_loss_sum(
                 run.engine, load_batch(run.data, micro, run.pad_id), run.engine.device, self._selects
             )
@@ -216,17 +217,17 @@ class Loop:
     def _fix_mask(self, collector: MaskCollector | None) -> None:
         """Choose the positions, give them to the layers and write ``mask.safetensors``."""
         start, settings = time.monotonic(), self.run.settings
-        mask = choose_mask(self.layers, settings.mask, settings.training.seed, collector)
-        with distributed.together():
-            set_mask(self.run.model, mask)
+        mask = fix_mask(self.layers, settings.mask, settings.training.seed, collector)
         self._write_mask(mask)
-        entries = sum(positions.numel() for positions in mask.values())
+        entries = sum(layer.entries for layer in self.layers.values())
+        layers = sum(layer.entries > 0 for layer in self.layers.values())
         seconds = time.monotonic() - start
         source = settings.mask.load or settings.mask.score
-        self.log.write(step=self.step, event="mask", source=source, entries=entries, layers=len(mask), seconds=seconds)
-        logger.info("mask (%s): %s entries in %d layers, %.1f s", source, f"{entries:,}", len(mask), seconds)
+        self.log.write(step=self.step, event="mask", source=source, entries=entries, layers=layers, seconds=seconds)
+        logger.info("mask (%s): %s entries in %d layers, %.1f s", source, f"{entries:,}", layers, seconds)
 
-    def _write_mask(self, mask: Mapping[str, Tensor]) -> None:
+    def _write_mask(self, mask: Mask) -> None:
+        """The first rank has it."""
         with distributed.together():
             if distributed.is_main():
                 origin = {"score": self.run.settings.mask.score, "base": self.run.base["hash"]}
@@ -253,6 +254,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the state between two steps."""
+        distributed.progress(f"checkpoint after step {self.step}")
         run = self.run
         moments, scalars = run.state.read_optimizer()
         state = Checkpoint(
@@ -279,7 +281,7 @@ class Loop:
         run = self.run
         if saved.positions:
             set_mask(run.model, saved.positions)
-            self._write_mask(saved.positions)
+            self._write_mask(dict(saved.positions))
         run.state.write(saved.trained)
         if saved.moments:
             run.state.write_optimizer(saved.moments, saved.optimizer_scalars)

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.mask import Mask, MaskCollector, load_mask, static_positions
-from rosa_ds.config import MaskSettings
+from rosa_ds.adapters.mask import Mask, MaskCollector, check_mask, load_mask, static_positions
+from rosa_ds.config import WEIGHT_SCORES, MaskSettings
+from rosa_kernels.collect.op import BLOCK_BYTES
+
+logger = logging.getLogger(__name__)
 
 
 def mask_owners(layers: Mapping[str, AdaptedLinear]) -> dict[str, int]:
     """Layer name -> the rank that sums its gradient and chooses its positions."""
-    sizes = {name: layer.weight.numel() for name, layer in layers.items() if layer.entries}
+    sizes = {name: layer.weight_numel for name, layer in layers.items() if layer.entries}
     return distributed.owners_by_cost(sizes, distributed.world_size())
 
 
 def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings, micro_batches: int) -> MaskCollector:
     """A collector whose gradients are summed over all ranks. ``micro_batches``: of one rank in an optimizer step."""
-    single = settings.steps == 1 and micro_batches == 1
-    owners, rank = mask_owners(layers), distributed.rank()
-    return MaskCollector(layers, settings.score, owners, rank, distributed.sum_to_owner, single, _all_at)
+    owners = mask_owners(layers)
+    limit = settings.device_memory_gib
+    collector = MaskCollector(
+        layers,
+        settings.score,
+        owners,
+        distributed.rank(),
+        distributed.sum_to_owner,
+        single=settings.steps == 1 and micro_batches == 1,
+        steps=settings.steps,
+        device_bytes=distributed.free_memory() // 2 if limit is None else int(limit * 2**30),
+        agree=_all_at,
+    )
+    logger.info(
+        "collecting gradients: %.3f GiB on the device and %.3f in host memory on this rank, and one block of %.3f GiB",
+        *(collector.kept_bytes["device"] / 2**30, collector.kept_bytes["host"] / 2**30, BLOCK_BYTES / 2**30),
+    )
+    return collector
 
 
 def _all_at(name: str) -> bool:
     """Collective: is every rank at this layer?"""
-    return distributed.same_everywhere(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
+    return distributed.same_everywhere(_number(hashlib.sha256(name.encode())))
 
 
 def mask_digest(mask: Mask) -> int:
@@ -37,41 +57,76 @@ def mask_digest(mask: Mask) -> int:
     digest = hashlib.sha256()
     for name in sorted(mask):
         digest.update(name.encode() + mask[name].cpu().numpy().tobytes())
+    return _number(digest)
+
+
+def _number(digest: hashlib._Hash) -> int:
+    """62 bits of it."""
     return int.from_bytes(digest.digest()[:8], "little") >> 2
 
 
-def choose_mask(
+def _load(layers: Mapping[str, AdaptedLinear], path: str) -> Mask:
+    with distributed.together():
+        mask = load_mask(Path(path))
+        check_mask(layers, mask)
+    if not distributed.same_everywhere(mask_digest(mask)):
+        raise ValueError(f"the ranks read different masks from {path}: give a file that all hosts share")
+    return mask
+
+
+def _choose(
+    layers: Mapping[str, AdaptedLinear], settings: MaskSettings, seed: int, collector: MaskCollector | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Positions of each layer: chosen by its owner, then sent to all, one layer after another."""
+    owners = mask_owners(layers)
+    owned: Mask = {}
+    error: ValueError | None = None
+    for name, layer in layers.items():
+        distributed.progress(f"choosing the mask of {name}")
+        weight = distributed.read_whole(layer.weight) if settings.score in WEIGHT_SCORES else layer.weight
+        try:
+            if owners[name] == distributed.rank() and error is None:
+                chosen = (
+                    collector.positions(name, weight)
+                    if collector
+                    else static_positions(settings.score, layer, weight, seed)
+                )
+                owned[name] = chosen
+        except ValueError as problem:
+            error = problem
+    distributed.raise_everywhere(error)
+    for name, layer in layers.items():
+        positions = owned.pop(name, None)
+        if positions is None:
+            positions = torch.empty(layer.entries, dtype=torch.int32)
+        yield name, distributed.broadcast(positions.to(distributed.device()), owners[name])
+
+
+def fix_mask(
     layers: Mapping[str, AdaptedLinear], settings: MaskSettings, seed: int, collector: MaskCollector | None
 ) -> Mask:
-    """Positions of every layer with a sparse part: loaded, or chosen by each layer's owner and sent to all.
+    """Give every layer with a sparse part its positions: loaded, or chosen by each layer's owner and sent to all.
 
+    One layer's positions at a time are whole on every rank.
+
+    Returns: the mask on the CPU of the first rank; nothing on the others.
     Raises:
         ValueError: on the rank where it happened, with the layer; the others raise too.
     """
     sparse = {name: layer for name, layer in layers.items() if layer.entries}
     if settings.load is not None:
-        with distributed.together():
-            mask = load_mask(Path(settings.load))
-        if not distributed.same_everywhere(mask_digest(mask)):
-            raise ValueError(f"the ranks read different masks from {settings.load}: give a file that all hosts share")
-        return mask
-    owners = mask_owners(sparse)
-    owned: Mask = {}
-    error: ValueError | None = None
-    try:
-        for name, layer in sparse.items():
-            if owners[name] == distributed.rank():
-                chosen = collector.positions(name) if collector else static_positions(settings.score, layer, seed)
-                owned[name] = chosen
-    except ValueError as problem:
-        error = problem
-    distributed.raise_everywhere(error)
-    mask = {}
-    for name, layer in sparse.items():
-        positions = owned.pop(name, None)
-        if positions is None:
-            positions = torch.empty(layer.entries, dtype=torch.int32, device=layer.weight.device)
-        mask[layer.weight_name] = distributed.broadcast(positions.to(layer.weight.device), owners[name])
-    if not distributed.same_everywhere(mask_digest(mask)):
+        mask = _load(sparse, settings.load)
+        chosen: Iterable[tuple[str, Tensor]] = ((name, mask[layer.weight_name]) for name, layer in sparse.items())
+    else:
+        chosen = _choose(sparse, settings, seed, collector)
+    kept: Mask = {}
+    digest = hashlib.sha256()
+    for name, positions in chosen:
+        distributed.progress(f"mask of {name}")
+        sparse[name].set_positions(positions)
+        digest.update(name.encode() + positions.cpu().numpy().tobytes())
+        if distributed.is_main():
+            kept[sparse[name].weight_name] = positions.cpu()
+    if not distributed.same_everywhere(_number(digest)):
         raise RuntimeError("the ranks have different masks: a broadcast went wrong; please report this")
-    return mask
+    return kept

@@ -6,11 +6,12 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rosa_kernels
 from rosa_ds import distributed
-from rosa_ds.adapters.inject import inject
+from rosa_ds.adapters.inject import adapted_layers, inject
 from rosa_ds.adapters.mask import load_mask
 from rosa_ds.adapters.state import save_adapter
 from rosa_ds.cli import CommandLine
@@ -22,6 +23,7 @@ from rosa_ds.data.tokenise import show_sample
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.models.load import identify, load_model, load_tokenizer
+from rosa_ds.models.stream import Base, open_base
 from rosa_ds.training import checkpoint
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.engine import build_engine, parameter_groups
@@ -94,27 +96,60 @@ def _open_folder(settings: RunConfig, plan: DeepSpeedPlan, resumed_from: Path | 
     return folder
 
 
-def _prepare_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
+def _load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel, Base | None]:
+    """The base; at stage 3 its shape alone, where possible, and where its numbers are."""
+    dtype = getattr(torch, plan.dtype)
     with distributed.main_first():
-        model = load_model(settings.model, getattr(torch, plan.dtype))
+        return open_base(settings.model, dtype) if plan.stage == 3 else (load_model(settings.model, dtype), None)
+
+
+def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -> None:
+    """Divide base and adapters over the ranks, one parameter at a time."""
+    layers = adapted_layers(model)
+
+    def fill(name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
+        module, _, part = name.rpartition(".")
+        if module in layers and part in ("A", "B", "values"):
+            target.copy_(layers[module].initial_parameters()[part])
+        elif not parameter.is_meta:
+            distributed.keep_numbers(name, parameter, target, rows)
+        elif base is None or name not in base.names:
+            target.zero_()  # positions, before a mask is known
+        else:
+            base.fill(name, parameter, target, rows)
+
+    distributed.partition_model(model, plan.config, getattr(torch, plan.dtype), fill)
+    if base is not None:
+        base.close()
+
+
+def _prepare_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
+    model, base = _load_base(settings, plan)
     report = inject(model, settings.adapter_config(), settings.training.seed)
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
     if report.adapted:
         chosen = rosa_kernels.explain(distributed.device())
         logger.info("kernels: %s", "; ".join(f"{op} {c.implementation} ({c.reason})" for op, c in chosen.items()))
+    if plan.stage == 3:
+        _partition(model, base, plan)
     if settings.training.gradient_checkpointing:
+        reentrant = settings.training.gradient_checkpointing == "reentrant"
         # transformers renamed it during version 5
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
     return model
 
 
 def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """``adapter/`` in the run's folder: what training added to the base, in float32."""
     tensors = run.state.read()
+    partitioned = any(distributed.is_partitioned(parameter) for parameter in run.state.parameters.values())
     with distributed.together():
-        if distributed.is_main():
+        if distributed.is_main() or partitioned:
             save_adapter(run.model, run.folder / "adapter", run.base, tensors)
+        if distributed.is_main():
             tokenizer.save_pretrained(run.folder / "tokenizer")
 
 
@@ -181,7 +216,7 @@ def train(command: CommandLine) -> Path:
     schedule = build_schedule(settings, batches.steps_per_epoch)
     whole = parameter_groups(model).get("whole", {})
     restarts = schedule.restart and schedule.mask_steps > 0
-    at_start = {name: p.detach().float().clone() for name, p in whole.items()} if restarts else {}
+    at_start = {name: distributed.read_whole(p).float().cpu().clone() for name, p in whole.items()} if restarts else {}
     engine, state = build_engine(model, settings, plan)
     first_step = saved.step if saved else 0
     run = Run(
@@ -210,7 +245,11 @@ def _train_and_save(run: Run, saved: Checkpoint | None, tokenizer: PreTrainedTok
     loop = Loop(run, log)
     if saved is not None:
         loop.restore(saved)
-    loop.train()
-    _save_result(run, tokenizer)
+    distributed.start_watch(60 * run.settings.training.stall_minutes)
+    try:
+        loop.train()
+        _save_result(run, tokenizer)
+    finally:
+        distributed.stop_watch()
     log.close()
     logger.info("done: %s", run.folder)

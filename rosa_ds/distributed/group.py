@@ -82,6 +82,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def free_memory() -> int:
+    """Bytes that this rank's device could still give: of the GPU, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def gpu_has_bfloat16() -> bool:
     """Whether this rank has a GPU that computes in bfloat16."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

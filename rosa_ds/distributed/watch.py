@@ -1,0 +1,104 @@
+"""Finding out which rank the others wait for.
+
+Every rank says where it is with :func:`progress`, in the same order as the others. A thread of each rank writes that
+to the group's store. A rank that has not got further for a while reads what all have said: those that are furthest
+behind are the ones waited for. It names them and ends, instead of waiting for ever.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from rosa_ds.distributed.group import rank, world_size
+
+logger = logging.getLogger(__name__)
+STALLED_STATUS = 74  # of a process that ended because a rank stalled (EX_IOERR)
+_active: Watch | None = None
+
+
+class Watch:
+    """Watches this rank's progress and tells the others.
+
+    Args:
+        store: shared by the ranks; ``set`` and ``get`` of bytes by name.
+        seconds: without progress, after which the run ends.
+        end: called then with the message; by default the process is ended with a dump of its stacks.
+    """
+
+    def __init__(self, store: Any, seconds: float, end: Callable[[str], None] | None = None) -> None:
+        self.store, self.seconds = store, seconds
+        self.end = end or _end_process
+        self._at = (0, "start", time.time())
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rosa-watch", daemon=True)
+        self._thread.start()
+
+    def progress(self, where: str) -> None:
+        self._at = (self._at[0] + 1, where, time.time())
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        told = None
+        while not self._closed.wait(min(5.0, self.seconds / 4)):
+            try:
+                if self._at != told:
+                    told = self._at
+                    self.store.set(f"rosa_ds/progress/{rank()}", json.dumps(told))
+                if time.time() - self._at[2] > self.seconds:
+                    self.end(self._message())
+                    return
+            except dist.DistError:
+                return  # the store went away with the rank that held it: the launcher ends this one
+
+    def _message(self) -> str:
+        reports = [json.loads(self.store.get(f"rosa_ds/progress/{other}")) for other in range(world_size())]
+        last = min(count for count, _, _ in reports)
+        now = time.time()
+        behind = [
+            f"rank {other} at {where!r} for {now - since:.0f} s"
+            for other, (count, where, since) in enumerate(reports)
+            if count == last
+        ]
+        ahead = sorted({where for count, where, _ in reports if count > last})
+        waiting = f"; the others wait at {', '.join(map(repr, ahead))}" if ahead else " (all ranks)"
+        return f"no progress for {self.seconds:.0f} s: {', '.join(behind)}{waiting}"
+
+
+def _end_process(message: str) -> None:
+    logger.error("%s. The stacks of rank %d follow; training.stall_minutes sets the time.", message, rank())
+    faulthandler.dump_traceback(file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(STALLED_STATUS)
+
+
+def start_watch(seconds: float) -> None:
+    """Begin to watch this rank; nothing to do alone, or with 0 seconds."""
+    global _active
+    if _active is None and world_size() > 1 and seconds > 0:
+        _active = Watch(dist.distributed_c10d._get_default_store(), seconds)
+
+
+def stop_watch() -> None:
+    global _active
+    if _active is not None:
+        _active.close()
+        _active = None
+
+
+def progress(where: str) -> None:
+    """This rank has got here, e.g. ``"step 12 train, micro-batch 3"``. All ranks say the same in the same order."""
+    if _active is not None:
+        _active.progress(where)

@@ -1,0 +1,173 @@
+"""A base for ZeRO-3: its shape on the meta device, and its numbers read from safetensors a few rows at a time.
+
+No rank ever holds the base, or reads more of it than its own share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from rosa_ds.config import ModelSettings
+from rosa_ds.models.load import load_model, resolve
+
+logger = logging.getLogger(__name__)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class NotStreamableError(Exception):
+    """Why a checkpoint cannot be read tensor by tensor."""
+
+
+class Base:
+    """The tensors of a checkpoint by parameter name of the model, opened as they are needed.
+
+    Args:
+        files: tensor name in the checkpoint -> its file.
+        names: parameter or buffer name in the model -> tensor name.
+    """
+
+    def __init__(self, files: dict[str, Path], names: dict[str, str]) -> None:
+        self.files, self.names = files, names
+        self._path: Path | None = None
+        self._open: Any = None
+
+    def _reader(self, name: str) -> Any:
+        """The file of a tensor. One is open at a time: the pages of a mapped file count as this process's memory."""
+        path = self.files[self.names[name]]
+        if path != self._path:
+            self.close()
+            self._path, self._open = path, safe_open(path, framework="pt")
+        return self._open
+
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(self._reader(name).get_slice(self.names[name]).get_shape())
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of a tensor, or all of one without dimensions."""
+        reader, key = self._reader(name), self.names[name]
+        part: Tensor = reader.get_slice(key)[rows] if self.shape(name) else reader.get_tensor(key)
+        return part
+
+    def fill(self, name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
+        """See :data:`rosa_ds.distributed.partitioned.Fill`."""
+        part = self.rows(name, rows)
+        (target[rows] if target.ndim else target).copy_(part)
+
+    def close(self) -> None:
+        self._path = self._open = None
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside the block new modules have parameters without memory; buffers are computed as ever."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _checkpoint_files(name: str, revision: str) -> dict[str, Path]:
+    """Tensor name -> file of a checkpoint in safetensors, downloaded where it is on the hub."""
+    try:
+        index = cached_file(name, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if index is not None:
+            paths, _ = get_checkpoint_shard_files(name, index, revision=revision)
+            by_file = {Path(path).name: Path(path) for path in paths}
+            return {key: by_file[file] for key, file in json.loads(Path(index).read_text())["weight_map"].items()}
+        single = cached_file(name, SINGLE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {error}") from error
+    if single is None:
+        raise NotStreamableError(f"it has no {SINGLE}")
+    try:
+        with safe_open(single, framework="pt") as reader:
+            return dict.fromkeys(reader.keys(), Path(single))
+    except SafetensorError as error:
+        raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {single}: {error}") from error
+
+
+def _match(model: PreTrainedModel, files: dict[str, Path]) -> Base:
+    """The checkpoint under the model's names. Raises NotStreamableError unless every parameter has its tensor."""
+    prefix = f"{model.base_model_prefix}."
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    names: dict[str, str] = {}
+    for key in files:
+        name = key if key in wanted or key in buffers else prefix + key
+        if name in wanted or name in buffers:
+            names[name] = key
+    base = Base(files, names)
+    tied = [name for name in wanted if name not in names]
+    if tied:
+        raise NotStreamableError(f"it has no tensor for {tied[0]} ({len(tied)} parameters)")
+    for name, shape in wanted.items():
+        if base.shape(name) != shape:
+            raise NotStreamableError(f"{names[name]} is {tuple(base.shape(name))} and {name} {tuple(shape)}")
+    with torch.no_grad():
+        for name in names.keys() & buffers.keys():
+            buffers[name].copy_(base.rows(name, slice(None)))
+    base.close()
+    return base
+
+
+def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedModel, Base | None]:
+    """A base model whose parameters are on the meta device, and where their numbers are.
+
+    A checkpoint that is not safetensors, or whose tensors transformers renames or converts, is loaded whole on every
+    rank, with a warning; there is then nothing left to read.
+
+    Raises: ValueError as :func:`rosa_ds.models.load.load_model`.
+    """
+    name, arguments = resolve(settings.name_or_path)
+    try:
+        if "gguf_file" in arguments:
+            raise NotStreamableError("it is a .gguf file")
+        return _open(settings, name, dtype)
+    except NotStreamableError as reason:
+        model = load_model(settings, dtype)
+        size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        logger.warning(
+            "%s is loaded whole on every rank before it is divided, %.2f GiB each (%s): save it once with transformers' "
+            "save_pretrained to avoid that",
+            *(settings.name_or_path, size / 2**30, reason),
+        )
+        return model, None
+
+
+def _open(settings: ModelSettings, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Base]:
+    revision = settings.revision or "main"
+    more = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            raise NotStreamableError("its weights are quantised")
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **more)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    model.tie_weights()
+    base = _match(model, _checkpoint_files(name, revision))
+    model.name_or_path = name
+    with contextlib.suppress(OSError):  # a base without one uses its config's
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+    return model.eval(), base
