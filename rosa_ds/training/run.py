@@ -5,13 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-import rosa_kernels
 from rosa_ds import distributed
-from rosa_ds.adapters.inject import adapted_layers, inject
 from rosa_ds.adapters.mask import load_mask
 from rosa_ds.adapters.state import save_adapter
 from rosa_ds.cli import CommandLine
@@ -22,13 +18,13 @@ from rosa_ds.data.sources import BUILTIN
 from rosa_ds.data.tokenise import show_sample
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.files import move_aside, write_json
-from rosa_ds.models.load import identify, load_model, load_tokenizer
-from rosa_ds.models.stream import Base, open_base
+from rosa_ds.models.load import identify, load_tokenizer
 from rosa_ds.training import checkpoint
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
+from rosa_ds.training.model import build_model
 from rosa_ds.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -96,52 +92,6 @@ def _open_folder(settings: RunConfig, plan: DeepSpeedPlan, resumed_from: Path | 
     return folder
 
 
-def _load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel, Base | None]:
-    """The base; at stage 3 its shape alone, where possible, and where its numbers are."""
-    dtype = getattr(torch, plan.dtype)
-    with distributed.main_first():
-        return open_base(settings.model, dtype) if plan.stage == 3 else (load_model(settings.model, dtype), None)
-
-
-def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -> None:
-    """Divide base and adapters over the ranks, one parameter at a time."""
-    layers = adapted_layers(model)
-
-    def fill(name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
-        module, _, part = name.rpartition(".")
-        if module in layers and part in ("A", "B", "values"):
-            target.copy_(layers[module].initial_parameters()[part])
-        elif not parameter.is_meta:
-            distributed.keep_numbers(name, parameter, target, rows)
-        elif base is None or name not in base.names:
-            target.zero_()  # positions, before a mask is known
-        else:
-            base.fill(name, parameter, target, rows)
-
-    distributed.partition_model(model, plan.config, getattr(torch, plan.dtype), fill)
-    if base is not None:
-        base.close()
-
-
-def _prepare_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
-    model, base = _load_base(settings, plan)
-    report = inject(model, settings.adapter_config(), settings.training.seed)
-    logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
-    if report.adapted:
-        chosen = rosa_kernels.explain(distributed.device())
-        logger.info("kernels: %s", "; ".join(f"{op} {c.implementation} ({c.reason})" for op, c in chosen.items()))
-    if plan.stage == 3:
-        _partition(model, base, plan)
-    if settings.training.gradient_checkpointing:
-        reentrant = settings.training.gradient_checkpointing == "reentrant"
-        # transformers renamed it during version 5
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": reentrant})
-        if reentrant:
-            model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
-    return model
-
-
 def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """``adapter/`` in the run's folder: what training added to the base, in float32."""
     tensors = run.state.read()
@@ -200,7 +150,7 @@ def train(command: CommandLine) -> Path:
         tokenizer = load_tokenizer(settings.model)
         base = identify(settings.model)
         data, eval_data = _prepare_data(settings, tokenizer)
-        model = _prepare_model(settings, plan)
+        model = build_model(settings, plan)
     data_digest = data.digest()
     record = {**settings.model_dump(), "deepspeed": plan.record()}
     if saved is not None:

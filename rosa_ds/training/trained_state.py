@@ -72,7 +72,7 @@ class TrainedState:
             state = next(iter(self._states(index)), {})
             scalars[group] = {key: float(value) for key, value in state.items() if _is_scalar(value)}
             for name in members:
-                for key in (key for key, value in state.items() if not _is_scalar(value)):
+                for key in sorted(key for key, value in state.items() if not _is_scalar(value)):
                     moment = self.masters.read(name, key)
                     if moment is not None and distributed.is_main():
                         tensors[f"{name}/{key}"] = moment.detach().to("cpu", copy=True)
@@ -82,7 +82,8 @@ class TrainedState:
     def write_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, float]]) -> None:
         """Restore what :meth:`read_optimizer` gave, into an optimizer that has not stepped yet."""
         for index, (group, members) in enumerate(self.groups.items()):
-            keys = {key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] in members}
+            # sorted: each rank has another order of a set's strings, and reading is collective in the order of the state
+            keys = sorted({key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] in members})
             for master in self.masters.stepped(index):
                 state: dict[str, Any] = {key: torch.tensor(value) for key, value in scalars[group].items()}
                 self.inner.state[master] = state | {key: torch.zeros_like(master) for key in keys}
