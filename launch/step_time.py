@@ -1,4 +1,7 @@
-"""Time training steps: ``python launch/step_time.py MODEL --candidate peft-lora --candidate robust [--dtype bfloat16]``."""
+"""Time training steps: ``python launch/step_time.py MODEL --candidate peft-lora --candidate robust [--dtype bfloat16]``.
+
+With ``--config ds_configs/zero3.json`` under ``torchrun`` or ``deepspeed`` every candidate is a DeepSpeed engine.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from rosa_ds import distributed
 from rosa_ds.adapters.mask import load_mask
-from rosa_ds.config import ModelSettings
+from rosa_ds.cli import parse_command_line
+from rosa_ds.config import ModelSettings, RunConfig
+from rosa_ds.ds_config import plan_deepspeed
 from rosa_ds.evaluation.step_time import OURS, PEERS, StepCase, measure_steps
 from rosa_ds.logs import run_program
 
@@ -27,6 +33,8 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--mask", type=Path, help="mask.safetensors of a run; default: from a gradient of the batch")
+    parser.add_argument("--config", help="DeepSpeed JSON; its batch sizes do not count")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     for name, default in (("rank", 8), ("batch", 4), ("length", 256), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
@@ -37,12 +45,20 @@ def main(arguments: list[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     sizes = {name: getattr(options, name) for name in ("rank", "density", "batch", "length", "repeats")}
-    case = StepCase(ModelSettings(name_or_path=options.model), getattr(torch, options.dtype), **sizes)
+    model, plan = ModelSettings(name_or_path=options.model, dtype=options.dtype), None
+    if options.config:
+        distributed.initialize()
+        batch = {"train_batch_size": options.batch * distributed.world_size()}
+        config = {**parse_command_line(["--config", options.config]).deepspeed, **batch}
+        config["train_micro_batch_size_per_gpu"] = options.batch
+        plan, _ = plan_deepspeed(config, RunConfig(model=model), distributed.world_size(), gpu_has_bfloat16=False)
+    case = StepCase(model, getattr(torch, options.dtype), **sizes, deepspeed=plan)
     names = options.candidate or [PEERS[0], *OURS, PEERS[1]]
     rows = measure_steps(case, names, load_mask(options.mask) if options.mask else None)
     logger.info(
-        "%s, %s, %d × %d tokens, %d threads, medians of %d steps in turns, torch %s",
-        *(options.model, options.dtype, case.batch, case.length, torch.get_num_threads(), case.repeats),
+        "%s, %s, %d ranks of %d × %d tokens, %d threads each, medians of %d steps in turns, torch %s",
+        *(options.model, options.dtype, distributed.world_size(), case.batch, case.length),
+        *(torch.get_num_threads(), case.repeats),
         torch.__version__,
     )
     for row in rows:

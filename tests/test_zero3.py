@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,25 @@ def test_two_ranks(models: Path, threshold: int) -> None:
     passed = {line.split()[1] for line in output.splitlines() if line.startswith("passed ")}
     wanted = {line[4:].split("(")[0] for line in CHECKS.read_text().splitlines() if line.startswith("def check_")}
     assert passed == wanted
+
+
+@pytest.mark.ranks
+def test_no_rank_holds_the_base_while_it_is_loaded(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    model = LlamaForCausalLM(config)
+    size, shard = sum(parameter.nbytes for parameter in model.parameters()), 16_000_000
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert size > 200e6
+    model.save_pretrained(tmp_path / "base", max_shard_size=shard)
+    run("torchrun", 4, str(ROOT / "tests" / "zero3_memory.py"), str(tmp_path / "base"), cwd=tmp_path)
+    adapters = 25e6  # A, B, values and positions of all layers with rank 16, undivided
+    for rank in range(4):
+        grown = json.loads((tmp_path / f"memory-{rank}.json").read_text())
+        assert grown["peak"] <= size / 4 + max(shard, largest) + adapters + 40e6, grown

@@ -1,4 +1,4 @@
-"""Time of a training step of one model under several adapters, ours and PEFT's, taken in turns."""
+"""Time of a training step of one model under several adapters, ours and PEFT's, taken in turns; alone or on DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_ds import distributed
 from rosa_ds.adapters.inject import inject
 from rosa_ds.adapters.mask import Mask, compute_mask, set_mask
-from rosa_ds.config import AdapterConfig, Method, ModelSettings
+from rosa_ds.config import SPARSE_METHODS, AdapterConfig, Method, ModelSettings
+from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.models.load import load_model
 
 PEERS = ("peft-lora", "peft-supertuning")
@@ -23,7 +25,10 @@ OURS: tuple[Method, ...] = ("robust", "sparse", "lora")
 
 @dataclasses.dataclass(frozen=True)
 class StepCase:
-    """What is timed. ``batch`` sequences of ``length`` random tokens; no dropout, since peers differ in what they drop."""
+    """What is timed. ``batch`` sequences of ``length`` random tokens; no dropout, since peers differ in what they drop.
+
+    ``deepspeed``: a plan under which every candidate becomes an engine; without one it is a plain model with AdamW.
+    """
 
     model: ModelSettings
     dtype: torch.dtype
@@ -33,6 +38,7 @@ class StepCase:
     length: int = 256
     repeats: int = 7
     seed: int = 42
+    deepspeed: DeepSpeedPlan | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +56,20 @@ class StepTime:
 
 @dataclasses.dataclass
 class _Candidate:
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    forward: Callable[..., Any]
+    backward: Callable[[Tensor], object]
+    update: Callable[[], object]
+    trained: int
     times: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
 
     def step(self, ids: Tensor) -> None:
         """One optimizer step; its times are kept."""
         begin = time.perf_counter()
-        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = self.forward(input_ids=ids, labels=ids, use_cache=False).loss
         forward = time.perf_counter()
-        loss.backward()
+        self.backward(loss)
         backward = time.perf_counter()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update()
         self.times.append((forward - begin, backward - forward, time.perf_counter() - backward))
 
 
@@ -95,10 +102,34 @@ def _build(case: StepCase, name: str, mask: Callable[[], Mask]) -> _Candidate:
     else:
         config = _adapter(case, name)  # type: ignore[arg-type]
         inject(model, config, case.seed)
-        if name != "lora":
-            set_mask(model, mask())
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return _Candidate(model.train(), torch.optim.AdamW(trained, lr=0.0))
+    candidate = _on_deepspeed(case, model) if case.deepspeed else _plain(model)
+    if name in SPARSE_METHODS:
+        set_mask(model, mask())
+    return candidate
+
+
+def _plain(model: nn.Module) -> _Candidate:
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _Candidate(model, lambda loss: loss.backward(), update, sum(p.numel() for p in trained))
+
+
+def _on_deepspeed(case: StepCase, model: nn.Module) -> _Candidate:
+    import deepspeed
+
+    assert case.deepspeed is not None
+    config = case.deepspeed.config
+    if case.deepspeed.stage == 3:
+        distributed.partition_model(model, config, case.dtype, distributed.keep_numbers)
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    count = sum(map(distributed.full_numel, trained))
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained, lr=0.0), config=config)
+    return _Candidate(engine, engine.backward, engine.step, count)
 
 
 def measure_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None) -> list[StepTime]:
@@ -136,6 +167,7 @@ def _table(candidates: dict[str, _Candidate]) -> list[StepTime]:
     for name, candidate in candidates.items():
         forward, backward, update = (statistics.median(part) for part in zip(*candidate.times[1:], strict=True))
         step = statistics.median(sum(times) for times in candidate.times[1:])
-        trained = sum(p.numel() for group in candidate.optimizer.param_groups for p in group["params"])
-        rows.append(StepTime(name, trained, forward, backward, update, step, step / rows[0].step if rows else 1.0))
+        rows.append(
+            StepTime(name, candidate.trained, forward, backward, update, step, step / rows[0].step if rows else 1.0)
+        )
     return rows

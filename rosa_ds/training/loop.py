@@ -25,7 +25,9 @@ from rosa_ds.config import SPARSE_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan, load_batch
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.errors import RunError
+from rosa_ds.files import write_json
 from rosa_ds.training import checkpoint
+from rosa_ds.training.accounting import Account, measure_memory, measured_traffic, table
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate_loss
@@ -55,6 +57,7 @@ class Run:
     eval_data: TokenSet | None
     pad_id: int
     base: dict[str, Any]
+    account: Account
     record: dict[str, Any]
     """The resolved settings and what the DeepSpeed file adds to them: a resumed run must have the same."""
     whole_at_start: dict[str, Tensor]
@@ -94,7 +97,7 @@ class Loop:
                 self._fix_mask(None)
         first, begun = self.step, time.monotonic()
         for step in self._steps():
-            self._train_step(step)
+            self._measured_step(step) if self.step == first + 1 else self._train_step(step)
             self.step += 1
             if step.mask_after:
                 self._finish_collecting(step)
@@ -122,6 +125,17 @@ class Loop:
                 bar.set_description(step.phase)
                 yield step
                 bar.update()
+
+    def _measured_step(self, step: Step) -> None:
+        """The second step of a run: the first one still allocates and learns the order of the layers."""
+        run = self.run
+        with distributed.TrafficCounter() as counter:
+            self._train_step(step)
+        memory, traffic = measure_memory(run.model, run.state), measured_traffic(counter)
+        logger.info("where memory and communication of rank 0 go:\n%s", table(run.account, memory, traffic))
+        if distributed.is_main():
+            content = {"predicted": dataclasses.asdict(run.account), "measured": {"memory": memory, "traffic": traffic}}
+            write_json(run.folder / "accounting.json", content)
 
     def _train_step(self, step: Step) -> None:
         run, start = self.run, time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.models.load import identify, load_tokenizer
 from rosa_ds.training import checkpoint
+from rosa_ds.training.accounting import Account, predict, table
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.loop import Loop, Run
@@ -66,7 +68,9 @@ def _prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     return train, evaluation
 
 
-def _open_folder(settings: RunConfig, plan: DeepSpeedPlan, resumed_from: Path | None, step: int) -> Path:
+def _open_folder(
+    settings: RunConfig, plan: DeepSpeedPlan, account: Account, resumed_from: Path | None, step: int
+) -> Path:
     """Create the run's folder with its resolved configuration.
 
     Going on in the folder that the checkpoint lies in, later checkpoints are set aside. Otherwise an older run in the
@@ -89,6 +93,7 @@ def _open_folder(settings: RunConfig, plan: DeepSpeedPlan, resumed_from: Path | 
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", settings.model_dump())
             write_json(folder / "ds_config.json", {**plan.config, **plan.record()})
+            write_json(folder / "accounting.json", {"predicted": dataclasses.asdict(account)})
     return folder
 
 
@@ -168,10 +173,12 @@ def train(command: CommandLine) -> Path:
     restarts = schedule.restart and schedule.mask_steps > 0
     at_start = {name: distributed.read_whole(p).float().cpu().clone() for name, p in whole.items()} if restarts else {}
     engine, state = build_engine(model, settings, plan)
+    account = predict(model, plan)
+    logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
     first_step = saved.step if saved else 0
     run = Run(
         settings=settings,
-        folder=_open_folder(settings, plan, source, first_step),
+        folder=_open_folder(settings, plan, account, source, first_step),
         model=model,
         engine=engine,
         state=state,
@@ -182,6 +189,7 @@ def train(command: CommandLine) -> Path:
         eval_data=eval_data,
         pad_id=tokenizer.pad_token_id,
         base=base,
+        account=account,
         record=record,
         whole_at_start=at_start,
     )

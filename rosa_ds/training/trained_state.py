@@ -60,6 +60,14 @@ class TrainedState:
         states = [self.inner.state.get(tensor, {}) for tensor in self.masters.stepped(group)]
         return [state for state in states if state]
 
+    def bytes(self) -> int:
+        """Of masters that are not the parameters themselves, and of moments, on this rank."""
+        own = {id(parameter) for parameter in self.parameters.values()}
+        tensors = [t for index in range(len(self.groups)) for t in self.masters.stepped(index) if id(t) not in own]
+        for index in range(len(self.groups)):
+            tensors += [value for state in self._states(index) for value in state.values() if torch.is_tensor(value)]
+        return sum(tensor.nbytes for tensor in tensors)
+
     @torch.no_grad()
     def read_optimizer(self) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
         """Moments as ``"parameter name/key"`` -> float32 tensor on the CPU of the first rank, and scalars as group -> key

@@ -1,0 +1,158 @@
+"""Where a rank's memory and a step's communication go: predicted before the first step, measured after the second.
+
+Everything is bytes of one rank. What is measured of parameters and optimizer state is the tensors that are really there,
+of communication the payload of every collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_ds import distributed
+from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.ds_config import DeepSpeedPlan
+from rosa_ds.training.engine import PERSISTENCE
+from rosa_ds.training.trained_state import TrainedState
+
+PARTS = ("base", "whole modules", "A", "B", "values", "positions")
+_MIB = 2**20
+
+
+@dataclasses.dataclass
+class Account:
+    """``memory`` and ``traffic``: name -> bytes on this rank; ``total``: name -> bytes on one rank without any division."""
+
+    memory: dict[str, int]
+    traffic: dict[str, int]
+    total: dict[str, int]
+
+
+def _named_parts(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    """Each parameter with the part of :data:`PARTS` that it is."""
+    own: dict[int, str] = {}
+    for layer in adapted_layers(model).values():
+        own |= {id(getattr(layer, part)): part for part in ("A", "B", "values", "positions")}
+    for parameter in model.parameters():
+        yield own.get(id(parameter), "whole modules" if parameter.requires_grad else "base"), parameter
+
+
+def _sum(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    counter: Counter[str] = Counter()
+    for name, size in pairs:
+        counter[name] += size
+    return dict(counter)
+
+
+def _share(numel: int, ranks: int) -> int:
+    return -(-numel // ranks)
+
+
+def predict(model: nn.Module, plan: DeepSpeedPlan) -> Account:
+    """What settings and sizes say; of an injected model, whether it is divided already or not."""
+    ranks, stage = distributed.world_size(), plan.stage
+    zero = plan.config["zero_optimization"]
+    persistent = zero.get(PERSISTENCE, 100_000) if stage == 3 else 0
+    parts = [(name, distributed.full_numel(p), p.itemsize, p.requires_grad) for name, p in _named_parts(model)]
+
+    def resident(numel: int) -> int:
+        if stage < 3:
+            return numel
+        return _share(numel, ranks) + (numel if numel <= persistent else 0)
+
+    total = _sum((name, numel * size) for name, numel, size, _ in parts)
+    memory = _sum((name, resident(numel) * size) for name, numel, size, _ in parts)
+    trained = [(numel, size) for _, numel, size, trains in parts if trains]
+    numbers = sum(numel for numel, _ in trained)
+    own = numbers if stage == 0 else sum(_share(numel, ranks) for numel, _ in trained)
+    masters = 4 if stage or plan.dtype != "float32" else 0  # stage 0 in float32 steps the parameters themselves
+    memory["optimizer"] = (8 + masters) * own
+    memory["gradients"] = sum((numel if stage < 2 else _share(numel, ranks)) * size for numel, size in trained)
+    total["optimizer"], total["gradients"] = (8 + masters) * numbers, sum(numel * size for numel, size in trained)
+    if stage == 3:
+        memory["gathered at once"] = _gather_peak(model, parts, zero)
+    return Account(memory, _predict_traffic(parts, persistent, plan), total)
+
+
+def _gather_peak(model: nn.Module, parts: Iterable[tuple[str, int, int, bool]], zero: Mapping[str, Any]) -> int:
+    """The largest module, and what DeepSpeed gathers ahead of it; never more than all parameters."""
+    largest = max(
+        sum(distributed.full_numel(p) * p.itemsize for p in module.parameters(recurse=False))
+        for module in model.modules()
+    )
+    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * max(size for _, _, size, _ in parts)
+    return min(largest + ahead, sum(numel * size for _, numel, size, _ in parts))
+
+
+def _predict_traffic(
+    parts: Iterable[tuple[str, int, int, bool]], persistent: int, plan: DeepSpeedPlan
+) -> dict[str, int]:
+    """Payloads of one optimizer step. At stage 3 a weight is gathered for forward and again for backward, unless it is kept
+    in between (``stage3_max_live_parameters``, ``stage3_max_reuse_distance``): the figures are the upper bound.
+    """
+    if distributed.world_size() == 1:
+        return {}
+    traffic: Counter[str] = Counter()
+    for name, numel, size, trains in parts:
+        if trains:
+            times = plan.accumulation_steps if plan.stage >= 2 else 1
+            traffic["gradients"] += times * numel * size
+            if plan.stage in (1, 2) or (plan.stage == 3 and numel <= persistent):
+                traffic["updated parameters"] += numel * size
+        if plan.stage == 3 and numel > persistent:
+            traffic[f"gather {name}"] += 2 * plan.accumulation_steps * numel * size
+    return dict(traffic)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of each storage once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
+def measure_memory(model: nn.Module, state: TrainedState) -> dict[str, int]:
+    """The tensors of this rank, between two steps."""
+    memory: Counter[str] = Counter()
+    plans: list[Tensor] = []
+    for name, parameter in _named_parts(model):
+        memory[name] += parameter.nbytes  # all of it, or what of it is gathered
+        if distributed.is_partitioned(parameter):
+            memory[name] += parameter.ds_tensor.nbytes
+    for layer in adapted_layers(model).values():
+        if layer.plan is not None:
+            plans += [tensor for tensor in vars(layer.plan).values() if torch.is_tensor(tensor)]
+    if plans:
+        memory["plans of masks"] = _bytes(plans)
+    memory["optimizer"] = state.bytes()
+    return dict(memory)
+
+
+def measured_traffic(counter: distributed.TrafficCounter) -> dict[str, int]:
+    """Kind and dtype -> bytes, e.g. ``all_gather int32`` (positions)."""
+    return {
+        f"{kind} {str(dtype).removeprefix('torch.')}": size
+        for (kind, dtype), size in sorted(counter.bytes.items(), key=str)
+        if size
+    }
+
+
+def table(predicted: Account, measured: Mapping[str, int], traffic: Mapping[str, int]) -> str:
+    """Both side by side, in MiB."""
+
+    def cell(size: int | None) -> str:
+        return f"{size / _MIB:12.3f}" if size is not None else f"{'-':>12}"
+
+    names = [name for name in predicted.memory | dict(measured) if predicted.memory.get(name) or measured.get(name)]
+    lines = [f"{'memory, MiB':22}{'undivided':>12}{'predicted':>12}{'measured':>12}"]
+    for name in names:
+        sizes = (predicted.total.get(name), predicted.memory.get(name), measured.get(name))
+        lines.append(f"{name:22}" + "".join(map(cell, sizes)))
+    if predicted.traffic or traffic:
+        lines.append(f"{'communication, MiB':22}{'':>12}{'at most':>12}{'measured':>12}")
+        lines += [f"{name:34}{cell(size)}" for name, size in predicted.traffic.items()]
+        lines += [f"{name:46}{cell(size)}" for name, size in traffic.items()]
+    return "\n".join(lines)
