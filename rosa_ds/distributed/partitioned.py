@@ -114,11 +114,15 @@ def partition_model(model: nn.Module, config: Mapping[str, Any], dtype: torch.dt
         fill: writes the numbers; called in the same order on all ranks.
     """
     partitioner = _make_partitioner(config)
+    # one buffer for all: allocations of ever other sizes would leave the heap far larger than the shares
+    scratch = torch.empty(
+        max(p.numel() * max(p.itemsize, dtype.itemsize) for p in model.parameters()), dtype=torch.uint8, device=device()
+    )
     done: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(prefix, recurse=False, remove_duplicate=False)):
             if id(parameter) not in done:
-                done[id(parameter)] = _partition(partitioner, name, parameter, dtype, fill)
+                done[id(parameter)] = _partition(partitioner, scratch, name, parameter, dtype, fill)
             module._parameters[name.rpartition(".")[2]] = done[id(parameter)]
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device())
@@ -134,9 +138,12 @@ def _make_partitioner(config: Mapping[str, Any]) -> Any:
     return partitioner
 
 
-def _partition(partitioner: Any, name: str, old: nn.Parameter, dtype: torch.dtype, fill: Fill) -> nn.Parameter:
+def _partition(
+    partitioner: Any, scratch: Tensor, name: str, old: nn.Parameter, dtype: torch.dtype, fill: Fill
+) -> nn.Parameter:
     wanted = dtype if old.is_floating_point() else old.dtype
-    new: Any = nn.Parameter(torch.empty(old.shape, dtype=wanted, device=device()), requires_grad=old.requires_grad)
+    whole = scratch[: old.numel() * wanted.itemsize].view(wanted).view(old.shape)
+    new: Any = nn.Parameter(whole, requires_grad=old.requires_grad)
     ranks = dist.get_world_size()
     share = -(-old.numel() // ranks)
     with torch.no_grad():
