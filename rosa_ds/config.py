@@ -51,6 +51,8 @@ class AdapterSettings(Section):
     """Share of each matrix's entries that the sparse part trains (0.006 = 0.6 %)."""
     sparse_product: Literal["scatter", "separate"] = "scatter"
     """How the base sees the sparse part: scatter writes the values into the weight for each product (a 16-bit weight rounds the sum), separate adds a sparse product of its own, which rounds no value against the weight (slower)."""
+    partition_positions: bool = False
+    """At stages 0 to 2, too, each rank keeps only its share of the masks, and gathers a layer's positions a layer ahead in forward and backward (at stage 3 they always are)."""
     target_modules: list[str] = ["all-linear"]
     """Layers to adapt: all-linear (all but the output head), or names, name endings (q_proj) and regular expressions that a full name must match."""
     rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = {}
@@ -205,7 +207,7 @@ class RunConfig(Section):
             for name in ("rank", "alpha", "dropout", "rank_pattern", "low_rank_lr"):
                 unused[f"adapter.{name}"] = f"method {self.method} has no low-rank part"
         if self.method not in SPARSE_METHODS:
-            for name in ("density", "density_pattern", "sparse_lr", "sparse_product"):
+            for name in ("density", "density_pattern", "sparse_lr", "sparse_product", "partition_positions"):
                 unused[f"adapter.{name}"] = f"method {self.method} has no sparse part"
             for name in MaskSettings.model_fields:
                 unused[f"mask.{name}"] = f"method {self.method} has no sparse part"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from launching import environment, free_port
 
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import AdaptedLinear
+from rosa_ds.distributed import ahead, partitioned, watch
 from rosa_ds.training.masking import mask_digest
 
 TWO_RANKS = """
@@ -119,3 +121,97 @@ def test_digest_of_a_mask() -> None:
 def test_a_layer_says_what_it_is() -> None:
     layer = AdaptedLinear(torch.nn.Linear(4, 3), "up", rank=2, scale=1.0, dropout=0.0, entries=5, seed=0)
     assert "in=4, out=3, rank=2, entries=5" in repr(layer)
+
+
+STALL = """
+import time
+from rosa_ds import distributed
+
+distributed.initialize()
+distributed.start_watch(2.0)
+distributed.progress("step 1")
+if distributed.rank() == 1:
+    time.sleep(60)
+distributed.progress("step 2")
+distributed.barrier()
+"""
+
+
+@pytest.mark.ranks
+def test_a_stalled_rank_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "stall.py"
+    script.write_text(STALL)
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, waiting = ranks[0].communicate(timeout=50)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == 74
+    assert "no progress for 2 s: rank 1 at 'step 1' for" in waiting
+    assert "the others wait at 'step 2'" in waiting
+    assert "in barrier" in waiting  # the stack of the rank that waits
+
+
+def test_all_ranks_at_one_point_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "world_size", lambda: 2)
+    messages: list[str] = []
+
+    class Store(dict[str, str]):
+        set = dict.__setitem__
+        get = dict.__getitem__
+
+    store = Store({"rosa_ds/progress/1": '[1, "step 1", 0.0]'})
+    watched = watch.Watch(store, 0.2, messages.append)
+    watched.progress("step 1")
+    watched._thread.join(timeout=20)
+    assert len(messages) == 1
+    assert "rank 0 at 'step 1'" in messages[0]
+    assert "rank 1 at 'step 1'" in messages[0]
+    assert messages[0].endswith("(all ranks)")
+
+
+def test_a_divided_parameter_is_whole_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with the same share stand in for a real gather, which whole runs do."""
+    events: list[str] = []
+
+    def start(parameter: torch.nn.Parameter, share: torch.Tensor) -> Callable[[], torch.Tensor]:
+        events.append(f"start {int(share[0])}")
+        return lambda: torch.cat([share, share])[: distributed.full_numel(parameter)]
+
+    monkeypatch.setattr(partitioned, "world_size", lambda: 2)
+    monkeypatch.setattr(ahead, "start_gather", start)
+    first, second, third = (
+        torch.nn.Parameter(torch.full((3,), number, dtype=torch.int32), requires_grad=False) for number in (1, 2, 3)
+    )
+    for parameter in (first, second, third):
+        distributed.divide(parameter)
+        assert parameter.numel() == 0
+        assert distributed.full_shape(parameter) == (3,)
+    gatherer = distributed.GatherAhead()
+    for _ in range(3):
+        events.clear()
+        for number, parameter in ((1, first), (2, second), (3, third), (3, third), (2, second), (1, first)):
+            with gatherer.whole(parameter):
+                assert parameter.tolist() == [number] * 3
+                events.append(f"use {number}")
+            assert parameter.numel() == 0
+    up = [
+        "start 1",
+        "start 2",
+        "use 1",
+        "start 3",
+        "use 2",
+        "use 3",
+    ]  # each is started before the one before it is used
+    assert events == [*up, "start 3", "start 2", "use 3", "start 1", "use 2", "use 1"]

@@ -139,6 +139,7 @@ SPLITS: dict[str, tuple[str, int, int | str, tuple[str, ...]]] = {
     "1 rank, 4 micro-batches, stage 0": ("python", 1, 0, ()),
     "2 ranks, 2 micro-batches, stage 1": ("torchrun", 2, 1, ()),
     "4 ranks, 1 micro-batch, stage 2": ("deepspeed", 4, 2, ()),
+    "2 ranks, stage 2, positions partitioned": ("torchrun", 2, 2, ("--adapter.partition_positions", "true")),
     "1 rank, stage 3": ("python", 1, 3, ()),
     "2 ranks, stage 3, DeepSpeed's own persistence": ("torchrun", 2, 3, (PERSIST, "100000")),
     "4 ranks, stage 3, nothing persists, no reuse, no overlap": (

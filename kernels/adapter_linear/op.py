@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,9 @@ from rosa_kernels.spmm.op import add_product, spmm_op
 Collect = Callable[[Tensor, Tensor], None]
 """Receives ``grad_TN`` and ``x_TM`` of a layer during backward, detached."""
 
+Around = Callable[[], AbstractContextManager[None]]
+"""Entered for the time of a forward or backward, to bring in tensors whose numbers are kept elsewhere meanwhile."""
+
 SparseProduct = Literal["scatter", "separate"]
 """How forward and backward see the sparse part: written into the weight, or as a product of its own."""
 
@@ -34,6 +38,10 @@ class _Options:
     plan: Plan | None
     dequantize: Callable[[Tensor], Tensor] | None
     collect: Collect | None
+    around: Around | None
+
+    def held(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.around is None else self.around()
 
 
 class _Primitives(NamedTuple):
@@ -91,7 +99,8 @@ class _AdapterLinear(torch.autograd.Function):
         seed: Tensor,
         o: _Options,
     ) -> Tensor:
-        y_TN = _base_product(x_TM, weight, bias_N, values_Z, positions_Z, o, o.transposed)
+        with o.held():
+            y_TN = _base_product(x_TM, weight, bias_N, values_Z, positions_Z, o, o.transposed)
         h_TR = None
         if A_RM is not None and B_NR is not None:
             h_TR = _primitives().down(x_TM, A_RM.to(x_TM.dtype), o.dropout, seed)
@@ -104,34 +113,39 @@ class _AdapterLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TN = grads[0].contiguous()
-        x_TM, h_TR = ctx.saved_tensors
-        weight, bias_N, A_RM, B_NR, values_Z, positions_Z = ctx.parameters
-        o: _Options = ctx.options
-        needs_x, _, needs_bias, needs_A, needs_B, needs_values = ctx.needs_input_grad[:6]
-        grad_x = grad_bias = grad_A = grad_B = grad_values = None
-        if o.collect is not None:
-            o.collect(grad_TN, x_TM)
-        if needs_x:
-            grad_x = _base_product(grad_TN, weight, None, values_Z, positions_Z, o, not o.transposed)
-        if needs_bias:
-            grad_bias = grad_TN.sum(0).to(bias_N.dtype)
-        if needs_values and positions_Z is None:
-            grad_values = torch.zeros_like(values_Z)
-        elif needs_values:
-            left, right = (x_TM, grad_TN) if o.transposed else (grad_TN, x_TM)
-            parts = o.plan.sampling_parts() if o.plan is not None else []
-            grad_values = _primitives().sddmm(left, right, positions_Z, parts).to(values_Z.dtype)
-        if needs_B:
-            # h first: two to four times as fast as grad.T @ h in MKL (1024 tokens, 576 and 1536 features, rank 8)
-            grad_B = (h_TR.T @ grad_TN).T.mul(o.scale).to(B_NR.dtype).contiguous()
-        if A_RM is not None and (needs_A or needs_x):
-            B = B_NR.to(x_TM.dtype)
-            grad_h_TR = torch.nn.functional.linear(grad_TN, B.T.contiguous()).mul_(o.scale)  # as fast as x Aᵀ so
-            A = A_RM.to(x_TM.dtype)
-            grad_A = _primitives().low_rank_backward(grad_x, grad_h_TR, x_TM, A, o.dropout, ctx.seed)
-            grad_A = grad_A.to(A_RM.dtype) if needs_A else None
-        return grad_x, None, grad_bias, grad_A, grad_B, grad_values, None, None, None
+        with ctx.options.held():
+            return _backward(ctx, *grads)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad_TN = grads[0].contiguous()
+    x_TM, h_TR = ctx.saved_tensors
+    weight, bias_N, A_RM, B_NR, values_Z, positions_Z = ctx.parameters
+    o: _Options = ctx.options
+    needs_x, _, needs_bias, needs_A, needs_B, needs_values = ctx.needs_input_grad[:6]
+    grad_x = grad_bias = grad_A = grad_B = grad_values = None
+    if o.collect is not None:
+        o.collect(grad_TN, x_TM)
+    if needs_x:
+        grad_x = _base_product(grad_TN, weight, None, values_Z, positions_Z, o, not o.transposed)
+    if needs_bias:
+        grad_bias = grad_TN.sum(0).to(bias_N.dtype)
+    if needs_values and positions_Z is None:
+        grad_values = torch.zeros_like(values_Z)
+    elif needs_values:
+        left, right = (x_TM, grad_TN) if o.transposed else (grad_TN, x_TM)
+        parts = o.plan.sampling_parts() if o.plan is not None else []
+        grad_values = _primitives().sddmm(left, right, positions_Z, parts).to(values_Z.dtype)
+    if needs_B:
+        # h first: two to four times as fast as grad.T @ h in MKL (1024 tokens, 576 and 1536 features, rank 8)
+        grad_B = (h_TR.T @ grad_TN).T.mul(o.scale).to(B_NR.dtype).contiguous()
+    if A_RM is not None and (needs_A or needs_x):
+        B = B_NR.to(x_TM.dtype)
+        grad_h_TR = torch.nn.functional.linear(grad_TN, B.T.contiguous()).mul_(o.scale)  # as fast as x Aᵀ so
+        A = A_RM.to(x_TM.dtype)
+        grad_A = _primitives().low_rank_backward(grad_x, grad_h_TR, x_TM, A, o.dropout, ctx.seed)
+        grad_A = grad_A.to(A_RM.dtype) if needs_A else None
+    return grad_x, None, grad_bias, grad_A, grad_B, grad_values, None, None, None
 
 
 def _check_inputs(x: Tensor, weight: Tensor, parts: dict[str, Tensor | None], o: _Options) -> None:
@@ -180,6 +194,7 @@ def adapter_linear(
     sparse_product: SparseProduct = "scatter",
     dequantize: Callable[[Tensor], Tensor] | None = None,
     collect: Collect | None = None,
+    around: Around | None = None,
 ) -> Tensor:
     """``y = x (W + S)ᵀ + scale · drop(x) Aᵀ Bᵀ + bias``, saving x and (T, R) numbers; the sparse part costs O(Z) memory.
 
@@ -198,6 +213,7 @@ def adapter_linear(
             weight's dtype; ``separate`` adds a sparse product of its own, in which no value is rounded against the weight.
         dequantize: makes the dense weight, of x's dtype, from ``weight`` in forward and again in backward.
         collect: called in backward with the output's gradient (T, N) and the input (T, M).
+        around: entered around forward and again around backward; the numbers of ``positions`` need only be there inside.
 
     Returns: (..., N) of the weight's dtype, also under autocast.
     Raises: ValueError for shapes or dtypes that do not fit together.
@@ -205,7 +221,7 @@ def adapter_linear(
     """
     if torch.is_autocast_enabled(x.device.type) and dequantize is None:
         x = x.to(weight.dtype)  # the base's type decides; casting a weight would copy it
-    options = _Options(scale, dropout, transposed, sparse_product, plan, dequantize, collect)
+    options = _Options(scale, dropout, transposed, sparse_product, plan, dequantize, collect, around)
     _check_inputs(x, weight, {"A": A, "B": B, "values": values, "positions": positions}, options)
     drops = dropout > 0.0 and A is not None
     seed = torch.randint(2**62, (1,)) if drops else torch.zeros(1, dtype=torch.int64)

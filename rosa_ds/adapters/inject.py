@@ -119,7 +119,7 @@ def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
 def _check_whole(model: nn.Module) -> None:
     if any(distributed.is_partitioned(parameter) for parameter in model.parameters()):
         raise ValueError(
-            "this model's weights are partitioned by ZeRO-3, so nothing can be merged into them: save the adapter "
+            "this model's parameters are partitioned by ZeRO-3 or over the ranks, so nothing can be merged into them: save the adapter "
             "(rosa_ds.save_adapter) and merge it into a model of one process, as launch/export.py does"
         )
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import rosa_kernels
 from rosa_ds import distributed
 from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
-from rosa_kernels.adapter_linear.op import Collect, SparseProduct
+from rosa_kernels.adapter_linear.op import Around, Collect, SparseProduct
 from rosa_kernels.pattern.plan import needs_tiles
 
 MAX_POSITIONS = 2**31 - 1
@@ -57,6 +57,7 @@ class AdaptedLinear(nn.Module):
         self.rank, self.scale, self.dropout, self.entries, self.seed = rank, scale, dropout, entries, seed
         self.sparse_product: SparseProduct = sparse_product
         self.collect: Collect | None = None
+        self.around: Around | None = None
         self.mask_known = False
         self.plan: rosa_kernels.Plan | None = None
         device = self.weight.device
@@ -103,6 +104,7 @@ class AdaptedLinear(nn.Module):
             plan=self._current_plan(),
             sparse_product=self.sparse_product,
             collect=self.collect,
+            around=self.around if self.mask_known else None,
         )
 
     def _current_plan(self) -> rosa_kernels.Plan | None:
@@ -128,7 +130,7 @@ class AdaptedLinear(nn.Module):
         self.plan = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"plan": None}
+        return self.__dict__ | {"plan": None, "around": None}
 
     def check_positions(self, positions: Tensor) -> None:
         """Raise ValueError unless ``positions`` is a mask of this layer: (Z,) int32, strictly increasing, in range."""

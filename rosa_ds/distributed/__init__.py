@@ -1,5 +1,6 @@
 """Everything that concerns more than one rank: no file outside this folder talks to ``torch.distributed``."""
 
+from rosa_ds.distributed.ahead import GatherAhead
 from rosa_ds.distributed.group import (
     any_rank,
     barrier,
@@ -24,6 +25,7 @@ from rosa_ds.distributed.group import (
     world_size,
 )
 from rosa_ds.distributed.partitioned import (
+    divide,
     full_numel,
     full_shape,
     gather,
@@ -31,6 +33,7 @@ from rosa_ds.distributed.partitioned import (
     keep_numbers,
     own_share,
     partition_model,
+    partition_of,
     read_on_main,
     read_whole,
     write_whole,
@@ -39,11 +42,13 @@ from rosa_ds.distributed.traffic import TrafficCounter
 from rosa_ds.distributed.watch import progress, start_watch, stop_watch
 
 __all__ = [
+    "GatherAhead",
     "TrafficCounter",
     "any_rank",
     "barrier",
     "broadcast",
     "device",
+    "divide",
     "free_memory",
     "full_numel",
     "full_shape",
@@ -58,6 +63,7 @@ __all__ = [
     "own_share",
     "owners_by_cost",
     "partition_model",
+    "partition_of",
     "planned_world_size",
     "progress",
     "raise_everywhere",

@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 has divided over the ranks: their true shapes, and reading, writing and making them.
+"""Parameters that are divided over the ranks, by ZeRO-3 or by us: their true shapes, and reading, writing and making them.
 
 DeepSpeed gives a partitioned parameter ``ds_shape``, ``ds_numel`` and ``ds_tensor``, this rank's share of its flat
 numbers, all shares of one size and the last one padded. Outside its module's forward and backward ``parameter.data``
@@ -7,6 +7,7 @@ is empty, so nothing but this file may read the shape or the numbers of a parame
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,47 +15,103 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rosa_ds.distributed.group import device, is_main
+from rosa_ds.distributed.group import device, is_main, rank, world_size
+
+
+@dataclasses.dataclass
+class Partition:
+    """How one parameter is divided: this rank's ``share`` of its flat numbers, all of one size, the last ones padded."""
+
+    shape: torch.Size
+    share: Tensor
+    rank: int
+    ranks: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def own(self) -> slice:
+        """Which of the flat numbers this rank keeps; empty where the others have them all."""
+        numel, size = self.shape.numel(), self.share.numel()
+        return slice(min(size * self.rank, numel), min(size * (self.rank + 1), numel))
+
+
+_OURS = "rosa_partition"
+
+
+def partition_of(parameter: Any) -> Partition | None:
+    """How ZeRO-3, or :func:`divide`, has divided a parameter; ``None`` where it is whole."""
+    if hasattr(parameter, "ds_id"):
+        rank, ranks = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+        return Partition(parameter.ds_shape, parameter.ds_tensor, rank, ranks, parameter.ds_process_group)
+    ours: Partition | None = getattr(parameter, _OURS, None)
+    return ours
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has divided this parameter."""
-    return hasattr(parameter, "ds_id")
+    """Whether the ranks share this parameter's numbers."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, _OURS)
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of all of it, without gathering it."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
+    partition = partition_of(parameter)
+    return parameter.shape if partition is None else partition.shape
 
 
 def full_numel(parameter: Tensor) -> int:
     """How many numbers all of it has, without gathering it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return full_shape(parameter).numel()
 
 
-def own_share(parameter: Any) -> slice:
-    """Which of a partitioned parameter's flat numbers this rank keeps; empty where the others have them all."""
-    size = parameter.ds_tensor.ds_numel
-    start = min(size * parameter.ds_zero_partition_rank, parameter.ds_numel)
-    return slice(start, min(start + size, parameter.ds_numel))
+def own_share(parameter: Tensor) -> slice:
+    """Which of a partitioned parameter's flat numbers this rank keeps."""
+    partition = partition_of(parameter)
+    assert partition is not None
+    return partition.own
 
 
-def gather(parameter: Any, share: Tensor) -> Tensor:
+def gather(parameter: Tensor, share: Tensor) -> Tensor:
     """All of what the ranks hold in shares like those of ``parameter``, in its shape. Collective.
 
-    Shapes: share as ``parameter.ds_tensor``, any dtype; result ``ds_shape``, on this rank's device.
+    Shapes: share as the partition's, any dtype; result ``full_shape(parameter)``, on this rank's device.
     """
+    return start_gather(parameter, share)()
+
+
+def start_gather(parameter: Tensor, share: Tensor) -> Callable[[], Tensor]:
+    """:func:`gather` without waiting: what it returns waits and gives the result. Collective."""
+    partition = partition_of(parameter)
+    assert partition is not None
     share = share.detach().to(device()).contiguous()
-    whole = torch.empty(share.numel() * parameter.ds_zero_partition_world_size, dtype=share.dtype, device=share.device)
-    dist.all_gather_into_tensor(whole, share, group=parameter.ds_process_group)
-    return whole[: parameter.ds_numel].view(parameter.ds_shape)
+    whole = torch.empty(share.numel() * partition.ranks, dtype=share.dtype, device=share.device)
+    handle = dist.all_gather_into_tensor(whole, share, group=partition.group, async_op=True)
+
+    def wait() -> Tensor:
+        handle.wait()
+        return whole[: partition.shape.numel()].view(partition.shape)
+
+    return wait
 
 
-def read_whole(parameter: Any) -> Tensor:
+@torch.no_grad()
+def divide(parameter: Any) -> None:
+    """Leave each rank its share of a parameter that all have whole: at stages where DeepSpeed does not.
+
+    ``parameter.data`` is empty from now on, but where :class:`rosa_ds.distributed.ahead.GatherAhead` brings it in.
+    """
+    ranks, rank_here = world_size(), rank()
+    share = torch.zeros(-(-parameter.numel() // ranks), dtype=parameter.dtype, device=parameter.device)
+    partition = Partition(parameter.shape, share, rank_here, ranks, None)
+    mine = parameter.reshape(-1)[partition.own]
+    share[: mine.numel()].copy_(mine)
+    setattr(parameter, _OURS, partition)
+    parameter.data = parameter.new_empty(0)
+
+
+def read_whole(parameter: Tensor) -> Tensor:
     """All of a parameter, which may be partitioned: then a new tensor on this rank's device. Collective."""
-    whole: Tensor = gather(parameter, parameter.ds_tensor) if is_partitioned(parameter) else parameter.detach()
-    return whole
+    partition = partition_of(parameter)
+    return parameter.detach() if partition is None else gather(parameter, partition.share)
 
 
 def read_on_main(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,13 +135,14 @@ def write_whole(parameter: Any, value: Tensor) -> None:
 
     Every rank gives the same ``value``, in the parameter's full shape; it is cast to the parameter's dtype.
     """
-    if not is_partitioned(parameter):
+    partition = partition_of(parameter)
+    if partition is None:
         parameter.copy_(value)
         return
-    assert value.shape == parameter.ds_shape, f"{tuple(value.shape)} for a parameter of {tuple(parameter.ds_shape)}"
-    mine = value.reshape(-1)[own_share(parameter)]
-    parameter.ds_tensor[: mine.numel()].copy_(mine)
-    if parameter.data.shape == parameter.ds_shape:  # gathered at the moment, or small enough to stay so
+    assert value.shape == partition.shape, f"{tuple(value.shape)} for a parameter of {tuple(partition.shape)}"
+    mine = value.reshape(-1)[partition.own]
+    partition.share[: mine.numel()].copy_(mine)
+    if parameter.data.shape == partition.shape:  # gathered at the moment, or small enough to stay so
         parameter.data.copy_(value)
 
 

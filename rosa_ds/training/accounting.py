@@ -53,59 +53,85 @@ def _share(numel: int, ranks: int) -> int:
     return -(-numel // ranks)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One parameter: the part of :data:`PARTS` that it is, its numbers, bytes of one, and how ranks keep it."""
+
+    name: str
+    numel: int
+    itemsize: int
+    trains: bool
+    divided: bool
+    persists: bool
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.itemsize
+
+    def resident(self, ranks: int) -> int:
+        """Numbers on one rank: all, its share, or at stage 3 of a small one both."""
+        return (_share(self.numel, ranks) if self.divided else 0) + (
+            0 if self.divided and not self.persists else self.numel
+        )
+
+
+def _parts(model: nn.Module, plan: DeepSpeedPlan) -> list[_Part]:
+    zero = plan.config["zero_optimization"]
+    persistent = zero.get(PERSISTENCE, 100_000) if plan.stage == 3 else 0
+    return [
+        _Part(
+            name,
+            numel := distributed.full_numel(parameter),
+            parameter.itemsize,
+            parameter.requires_grad,
+            divided=plan.stage == 3 or distributed.is_partitioned(parameter),
+            persists=numel <= persistent,
+        )
+        for name, parameter in _named_parts(model)
+    ]
+
+
 def predict(model: nn.Module, plan: DeepSpeedPlan) -> Account:
     """What settings and sizes say; of an injected model, whether it is divided already or not."""
-    ranks, stage = distributed.world_size(), plan.stage
-    zero = plan.config["zero_optimization"]
-    persistent = zero.get(PERSISTENCE, 100_000) if stage == 3 else 0
-    parts = [(name, distributed.full_numel(p), p.itemsize, p.requires_grad) for name, p in _named_parts(model)]
-
-    def resident(numel: int) -> int:
-        if stage < 3:
-            return numel
-        return _share(numel, ranks) + (numel if numel <= persistent else 0)
-
-    total = _sum((name, numel * size) for name, numel, size, _ in parts)
-    memory = _sum((name, resident(numel) * size) for name, numel, size, _ in parts)
-    trained = [(numel, size) for _, numel, size, trains in parts if trains]
-    numbers = sum(numel for numel, _ in trained)
-    own = numbers if stage == 0 else sum(_share(numel, ranks) for numel, _ in trained)
-    masters = 4 if stage or plan.dtype != "float32" else 0  # stage 0 in float32 steps the parameters themselves
-    memory["optimizer"] = (8 + masters) * own
-    memory["gradients"] = sum((numel if stage < 2 else _share(numel, ranks)) * size for numel, size in trained)
-    total["optimizer"], total["gradients"] = (8 + masters) * numbers, sum(numel * size for numel, size in trained)
+    ranks, stage, parts = distributed.world_size(), plan.stage, _parts(model, plan)
+    trained = [part for part in parts if part.trains]
+    numbers = sum(part.numel for part in trained)
+    own = numbers if stage == 0 else sum(_share(part.numel, ranks) for part in trained)
+    kept = 8 + (4 if stage or plan.dtype != "float32" else 0)  # stage 0 in float32 steps the parameters themselves
+    total = _sum((part.name, part.bytes) for part in parts)
+    total |= {"optimizer": kept * numbers, "gradients": sum(part.bytes for part in trained)}
+    memory = _sum((part.name, part.resident(ranks) * part.itemsize) for part in parts)
+    memory["optimizer"] = kept * own
+    memory["gradients"] = sum(
+        (part.numel if stage < 2 else _share(part.numel, ranks)) * part.itemsize for part in trained
+    )
     if stage == 3:
-        memory["gathered at once"] = _gather_peak(model, parts, zero)
-    return Account(memory, _predict_traffic(parts, persistent, plan), total)
+        memory["gathered at once"] = _gather_peak(model, parts, plan.config["zero_optimization"])
+    return Account(memory, _predict_traffic(parts, plan), total)
 
 
-def _gather_peak(model: nn.Module, parts: Iterable[tuple[str, int, int, bool]], zero: Mapping[str, Any]) -> int:
+def _gather_peak(model: nn.Module, parts: list[_Part], zero: Mapping[str, Any]) -> int:
     """The largest module, and what DeepSpeed gathers ahead of it; never more than all parameters."""
     largest = max(
         sum(distributed.full_numel(p) * p.itemsize for p in module.parameters(recurse=False))
         for module in model.modules()
     )
-    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * max(size for _, _, size, _ in parts)
-    return min(largest + ahead, sum(numel * size for _, numel, size, _ in parts))
+    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * max(part.itemsize for part in parts)
+    return min(largest + ahead, sum(part.bytes for part in parts))
 
 
-def _predict_traffic(
-    parts: Iterable[tuple[str, int, int, bool]], persistent: int, plan: DeepSpeedPlan
-) -> dict[str, int]:
-    """Payloads of one optimizer step. At stage 3 a weight is gathered for forward and again for backward, unless it is kept
-    in between (``stage3_max_live_parameters``, ``stage3_max_reuse_distance``): the figures are the upper bound.
+def _predict_traffic(parts: list[_Part], plan: DeepSpeedPlan) -> dict[str, int]:
+    """Payloads of one optimizer step. What is divided is gathered for forward and again for backward; at stage 3 unless it
+    is kept in between (``stage3_max_live_parameters``, ``stage3_max_reuse_distance``), so the figures are the upper bound.
     """
-    if distributed.world_size() == 1:
-        return {}
     traffic: Counter[str] = Counter()
-    for name, numel, size, trains in parts:
-        if trains:
-            times = plan.accumulation_steps if plan.stage >= 2 else 1
-            traffic["gradients"] += times * numel * size
-            if plan.stage in (1, 2) or (plan.stage == 3 and numel <= persistent):
-                traffic["updated parameters"] += numel * size
-        if plan.stage == 3 and numel > persistent:
-            traffic[f"gather {name}"] += 2 * plan.accumulation_steps * numel * size
+    for part in parts if distributed.world_size() > 1 else ():
+        if part.trains:
+            traffic["gradients"] += part.bytes * (plan.accumulation_steps if plan.stage >= 2 else 1)
+            if plan.stage in (1, 2) or part.persists:
+                traffic["updated parameters"] += part.bytes
+        if part.divided and not part.persists:
+            traffic[f"gather {part.name}"] += 2 * plan.accumulation_steps * part.bytes
     return dict(traffic)
 
 
@@ -120,8 +146,8 @@ def measure_memory(model: nn.Module, state: TrainedState) -> dict[str, int]:
     plans: list[Tensor] = []
     for name, parameter in _named_parts(model):
         memory[name] += parameter.nbytes  # all of it, or what of it is gathered
-        if distributed.is_partitioned(parameter):
-            memory[name] += parameter.ds_tensor.nbytes
+        if (partition := distributed.partition_of(parameter)) is not None:
+            memory[name] += partition.share.nbytes
     for layer in adapted_layers(model).values():
         if layer.plan is not None:
             plans += [tensor for tensor in vars(layer.plan).values() if torch.is_tensor(tensor)]

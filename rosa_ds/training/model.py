@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -67,3 +68,12 @@ def build_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
         if reentrant:
             model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
     return model
+
+
+def divide_positions(model: nn.Module) -> None:
+    """Leave each rank its share of every mask, whole only while its layer runs. After DeepSpeed has taken the model."""
+    ahead = distributed.GatherAhead()
+    for layer in adapted_layers(model).values():
+        if layer.positions is not None:
+            distributed.divide(layer.positions)
+            layer.around = functools.partial(ahead.whole, layer.positions)

@@ -26,7 +26,7 @@ from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
-from rosa_ds.training.model import build_model
+from rosa_ds.training.model import build_model, divide_positions
 from rosa_ds.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _open_folder(
 def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """``adapter/`` in the run's folder: what training added to the base, in float32."""
     tensors = run.state.read()
-    partitioned = any(distributed.is_partitioned(parameter) for parameter in run.state.parameters.values())
+    partitioned = any(distributed.is_partitioned(parameter) for parameter in run.model.parameters())
     with distributed.together():
         if distributed.is_main() or partitioned:
             save_adapter(run.model, run.folder / "adapter", run.base, tensors)
@@ -173,6 +173,8 @@ def train(command: CommandLine) -> Path:
     restarts = schedule.restart and schedule.mask_steps > 0
     at_start = {name: distributed.read_whole(p).float().cpu().clone() for name, p in whole.items()} if restarts else {}
     engine, state = build_engine(model, settings, plan)
+    if settings.adapter.partition_positions and plan.stage < 3:
+        divide_positions(model)
     account = predict(model, plan)
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
     first_step = saved.step if saved else 0
