@@ -160,10 +160,19 @@ class TrainingSettings(Section):
     """Steps between checkpoints; 0: none but the last."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Older checkpoints are deleted."""
+    max_bad_steps: Annotated[int, Field(ge=0)] = 3
+    """Steps in a row whose loss is not finite that are left out before the run stops."""
     stall_minutes: Annotated[float, Field(ge=0)] = 30.0
     """A rank that gets no further for so long ends the run and says which rank it waits for; 0: never."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run's folder."""
+
+
+class CheckpointSettings(Section):
+    """What is saved on the way."""
+
+    format: Literal["rosa", "deepspeed"] = "rosa"
+    """deepspeed: DeepSpeed's own sharded files, too, in the run's folder deepspeed/."""
 
 
 class RunConfig(Section):
@@ -176,8 +185,9 @@ class RunConfig(Section):
     mask: MaskSettings = MaskSettings()
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
 
-    @field_validator("model", "adapter", "mask", "data", "training", mode="before")
+    @field_validator("model", "adapter", "mask", "data", "training", "checkpoint", mode="before")
     @classmethod
     def _section_is_object(cls, value: Any) -> Any:
         if not isinstance(value, (dict, BaseModel)):

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,15 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(paths: Iterable[Path]) -> None:
+    """Bring files, or folders' lists of their files, to the disk."""
+    for path in paths:
+        _fsync(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a folder and its files to the disk."""
-    for path in sorted(folder.rglob("*")):
-        _fsync(path)
-    _fsync(folder)
+    sync_files([*sorted(folder.rglob("*")), folder])
 
 
 @contextlib.contextmanager
@@ -83,21 +87,47 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Record size and hash of every file in ``folder``."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files}
-    write_json(folder / MANIFEST, {"files": entries})
+Entries = dict[str, dict[str, Any]]
+"""File name -> its ``bytes`` and ``sha256``."""
+
+
+def describe_files(paths: Iterable[Path]) -> Entries:
+    """What a manifest says of these files, read from the disk."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in sorted(paths)}
+
+
+def _signature(entries: Entries) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, entries: Entries | None = None) -> None:
+    """Record size and hash of every file in ``folder`` (or what ``entries`` say of them), signed against damage of itself."""
+    if entries is None:
+        entries = describe_files(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    write_json(folder / MANIFEST, {"files": entries, "sha256": _signature(entries)})
+
+
+def read_manifest(folder: Path) -> Entries:
+    """The files of a folder. Raises ValueError if its manifest is missing or damaged."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        entries: Entries = content["files"]
+        whole = content["sha256"] == _signature(entries)
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{MANIFEST} is damaged")
+    return entries
 
 
 def manifest_problem(folder: Path) -> str | None:
     """What is wrong with a folder by its manifest, or ``None``."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is damaged"
+        entries = read_manifest(folder)
+    except ValueError as problem:
+        return str(problem)
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
@@ -130,6 +160,35 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: reader.get_tensor(name) for name in reader.keys()}, reader.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of several safetensors files by name, each read when it is asked for.
+
+    Raises: ValueError for a file that is none, or a name that stands in two of them.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._readers: dict[str, Any] = {}
+        for path in paths:
+            try:
+                reader = safe_open(path, framework="pt").__enter__()
+            except (SafetensorError, FileNotFoundError) as error:
+                raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+            for name in reader.keys():  # noqa: SIM118
+                if name in self._readers:
+                    raise ValueError(f"{path}: {name} is in another file, too")
+                self._readers[name] = reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._readers[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
 
 
 def move_aside(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import datasets
 import transformers
 
-from rosa_ds.errors import RunError
+from rosa_ds.errors import INTERRUPTED_STATUS, InterruptedRunError, RunError
 
 
 def set_up_logging() -> None:
@@ -36,6 +36,9 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     set_up_logging()
     try:
         main(sys.argv[1:])
+    except InterruptedRunError as error:
+        logging.getLogger("rosa_ds").info("%s", error)
+        sys.exit(INTERRUPTED_STATUS)
     except (ValueError, OSError, RunError) as error:
         logging.getLogger("rosa_ds").debug("where it was found", exc_info=True)
         rank = os.environ.get("RANK", "0")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
@@ -30,6 +32,16 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
     datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_shared_memory_left() -> Iterator[None]:
+    """Killed runs leave DeepSpeed's buffers, 66 MiB a rank, which would fill a small machine's memory."""
+    begun = time.time()
+    yield
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_*"):
+        if path.stat().st_mtime >= begun:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,7 @@ def test_all_ranks_at_one_point_are_all_named(monkeypatch: pytest.MonkeyPatch) -
         set = dict.__setitem__
         get = dict.__getitem__
 
-    store = Store({"rosa_ds/progress/1": '[1, "step 1", 0.0]'})
+    store = Store({"rosa_ds/progress/1": '[1, "step 1", 0.0, 0]'})
     watched = watch.Watch(store, 0.2, messages.append)
     watched.progress("step 1")
     watched._thread.join(timeout=20)

@@ -123,12 +123,12 @@ def test_resuming_into_another_folder_leaves_the_run_alone(straight: Path, tmp_p
 def test_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path) -> None:
     copy = tmp_path / "runs" / "default"
     shutil.copytree(straight, copy)
-    damaged = copy / "checkpoints" / "step-000008" / "trained.safetensors"
+    damaged = copy / "checkpoints" / "step-000008" / "trained-00000.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(bytes(content))
     output = run("deepspeed", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", cwd=tmp_path)
-    assert "step-000008 is damaged (trained.safetensors does not have the hash that was written)" in output
+    assert "step-000008 is damaged (trained-00000.safetensors does not have the hash that was written)" in output
     assert losses(copy) == losses(straight)
 
 

@@ -38,15 +38,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def positions_of(model: nn.Module) -> dict[str, Tensor]:
-    """Weight name -> positions of the layers whose mask is known; as :func:`rosa_ds.distributed.read_on_main`."""
-    return distributed.read_on_main(
-        {
-            layer.weight_name: layer.positions
-            for layer in adapted_layers(model).values()
-            if layer.positions is not None and layer.mask_known
-        }
-    )
+def known_positions(model: nn.Module) -> dict[str, Tensor]:
+    """Weight name -> the parameter with the positions, perhaps partitioned, of the layers whose mask is known."""
+    return {
+        layer.weight_name: layer.positions
+        for layer in adapted_layers(model).values()
+        if layer.positions is not None and layer.mask_known
+    }
 
 
 def describe(model: nn.Module, base: Mapping[str, Any] | None = None) -> AdapterDescription:
@@ -76,10 +74,10 @@ def save_adapter(
     """
     description = describe(model, base)
     shared = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
-    if tensors is None:
-        tensors = distributed.read_on_main(trained_parameters(model))
+    read = distributed.read_to_owners if shared else dict
+    tensors = read(trained_parameters(model)) if tensors is None else tensors
     content = {f"trained.{name}": tensor.detach() for name, tensor in tensors.items()}
-    content |= {f"positions.{name}": positions for name, positions in positions_of(model).items()}
+    content |= {f"positions.{name}": positions for name, positions in read(known_positions(model)).items()}
     with distributed.together() if shared else contextlib.nullcontext():
         if distributed.is_main() or not shared:
             _write(Path(folder), content, description)

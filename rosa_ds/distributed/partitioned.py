@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rosa_ds.distributed.group import device, is_main, rank, world_size
+from rosa_ds.distributed.group import device, rank, world_size
 
 
 @dataclasses.dataclass
@@ -114,17 +114,16 @@ def read_whole(parameter: Tensor) -> Tensor:
     return parameter.detach() if partition is None else gather(parameter, partition.share)
 
 
-def read_on_main(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Named parameters, whole, one after another. Collective if one is partitioned.
+def read_to_owners(parameters: Mapping[str, Tensor], owners: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """Named parameters, whole, one after another, on the CPU of the ranks that own them. Collective if one is partitioned.
 
-    Returns: of partitioned ones a copy on the CPU on the first rank and nothing on the others; others as they are.
+    Args:
+        owners: name -> rank; without it the first rank owns all.
     """
     result: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         whole = read_whole(parameter)
-        if not is_partitioned(parameter):
-            result[name] = whole
-        elif is_main():
+        if rank() == (owners[name] if owners is not None else 0):
             result[name] = whole.cpu()
     return result
 

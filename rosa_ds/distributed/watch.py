@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rosa_ds.distributed.group import rank, world_size
+from rosa_ds.distributed.group import peak_memory_bytes, rank, world_size
 
 logger = logging.getLogger(__name__)
 STALLED_STATUS = 74  # of a process that ended because a rank stalled (EX_IOERR)
@@ -38,13 +38,13 @@ class Watch:
     def __init__(self, store: Any, seconds: float, end: Callable[[str], None] | None = None) -> None:
         self.store, self.seconds = store, seconds
         self.end = end or _end_process
-        self._at = (0, "start", time.time())
+        self._at = (0, "start", time.time(), 0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rosa-watch", daemon=True)
         self._thread.start()
 
     def progress(self, where: str) -> None:
-        self._at = (self._at[0] + 1, where, time.time())
+        self._at = (self._at[0] + 1, where, time.time(), peak_memory_bytes())
 
     def close(self) -> None:
         self._closed.set()
@@ -65,14 +65,14 @@ class Watch:
 
     def _message(self) -> str:
         reports = [json.loads(self.store.get(f"rosa_ds/progress/{other}")) for other in range(world_size())]
-        last = min(count for count, _, _ in reports)
+        last = min(count for count, *_ in reports)
         now = time.time()
         behind = [
             f"rank {other} at {where!r} for {now - since:.0f} s"
-            for other, (count, where, since) in enumerate(reports)
+            for other, (count, where, since, _) in enumerate(reports)
             if count == last
         ]
-        ahead = sorted({where for count, where, _ in reports if count > last})
+        ahead = sorted({where for count, where, *_ in reports if count > last})
         waiting = f"; the others wait at {', '.join(map(repr, ahead))}" if ahead else " (all ranks)"
         return f"no progress for {self.seconds:.0f} s: {', '.join(behind)}{waiting}"
 
@@ -82,6 +82,35 @@ def _end_process(message: str) -> None:
     faulthandler.dump_traceback(file=sys.stderr)
     sys.stderr.flush()
     os._exit(STALLED_STATUS)
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Does a collective say that another rank is gone?"""
+    said = str(error)
+    gone = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "remote process exited",
+        "NCCL",
+        "timed out",
+    )
+    return isinstance(error, dist.DistError) or any(text in said for text in gone)
+
+
+def describe_ranks() -> str:
+    """Where each rank was last, and its largest memory: what is known when one of them is gone."""
+    reports = []
+    for other in range(world_size()):
+        try:
+            assert _active is not None
+            _, where, since, memory = json.loads(_active.store.get(f"rosa_ds/progress/{other}"))
+        except (RuntimeError, AssertionError, ValueError):
+            reports.append(f"rank {other} unknown")
+            continue
+        ago = time.time() - since
+        reports.append(f"rank {other} at {where!r} {ago:.0f} s ago, peak memory {memory / 2**30:.2f} GiB")
+    return "; ".join(reports)
 
 
 def start_watch(seconds: float) -> None:

@@ -55,4 +55,5 @@ def perplexity(
     data = prepare(source, "eval", tokenizer, settings)
     with torch.inference_mode():
         loss = evaluate_loss(model, data, batch_size, tokenizer.pad_token_id, accepts_kept_positions(model))
+    assert loss is not None, "nobody interrupts this evaluation"
     return {"perplexity": math.exp(loss), "loss": loss, "rows": len(data), "trained_tokens": int(data.trained.sum())}

@@ -1,9 +1,8 @@
 """Checkpoints that know nothing of ranks or ZeRO stages: safetensors and JSON, complete or not there.
 
-``checkpoints/step-000100/`` holds ``trained.safetensors`` (float32 masters), ``moments.safetensors``,
-``positions.safetensors`` (once the mask is known), ``collect-RANK.safetensors`` (between two collect steps),
-``state.json`` and ``manifest.json`` with the size and hash of each. The frozen base is never in it. It is written to
-a temporary folder, brought to disk and renamed; ``checkpoints/latest`` is written last.
+``checkpoints/step-000100/`` holds ``PART-RANK.safetensors`` of the parts in :data:`PARTS`, each with what that rank wrote,
+``state.json``, and ``manifest.json`` with the size and hash of each file. The frozen base is never in it. All ranks write
+into a temporary folder at once; when everything is on the disk it is renamed; ``checkpoints/latest`` is written last.
 """
 
 from __future__ import annotations
@@ -21,53 +20,58 @@ from torch import Tensor
 
 from rosa_ds import distributed
 from rosa_ds.files import (
+    Entries,
+    TensorFiles,
+    describe_files,
     manifest_problem,
     move_aside,
-    read_tensors,
-    sync_folder,
+    read_manifest,
+    sync_files,
     write_json,
     write_manifest,
     write_tensors,
     write_text,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PARTS = ("trained", "moments", "positions", "collected", "base_changes")
 logger = logging.getLogger(__name__)
-
-# Settings that a resumed run may change: they do not change what the run computes, beyond rounding.
-MAY_CHANGE = frozenset(
-    {
-        *("training.output_dir", "training.logging_steps", "training.eval_steps", "training.eval_batch_size"),
-        *(
-            "training.save_steps",
-            "training.keep_checkpoints",
-            "training.tensorboard",
-            "training.gradient_checkpointing",
-            "training.stall_minutes",
-            "mask.device_memory_gib",
-        ),
-        *("data.eval", "data.batching", "model.attn_implementation", "model.name_or_path", "model.revision"),
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run between two steps. ``step`` is the number of the next one."""
+    """The state of a run between two steps.
+
+    The tensors are, when it is saved, those that this rank writes, each name on one rank; when it is loaded, those of all
+    ranks, read from the disk when they are asked for.
+
+    Attributes:
+        step: number of the next step; ``phase``: what that step does.
+        trained: float32 masters by parameter name; moments: ``"parameter/key"``; positions: by weight name.
+        collected: sums of gradients for the mask, by layer name, between two collect steps.
+        base_changes: what training has changed in the base, which is not in a checkpoint itself.
+        evaluation_due: the evaluation that belongs to this step was not done yet.
+    """
 
     step: int
+    phase: str
     trained: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     positions: Mapping[str, Tensor]
     collected: Mapping[str, Tensor]
+    base_changes: Mapping[str, Tensor]
     collected_steps: int
     optimizer_scalars: Mapping[str, Mapping[str, float]]
     loss_scaler: Mapping[str, float]
     trained_tokens: int
+    evaluation_due: bool
     config: Mapping[str, Any]
     batch_size: int
     base: Mapping[str, Any]
     data: str
+
+
+_PLAIN = tuple(field.name for field in dataclasses.fields(Checkpoint) if field.name not in PARTS)
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -81,38 +85,75 @@ def _name(step: int) -> str:
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float]:
     """Write a checkpoint together with all ranks, then delete all but the ``keep`` newest.
 
-    Rank 0 writes everything but the collected gradients, which each owner writes.
-
-    Returns: its folder, its bytes (on rank 0) and the seconds it took.
-    Raises: OSError on the rank where writing failed, RunError on the others; the run's older
-        checkpoints are then as they were.
+    Returns: its folder, the bytes of what the manifest lists, and the seconds it took.
+    Raises: OSError on the rank where writing failed, RunError on the others; the run's older checkpoints are then as
+        they were, and nothing of the new one is left.
     """
     start = time.monotonic()
     folder = checkpoints_folder(run) / _name(checkpoint.step)
     temporary = folder.with_name(f".{folder.name}.partial")
     main = distributed.is_main()
-    with distributed.together():
+    try:
+        with distributed.together():
+            if main:
+                _clean(folder.parent)
+                temporary.mkdir(parents=True)
+        with distributed.together():
+            mine = _write_parts(temporary, checkpoint)
+        entries = {name: entry for part in distributed.gather_objects(mine) for name, entry in part.items()}
+        with distributed.together():
+            if main:
+                _complete(temporary, folder, checkpoint, entries)
+    except BaseException:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    with distributed.together():
-        if checkpoint.collected:
-            write_tensors(temporary / f"collect-{distributed.rank()}.safetensors", checkpoint.collected)
-        if main:
-            _write_parts(temporary, checkpoint)
+        raise
     with distributed.together():
         if main:
-            write_manifest(temporary)
-            sync_folder(temporary)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-            write_text(folder.parent / "latest", folder.name + "\n")
             older = [path for path in complete_folders(run) if path.name < folder.name]
             for path in older[keep - 1 :]:
-                shutil.rmtree(path)
-    size = sum(path.stat().st_size for path in folder.iterdir()) if main else 0
+                _discard(path)
+    size = sum(entry["bytes"] for entry in entries.values())
     return folder, size, time.monotonic() - start
+
+
+def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:
+    """This rank's files, on the disk; what the manifest says of them."""
+    written = []
+    for part in PARTS:
+        if tensors := getattr(checkpoint, part):
+            written.append(folder / f"{part}-{distributed.rank():05d}.safetensors")
+            write_tensors(written[-1], tensors)
+    sync_files(written)
+    return describe_files(written)
+
+
+def _complete(temporary: Path, folder: Path, checkpoint: Checkpoint, entries: Entries) -> None:
+    """The files that are written once, and the new name. An older checkpoint of the same step goes only then."""
+    state = {name: getattr(checkpoint, name) for name in _PLAIN}
+    write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
+    entries |= describe_files([temporary / "state.json"])
+    write_manifest(temporary, dict(sorted(entries.items())))
+    sync_files([temporary])
+    if folder.exists():
+        _discard(folder)
+    temporary.rename(folder)
+    sync_files([folder.parent])
+    write_text(folder.parent / "latest", folder.name + "\n")
+
+
+def _discard(path: Path) -> None:
+    """Delete a folder; one that is half deleted does not have its name any more."""
+    hidden = path.with_name(f".{path.name}.discarded")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what interrupted savings have left."""
+    for pattern in (".step-*.partial", ".step-*.discarded"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
 
 
 def _abandon(path: Path) -> Path:
@@ -126,16 +167,6 @@ def set_aside_later(run: Path, step: int) -> list[Path]:
     """Rename checkpoints of steps that a resumed run will do again, so that they are not taken for its own."""
     later = [path for path in complete_folders(run) if path.name > _name(step)]
     return [_abandon(path) for path in later]
-
-
-def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
-    for name in ("trained", "moments", "positions"):
-        tensors = getattr(checkpoint, name)
-        if tensors:
-            write_tensors(folder / f"{name}.safetensors", tensors)
-    plain = ("step", "collected_steps", "optimizer_scalars", "loss_scaler", "trained_tokens", "config")
-    state = {name: getattr(checkpoint, name) for name in (*plain, "batch_size", "base", "data")}
-    write_json(folder / "state.json", {"format_version": FORMAT_VERSION, **state})
 
 
 def complete_folders(run: Path) -> list[Path]:
@@ -167,54 +198,12 @@ def find(run: Path, wanted: str) -> Path:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint whose manifest is good. Raises ValueError for another format version."""
+    """Open a checkpoint whose manifest is good. Raises ValueError for another format version."""
     state = json.loads((folder / "state.json").read_text())
-    if state.pop("format_version") != FORMAT_VERSION:
+    if state.pop("format_version", None) != FORMAT_VERSION:
         raise ValueError(f"{folder} was written by another version of rosa_ds (format {FORMAT_VERSION} is read)")
-    parts: dict[str, Any] = {}
-    for name in ("trained", "moments", "positions"):
-        path = folder / f"{name}.safetensors"
-        parts[name] = read_tensors(path)[0] if path.exists() else {}
-    collected: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("collect-*.safetensors")):
-        collected |= read_tensors(path)[0]
-    return Checkpoint(**state, **parts, collected=collected)
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and not prefix:
-            flat |= _flatten(value, f"{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def check_resumable(
-    checkpoint: Checkpoint, config: Mapping[str, Any], batch_size: int, base: Mapping[str, Any], data: str
-) -> None:
-    """Raise ValueError unless the run can go on under these settings, naming what changed."""
-    old, new = _flatten(checkpoint.config), _flatten(config)
-    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    refused = [name for name in changed if name not in MAY_CHANGE]
-    if refused:
-        name = refused[0]
-        raise ValueError(
-            f"--resume: {name} was {old.get(name)!r} and is {new.get(name)!r} now: set it back, or start a new run "
-            f"(changed: {', '.join(refused)})"
-        )
-    if checkpoint.batch_size != batch_size:
-        raise ValueError(
-            f"--resume: train_batch_size was {checkpoint.batch_size} and is {batch_size} now: set it back "
-            "(micro-batch size and number of ranks may change)"
-        )
-    if checkpoint.base["hash"] != base["hash"]:
-        raise ValueError(
-            f"--resume: the weights of {base['name_or_path']} are not those that the run began with "
-            f"({checkpoint.base['name_or_path']}): give the same base"
-        )
-    if checkpoint.data != data:
-        raise ValueError(
-            "--resume: the examples of data.train are not those that the run began with: give the same data"
-        )
+    names = sorted(read_manifest(folder))
+    parts: dict[str, Any] = {
+        part: TensorFiles(folder / name for name in names if name.startswith(f"{part}-")) for part in PARTS
+    }
+    return Checkpoint(**state, **parts)

@@ -5,71 +5,35 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import Mask, MaskCollector, save_mask, set_mask
-from rosa_ds.adapters.state import positions_of
-from rosa_ds.config import SPARSE_METHODS, RunConfig
-from rosa_ds.data.batches import BatchPlan, load_batch
-from rosa_ds.data.prepare import TokenSet
+from rosa_ds.config import SPARSE_METHODS
+from rosa_ds.data.batches import load_batch
 from rosa_ds.errors import RunError
 from rosa_ds.files import write_json
 from rosa_ds.training import checkpoint
-from rosa_ds.training.accounting import Account, measure_memory, measured_traffic, table
+from rosa_ds.training.accounting import measure_memory, measured_traffic, table
 from rosa_ds.training.checkpoint import Checkpoint
+from rosa_ds.training.context import Run, seed_step
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate_loss
+from rosa_ds.training.interrupt import leave, take_save_request
 from rosa_ds.training.loss import accepts_kept_positions, token_loss_sum
 from rosa_ds.training.masking import build_collector, fix_mask
-from rosa_ds.training.metrics import MetricsLog, peak_memory_bytes
-from rosa_ds.training.schedule import Schedule, Step
-from rosa_ds.training.trained_state import TrainedState
+from rosa_ds.training.metrics import MetricsLog
+from rosa_ds.training.saving import save_state
+from rosa_ds.training.schedule import Step
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 20  # in a row; halving a loss scale of 2^16 takes 16 to reach 1
-
-
-@dataclasses.dataclass
-class Run:
-    """Everything that a loop works with; built by :mod:`rosa_ds.training.run`."""
-
-    settings: RunConfig
-    folder: Path
-    model: PreTrainedModel
-    engine: Any
-    state: TrainedState
-    schedule: Schedule
-    batches: BatchPlan
-    data: TokenSet
-    data_digest: str
-    eval_data: TokenSet | None
-    pad_id: int
-    base: dict[str, Any]
-    account: Account
-    record: dict[str, Any]
-    """The resolved settings and what the DeepSpeed file adds to them: a resumed run must have the same."""
-    whole_at_start: dict[str, Tensor]
-    """Numbers of the modules that are trained whole, as the base has them: a restart goes back to them."""
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every random stream for one step. Dropout then depends on (seed, step, rank), so nothing of it has to be saved."""
-    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, dtype=np.uint64)[0])
-    torch.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number % 2**32)
 
 
 class Loop:
@@ -84,34 +48,64 @@ class Loop:
         self._selects = accepts_kept_positions(run.model)
         self._rates = learning_rates(run.settings)
         self._skipped = 0
+        self._evaluation_due = True
+        self._stop = False
+        self._save_asked = False
 
     def train(self) -> None:
-        """All remaining steps, with evaluations and checkpoints where the settings want them."""
-        settings = self.run.settings.training
-        if self._done:
+        """All remaining steps, with evaluations and checkpoints where the settings want them.
+
+        Raises: InterruptedRunError once the state is saved, if a signal asked to stop.
+        """
+        if self._done and not self._evaluation_due:
             logger.info("all %d steps were done already", self.step)
             return
-        if self.step == 0:
-            self._evaluate()
-            if self.run.settings.method in SPARSE_METHODS and self.run.schedule.mask_steps == 0:
-                self._fix_mask(None)
         first, begun = self.step, time.monotonic()
+        self._begin()
         for step in self._steps():
             self._measured_step(step) if self.step == first + 1 else self._train_step(step)
             self.step += 1
             if step.mask_after:
                 self._finish_collecting(step)
             if self.step == first + 1:
-                logger.info("memory after the first step: %.2f GiB", peak_memory_bytes() / 2**30)
-            if self._done or (settings.eval_steps and self.step % settings.eval_steps == 0):
-                self._evaluate()
-            if self._done or (settings.save_steps and self.step % settings.save_steps == 0):
-                self.save()  # after the evaluation, so that a resumed run does not do it again
+                logger.info("memory after the first step: %.2f GiB", distributed.peak_memory_bytes() / 2**30)
+            self._after_step()
         logger.info(
             "%d steps in %.0f s, %s trained tokens in the whole run, peak memory %.2f GiB",
             *(self.step - first, time.monotonic() - begun),
-            *(f"{self.trained_tokens:,}", peak_memory_bytes() / 2**30),
+            *(f"{self.trained_tokens:,}", distributed.peak_memory_bytes() / 2**30),
         )
+
+    def _begin(self) -> None:
+        """What comes before the first step, or was still due when the run was interrupted."""
+        if self._evaluation_due:
+            self._evaluate()
+        known = any(layer.mask_known for layer in self.layers.values())
+        static = self.run.settings.method in SPARSE_METHODS and self.run.schedule.mask_steps == 0
+        if static and not known and not self._stop:
+            self._fix_mask(None)
+        if self._stop:
+            self._leave()
+        if self._done:
+            self.save()
+
+    def _after_step(self) -> None:
+        """Evaluation and checkpoint, and the end if one was asked for."""
+        settings = self.run.settings.training
+        if self._done or (settings.eval_steps and self.step % settings.eval_steps == 0):
+            self._evaluation_due = True
+            if not self._stop:
+                self._evaluate()
+        if self._stop:
+            self._leave()
+        due = self._done or (settings.save_steps and self.step % settings.save_steps == 0)
+        if due or self._save_asked:
+            self.save()  # after the evaluation, so that a resumed run does not do it again
+            self._save_asked = False
+
+    def _leave(self) -> None:
+        self.save()
+        leave(self.run.folder, self.run.interruption.received, self.step, distributed.is_main())
 
     @property
     def _done(self) -> bool:
@@ -150,34 +144,64 @@ class Loop:
         scale = run.state.loss_scale()
         run.engine.train()
         nll = torch.zeros((), dtype=torch.float64, device=run.engine.device)
-        for number, micro in enumerate(run.batches.micro_batches(step.data_step, rank)):
-            distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number + 1}")
+        micro_batches = run.batches.micro_batches(step.data_step, rank)
+        for number, micro in enumerate(micro_batches, start=1):
+            distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number}")
             loss_sum = token_loss_sum(
                 run.engine, load_batch(run.data, micro, run.pad_id), run.engine.device, self._selects
             )
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.
             run.engine.backward(loss_sum * (ranks / trained_tokens), scale_wrt_gas=False)
-            run.engine.step()
             nll += loss_sum.detach().double()
-        loss = float(distributed.sum_over_ranks(nll)) / trained_tokens
+            if number == len(micro_batches):
+                loss = self._agree(nll) / trained_tokens
+                left_out = self._leave_out(step, loss)
+            run.engine.step()
         skipped = run.state.overflowed()
         if self.collector is not None:
-            self.collector.end_step(scale * ranks, valid=not skipped)
-        self._check_finite(step, loss, skipped)
+            self.collector.end_step(scale * ranks, valid=not skipped and not left_out)
+        self._check_finite(step, loss, skipped or left_out)
         self.trained_tokens += trained_tokens
-        self._log_step(step, loss, tokens, time.monotonic() - start, skipped)
+        self._log_step(step, loss, tokens, time.monotonic() - start, skipped or left_out)
+
+    def _agree(self, nll: Tensor) -> float:
+        """The loss summed over ranks; with it, in one message, whether any rank was asked to stop or to save."""
+        run = self.run
+        asked = distributed.is_main() and take_save_request(run.folder)
+        flags = [float(run.interruption.requested), float(asked)]
+        together = distributed.sum_over_ranks(
+            torch.tensor([float(nll), *flags], dtype=torch.float64, device=nll.device)
+        )
+        loss, stop, save = together.tolist()
+        self._stop, self._save_asked = self._stop or stop > 0, self._save_asked or save > 0
+        return loss
+
+    def _leave_out(self, step: Step, loss: float) -> bool:
+        """A step whose loss is not finite changes no parameter: gradients and learning rates of zero. float16 has its own way."""
+        if math.isfinite(loss) or self.run.settings.model.dtype == "float16":
+            return False
+        logger.warning("step %d is left out: its loss is %s", step.number + 1, loss)
+        self.run.state.drop_gradients()
+        self._set_learning_rates(0.0)
+        return True
 
     def _check_finite(self, step: Step, loss: float, skipped: bool) -> None:
-        """Stop before a state that is not finite can be saved; float16 may skip steps while it looks for its loss scale."""
+        """Stop before a state that is not finite can be saved, and after too many steps without one in a row."""
         norm = self.run.engine.get_global_grad_norm()
         finite = math.isfinite(loss) and (norm is None or math.isfinite(float(norm)))
         self._skipped = self._skipped + 1 if skipped else 0
-        searching = self.run.settings.model.dtype == "float16" and 0 < self._skipped <= MAX_SKIPPED_STEPS
-        if searching or (finite and not skipped):
+        # float16 skips steps while it looks for its loss scale
+        limit = (
+            MAX_SKIPPED_STEPS
+            if self.run.settings.model.dtype == "float16"
+            else self.run.settings.training.max_bad_steps
+        )
+        if 0 < self._skipped <= limit or (finite and not skipped):
             return
+        newest = next(iter(checkpoint.complete_folders(self.run.folder)), None)
         raise RunError(
-            f"step {step.number + 1}: loss {loss}, gradient norm {norm}, {self._skipped} steps skipped: lower the learning rates, or "
-            f"train in bf16 or fp32; the checkpoints in {self.run.folder} are from before"
+            f"step {step.number + 1}: loss {loss}, gradient norm {norm}, {self._skipped} steps in a row left out: lower the "
+            f"learning rates, or train in bf16 or fp32; the last good checkpoint is {newest or 'none'}"
         )
 
     def _log_step(self, step: Step, loss: float, tokens: int, seconds: float, skipped: bool) -> None:
@@ -194,7 +218,7 @@ class Loop:
             "grad_norm": float(norm) if norm is not None and math.isfinite(float(norm)) else None,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": distributed.peak_memory_bytes(),
             "trained_tokens": self.trained_tokens,
         }
         self.log.write(**fields, **({"overflow": True} if skipped else {}))
@@ -258,49 +282,49 @@ class Loop:
     def _evaluate(self) -> None:
         run, data = self.run, self.run.eval_data
         if data is None:
+            self._evaluation_due = False
             return
         start = time.monotonic()
         run.engine.eval()
-        loss = evaluate_loss(run.engine, data, run.settings.training.eval_batch_size, run.pad_id, self._selects)
+        batch_size = run.settings.training.eval_batch_size
+        loss = evaluate_loss(run.engine, data, batch_size, run.pad_id, self._selects, self._interrupted)
+        if loss is None:
+            return  # a resumed run does it again
+        self._evaluation_due = False
         seconds = time.monotonic() - start
         self.log.write(step=self.step, event="eval", loss=loss, examples=len(data), seconds=seconds)
         logger.info("evaluation loss after step %d: %.4f (%.1f s)", self.step, loss, seconds)
 
+    def _interrupted(self) -> bool:
+        """Collective: was any rank asked to stop?"""
+        self._stop = self._stop or distributed.any_rank(self.run.interruption.requested)
+        return self._stop
+
     def save(self) -> None:
         """Write a checkpoint of the state between two steps."""
         distributed.progress(f"checkpoint after step {self.step}")
-        run = self.run
-        moments, scalars = run.state.read_optimizer()
-        state = Checkpoint(
+        fields = save_state(
+            self.run,
             step=self.step,
-            trained=run.state.read(),
-            moments=moments,
-            positions=positions_of(run.model),
-            collected=self.collector.totals if self.collector else {},
-            collected_steps=self.collector.steps if self.collector else 0,
-            optimizer_scalars=scalars,
-            loss_scaler=run.state.read_scaler(),
             trained_tokens=self.trained_tokens,
-            config=run.record,
-            batch_size=run.batches.batch_size,
-            base=run.base,
-            data=run.data_digest,
+            evaluation_due=self._evaluation_due,
+            collector=self.collector,
         )
-        folder, size, seconds = checkpoint.save(run.folder, state, run.settings.training.keep_checkpoints)
-        self.log.write(step=self.step, event="save", folder=folder.name, bytes=size, seconds=seconds)
-        logger.info("saved %s: %.1f MiB, %.1f s", folder, size / 2**20, seconds)
+        self.log.write(step=self.step, event="save", **fields)
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint: the next step is the one that the interrupted run would have done."""
         run = self.run
         if saved.positions:
             set_mask(run.model, saved.positions)
-            self._write_mask(dict(saved.positions))
+            with distributed.together():
+                self._write_mask(dict(saved.positions) if distributed.is_main() else {})
         run.state.write(saved.trained)
         if saved.moments:
             run.state.write_optimizer(saved.moments, saved.optimizer_scalars)
         run.state.write_scaler(saved.loss_scaler)
         self.step, self.trained_tokens = saved.step, saved.trained_tokens
+        self._evaluation_due = saved.evaluation_due
         if not self._done and run.schedule.at(self.step).phase == "collect" and saved.collected_steps:
             self._begin_collecting()
             assert self.collector is not None

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rosa_ds.files import write_text
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory of this process so far: on the accelerator where there is one, else resident."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class MetricsLog:

@@ -18,15 +18,19 @@ from rosa_ds.data.prepare import TokenSet, prepare
 from rosa_ds.data.sources import BUILTIN
 from rosa_ds.data.tokenise import show_sample
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
+from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.models.load import identify, load_tokenizer
-from rosa_ds.training import checkpoint
+from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.accounting import Account, predict, table
 from rosa_ds.training.checkpoint import Checkpoint
+from rosa_ds.training.context import Run
 from rosa_ds.training.engine import build_engine, parameter_groups
-from rosa_ds.training.loop import Loop, Run
+from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
+from rosa_ds.training.loop import Loop
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import build_model, divide_positions
+from rosa_ds.training.resume import check_resumable
 from rosa_ds.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -80,6 +84,9 @@ def _open_folder(
         ValueError: the folder holds something that is not a run.
     """
     folder = Path(settings.training.output_dir)
+    with distributed.together():
+        if distributed.is_main():
+            hold_folder(folder)
     in_place = resumed_from is not None and resumed_from.resolve().parent.parent == folder.resolve()
     with distributed.together():
         if distributed.is_main():
@@ -91,6 +98,7 @@ def _open_folder(
                     raise ValueError(f"training.output_dir {folder} is not empty and holds no run: give another folder")
                 logger.info("the run that was in %s is in %s now", folder, move_aside(folder))
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / MARK_FILE).unlink(missing_ok=True)
             write_json(folder / "config.json", settings.model_dump())
             write_json(folder / "ds_config.json", {**plan.config, **plan.record()})
             write_json(folder / "accounting.json", {"predicted": dataclasses.asdict(account)})
@@ -108,14 +116,32 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
             tokenizer.save_pretrained(run.folder / "tokenizer")
 
 
+def _is_deepspeeds(folder: Path) -> bool:
+    return folder.name.startswith("global_step")
+
+
+def _find_checkpoint(run: Path, wanted: str) -> Path:
+    """One of ours, or where there is none DeepSpeed's newest. Raises: ValueError if there is neither."""
+    path = Path(wanted) if wanted else run
+    if _is_deepspeeds(path) and path.is_dir():
+        return path
+    theirs = deepspeed_format.find_all(path)
+    if theirs and not checkpoint.complete_folders(path):
+        return theirs[0]
+    return checkpoint.find(run, wanted)
+
+
 def _read_checkpoint(settings: RunConfig, wanted: str) -> tuple[Path, Checkpoint]:
+    """The checkpoint to go on from. The first rank looks for it and checks all files; the others take its word."""
+    found: Path | None = None
     with distributed.together():
-        source = checkpoint.find(Path(settings.training.output_dir), wanted)
-        saved = checkpoint.load(source)
-    if not distributed.same_everywhere(saved.step):
-        raise ValueError(
-            f"--resume: the ranks see different checkpoints in {source.parent}: is the file system shared?"
-        )
+        if distributed.is_main():
+            found = _find_checkpoint(Path(settings.training.output_dir), wanted)
+    source: Path = distributed.gather_objects(found)[0]
+    with distributed.together():
+        if not source.is_dir():
+            raise ValueError(f"--resume: this rank does not see {source}: is the file system shared?")
+        saved = deepspeed_format.read(source) if _is_deepspeeds(source) else checkpoint.load(source)
     logger.info("resuming from %s, step %d", source, saved.step)
     return source, saved
 
@@ -137,7 +163,13 @@ def train(command: CommandLine) -> Path:
     Raises:
         ValueError: anything that is wrong with settings, model or data, before anything is written.
         RunError: the run cannot go on.
+        InterruptedRunError: SIGTERM or SIGUSR1 came; the state is saved.
     """
+    with Interruption() as interruption:
+        return _train(command, interruption)
+
+
+def _train(command: CommandLine, interruption: Interruption) -> Path:
     distributed.initialize()
     threads = distributed.use_threads()
     plan, settings = plan_deepspeed(
@@ -159,7 +191,7 @@ def train(command: CommandLine) -> Path:
     data_digest = data.digest()
     record = {**settings.model_dump(), "deepspeed": plan.record()}
     if saved is not None:
-        checkpoint.check_resumable(saved, record, plan.config["train_batch_size"], base, data_digest)
+        check_resumable(saved, record, plan.config["train_batch_size"], base, data_digest)
     batches = BatchPlan(
         lengths=data.lengths,
         batch_size=plan.config["train_batch_size"],
@@ -192,6 +224,7 @@ def train(command: CommandLine) -> Path:
         pad_id=tokenizer.pad_token_id,
         base=base,
         account=account,
+        interruption=interruption,
         record=record,
         whole_at_start=at_start,
     )
@@ -209,6 +242,13 @@ def _train_and_save(run: Run, saved: Checkpoint | None, tokenizer: PreTrainedTok
     try:
         loop.train()
         _save_result(run, tokenizer)
+    except RuntimeError as error:
+        if not distributed.lost_contact(error):
+            raise
+        raise RunError(
+            f"another rank is gone, its launcher says by which signal (-9 is mostly a lack of memory): "
+            f"{distributed.describe_ranks()}; go on with --resume ({error})"
+        ) from error
     finally:
         distributed.stop_watch()
     log.close()

@@ -4,7 +4,7 @@ DeepSpeed keeps a trained parameter twice: the copy that the model computes with
 optimizer, flattened and partitioned over ranks. Writing only one of them is undone at the next step, or not seen
 until then. This file reads and writes both; where the masters are, :mod:`rosa_ds.training.masters` knows.
 
-All methods are collective: every rank calls them in the same order. What they read is given to the first rank alone.
+All methods are collective: every rank calls them in the same order. What they read of a parameter is given to one rank.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 from torch import Tensor
 
 from rosa_ds import distributed
@@ -38,13 +39,13 @@ class TrainedState:
         self.masters = find_masters(optimizer, groups)
 
     @torch.no_grad()
-    def read(self) -> dict[str, Tensor]:
-        """Float32 masters by name, whole, on the CPU of the first rank; nothing on the others."""
+    def read(self, owners: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        """Float32 masters by name, whole, on the CPU of their owners: parameter name -> rank, by default the first one."""
         result = {}
         for name in self.parameters:
             master = self.masters.read(name, None)
             assert master is not None, f"{name} has no master"
-            if distributed.is_main():
+            if distributed.rank() == (owners[name] if owners else 0):
                 result[name] = master.detach().float().to("cpu", copy=True)
         return result
 
@@ -54,6 +55,15 @@ class TrainedState:
         for name, value in values.items():
             distributed.write_whole(self.parameters[name], value)
             self.masters.write(name, None, value)
+
+    @torch.no_grad()
+    def drop_gradients(self) -> None:
+        """Replace all gradients by zeros, after the last backward of a step and before it is applied."""
+        for parameter in self.parameters.values():
+            if hasattr(parameter, "ds_id"):
+                safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
+            elif (grad := safe_get_full_grad(parameter)) is not None:
+                safe_set_full_grad(parameter, torch.zeros_like(grad))
 
     def _states(self, group: int) -> list[dict[str, Any]]:
         """The inner optimizer's state of a parameter group on this rank, without the tensors that have none yet."""
@@ -69,9 +79,11 @@ class TrainedState:
         return sum(tensor.nbytes for tensor in tensors)
 
     @torch.no_grad()
-    def read_optimizer(self) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-        """Moments as ``"parameter name/key"`` -> float32 tensor on the CPU of the first rank, and scalars as group -> key
-        -> number on every rank.
+    def read_optimizer(
+        self, owners: Mapping[str, int] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+        """Moments as ``"parameter name/key"`` -> float32 tensor on the CPU of the parameter's owner, and scalars as group
+        -> key -> number on every rank.
         """
         self.masters.link()
         tensors: dict[str, Tensor] = {}
@@ -82,7 +94,7 @@ class TrainedState:
             for name in members:
                 for key in sorted(key for key, value in state.items() if not _is_scalar(value)):
                     moment = self.masters.read(name, key)
-                    if moment is not None and distributed.is_main():
+                    if moment is not None and distributed.rank() == (owners[name] if owners else 0):
                         tensors[f"{name}/{key}"] = moment.detach().to("cpu", copy=True)
         return tensors, scalars
 

@@ -1,0 +1,192 @@
+"""DeepSpeed's own sharded checkpoints: written beside ours for other tools, and read where only they are left.
+
+``deepspeed/global_step12/`` holds DeepSpeed's files of every rank without the frozen base. What DeepSpeed does not keep
+(positions, which are frozen too, and where the run was) goes with them as client state. Reading puts the shards of any
+number of ranks together again, so that any other number can go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosa_ds import distributed
+from rosa_ds.training.checkpoint import PARTS, Checkpoint
+from rosa_ds.training.trained_state import TrainedState
+
+FOLDER = "deepspeed"
+CLIENT_KEY = "rosa_ds"
+_OPTIM = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
+
+
+def _allowed() -> list[Any]:
+    """The only classes that these files may name; anything else in them is refused before it runs."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def write(
+    engine: Any, run: Path, saved: Checkpoint, positions: Mapping[str, Tensor], state: TrainedState, keep: int
+) -> Path:
+    """Write DeepSpeed's files of this step with all ranks, then delete all but the ``keep`` newest.
+
+    Args:
+        positions: whole, on the first rank.
+    """
+    plain = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved) if field.name not in PARTS}
+    groups = {
+        group: {n: tuple(distributed.full_shape(p)) for n, p in members.items()}
+        for group, members in state.groups.items()
+    }
+    client = {"state": plain, "groups": groups}
+    if distributed.is_main():
+        client["positions"] = dict(positions)
+    folder = run / FOLDER / f"global_step{saved.step}"
+    engine.save_checkpoint(
+        str(folder.parent), tag=folder.name, client_state={CLIENT_KEY: client}, exclude_frozen_parameters=True
+    )
+    with distributed.together():
+        if distributed.is_main():
+            for old in find_all(run)[keep:]:
+                shutil.rmtree(old)
+    return folder
+
+
+def find_all(run: Path) -> list[Path]:
+    """DeepSpeed's checkpoints of a run, newest first: in ``deepspeed/`` or in the run's folder itself."""
+    folders = [*(run / FOLDER).glob("global_step*"), *run.glob("global_step*")]
+    return sorted((path for path in folders if path.is_dir()), key=lambda path: int(path.name[11:] or 0), reverse=True)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_allowed()):
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds what a checkpoint of DeepSpeed's does not: {str(error).splitlines()[0]}"
+        ) from None
+    return content
+
+
+def read(folder: Path) -> Checkpoint:
+    """Put the shards of all ranks together.
+
+    Raises: ValueError for files that are missing, damaged or not written by a run of ours.
+    """
+    models = sorted(folder.glob("*mp_rank_00_model_states.pt"))
+    if not models:
+        raise ValueError(f"{folder} holds no *_model_states.pt: it is no checkpoint of DeepSpeed's")
+    model = _load(models[0])
+    if CLIENT_KEY not in model:
+        raise ValueError(f"{folder} was not written by a run of rosa_ds: masks and the run's settings are not in it")
+    client = model[CLIENT_KEY]
+    shards = _shards(folder)
+    groups: dict[str, dict[str, tuple[int, ...]]] = client["groups"]
+    if not shards:
+        trained, moments, scalars = _undivided(model, groups)
+    else:
+        trained, moments, scalars = _divided(shards, groups)
+    return Checkpoint(
+        **client["state"] | {"optimizer_scalars": scalars},
+        trained=trained,
+        moments=moments,
+        positions=client["positions"],
+        collected={},
+        base_changes={},
+    )
+
+
+def _shards(folder: Path) -> list[dict[str, Any]]:
+    """The optimizer's part of every rank, in order. Raises: ValueError if one is missing."""
+    files = {int(found[1]): path for path in folder.glob("*_optim_states.pt") if (found := _OPTIM.search(path.name))}
+    shards = [_load(files[rank])["optimizer_state_dict"] for rank in sorted(files)]
+    for shard in shards:
+        count = shard["partition_count"]
+        ranks = max(count) if isinstance(count, list) else count
+        if sorted(files) != list(range(ranks)):
+            raise ValueError(f"{folder} was written by {ranks} ranks, and the files of ranks {sorted(files)} are there")
+    return shards
+
+
+Parts = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, float]]]
+
+
+def _undivided(model: Mapping[str, Any], groups: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Parts:
+    """Stage 0: in 16 bits with masters of its own, else the model's tensors are the masters."""
+    optimizer = model["optimizer"]
+    names = [name for group in groups.values() for name in group]
+    masters = optimizer.get("fp32_groups")
+    flat = [master for group in masters for master in group] if masters else [model["module"][name] for name in names]
+    trained = {name: tensor.float() for name, tensor in zip(names, flat, strict=True)}
+    states = optimizer.get("optimizer_state_dict", optimizer)["state"]
+    by_name = {name: states.get(index, {}) for index, name in enumerate(names)}
+    moments = {f"{n}/{key}": t for n, state in by_name.items() for key, t in state.items() if t.ndim}
+    scalars = {}
+    for group, members in groups.items():
+        filled: dict[str, Tensor] = next((by_name[name] for name in members if by_name[name]), {})
+        scalars[group] = {key: float(value) for key, value in filled.items() if not value.ndim}
+    return trained, moments, scalars
+
+
+def _divided(shards: list[dict[str, Any]], groups: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Parts:
+    """Stages 1 to 3. Flat vectors of every rank: the masters, and each of the optimizer's moments."""
+    partitioned = int(shards[0]["zero_stage"]) == 3
+    masters = "fp32_flat_groups" if partitioned else "single_partition_of_fp32_groups"
+    inner = [shard["optimizer_state_dict" if partitioned else "base_optimizer_state"]["state"] for shard in shards]
+    keys = sorted({key for state in inner[0].values() for key, value in state.items() if value.ndim})
+    put = _join_shares if partitioned else _join_groups
+    paddings = shards[0].get("param_alignment_paddings")
+    trained = put([shard[masters] for shard in shards], groups, paddings)
+    moments: dict[str, Tensor] = {}
+    for key in keys:
+        vectors = [[state[index][key] for index in sorted(state)] for state in inner]
+        moments |= {f"{name}/{key}": tensor for name, tensor in put(vectors, groups, paddings).items()}
+    steps = [inner[0][index] for index in sorted(inner[0])]
+    # at stage 3 a group may be cut into several flat vectors, which all have stepped as often
+    first = {group: steps[min(number, len(steps) - 1)] for number, group in enumerate(groups)}
+    scalars = {
+        group: {key: float(value) for key, value in state.items() if not value.ndim} for group, state in first.items()
+    }
+    return trained, moments, scalars
+
+
+def _join_groups(
+    ranks: list[list[Tensor]], groups: Mapping[str, Mapping[str, tuple[int, ...]]], paddings: list[list[int]] | None
+) -> dict[str, Tensor]:
+    """Stages 1 and 2: the ranks' vectors of a group one after another are its parameters one after another."""
+    result: dict[str, Tensor] = {}
+    for number, members in enumerate(groups.values()):
+        whole, start = torch.cat([vectors[number].float() for vectors in ranks]), 0
+        for index, (name, shape) in enumerate(members.items()):
+            numel = torch.Size(shape).numel()
+            result[name] = whole[start : start + numel].view(shape)
+            start += numel + (paddings[number][index] if paddings else 0)
+    return result
+
+
+def _join_shares(
+    ranks: list[list[Tensor]], groups: Mapping[str, Mapping[str, tuple[int, ...]]], paddings: object
+) -> dict[str, Tensor]:
+    """Stage 3: each rank's vectors one after another are its shares of all parameters, the last ranks' padded."""
+    flat = [torch.cat([vector.float() for vector in vectors]) for vectors in ranks]
+    result: dict[str, Tensor] = {}
+    start = 0
+    shapes: Iterable[tuple[str, tuple[int, ...]]] = ((n, s) for members in groups.values() for n, s in members.items())
+    for name, shape in shapes:
+        numel = torch.Size(shape).numel()
+        share = -(-numel // len(flat))
+        result[name] = torch.cat([vector[start : start + share] for vector in flat])[:numel].view(shape)
+        start += share
+    return result

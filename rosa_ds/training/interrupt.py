@@ -1,0 +1,87 @@
+"""Ending a run early with nothing lost: signals, files that a user touches in the run's folder, and one run a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from rosa_ds.errors import InterruptedRunError
+from rosa_ds.files import write_json
+
+SAVE_FILE = "save"
+MARK_FILE = "interrupted.json"
+_held: list[TextIO] = []
+
+
+class Interruption:
+    """Remembers that this rank was asked to stop: SIGTERM (a scheduler's), SIGUSR1 (SLURM's ``--signal``).
+
+    A handler only takes note; the loop asks at points that all ranks pass, and they agree there.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.received)
+
+
+def take_save_request(folder: Path) -> bool:
+    """Whether a user has asked for a checkpoint by ``touch RUN_DIR/save``; the file is removed."""
+    try:
+        (folder / SAVE_FILE).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def hold_folder(folder: Path) -> None:
+    """Keep other runs out of a folder until this process ends, however it ends. A lock beside it, since runs are moved aside.
+
+    Raises: ValueError if another run holds it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    stream = path.open("a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        holder = stream.read().strip() or "another process"
+        stream.close()
+        raise ValueError(
+            f"training.output_dir {folder}: a run is writing there ({holder}); wait for it, end it, or give another folder"
+        ) from None
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    stream.flush()
+    _held.append(stream)  # closing the file would give the lock back
+
+
+def leave(folder: Path, received: str, step: int, main: bool) -> None:
+    """End an interrupted run whose state is saved: mark the folder for scripts that requeue. Always raises."""
+    if main:
+        write_json(folder / MARK_FILE, {"signal": received, "step": step})
+    raise InterruptedRunError(
+        f"interrupted ({received or 'another rank got a signal'}) after step {step}: the state is saved, go on with --resume"
+    )

@@ -1,0 +1,64 @@
+"""The state of a run as a checkpoint: ours, and DeepSpeed's beside it where that is wanted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rosa_ds import distributed
+from rosa_ds.adapters.mask import MaskCollector
+from rosa_ds.adapters.state import known_positions
+from rosa_ds.training import checkpoint, deepspeed_format
+from rosa_ds.training.checkpoint import Checkpoint
+from rosa_ds.training.context import Run
+
+logger = logging.getLogger(__name__)
+
+
+def save_state(
+    run: Run, *, step: int, trained_tokens: int, evaluation_due: bool, collector: MaskCollector | None
+) -> dict[str, Any]:
+    """Write a checkpoint with all ranks, each what it owns of the trained parameters, moments and positions.
+
+    Returns: what metrics.jsonl says of it. Raises: as :func:`rosa_ds.training.checkpoint.save`.
+    """
+    parameters, positions = run.state.parameters, known_positions(run.model)
+    sizes = {name: distributed.full_numel(tensor) for name, tensor in {**parameters, **positions}.items()}
+    owners = distributed.owners_by_cost(sizes, distributed.world_size())
+    moments, scalars = run.state.read_optimizer(owners)
+    total = run.schedule.total_steps
+    state = Checkpoint(
+        step=step,
+        phase=run.schedule.at(step).phase if step < total else "done",
+        trained=run.state.read(owners),
+        moments=moments,
+        positions=distributed.read_to_owners(positions, owners),
+        collected=collector.totals if collector else {},
+        base_changes={},
+        collected_steps=collector.steps if collector else 0,
+        optimizer_scalars=scalars,
+        loss_scaler=run.state.read_scaler(),
+        trained_tokens=trained_tokens,
+        evaluation_due=evaluation_due,
+        config=run.record,
+        batch_size=run.batches.batch_size,
+        base=run.base,
+        data=run.data_digest,
+    )
+    folder, size, seconds = checkpoint.save(run.folder, state, run.settings.training.keep_checkpoints)
+    logger.info("saved %s: %.1f MiB, %.1f s", folder, size / 2**20, seconds)
+    if run.settings.checkpoint.format == "deepspeed":
+        _save_for_deepspeed(run, state, positions, collector is not None)
+    return {"folder": folder.name, "bytes": size, "seconds": seconds}
+
+
+def _save_for_deepspeed(run: Run, state: Checkpoint, positions: Mapping[str, Tensor], collecting: bool) -> None:
+    if collecting:
+        logger.info("DeepSpeed's files have no place for sums of gradients: none are written while they are collected")
+        return
+    whole = distributed.read_to_owners(positions)
+    keep = run.settings.training.keep_checkpoints
+    logger.info("wrote %s", deepspeed_format.write(run.engine, run.folder, state, whole, run.state, keep))

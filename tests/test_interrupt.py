@@ -1,0 +1,153 @@
+"""Runs that are stopped, poisoned or killed, and what is left of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faults
+import pytest
+from launching import ROOT, TRAIN, kill, losses, metrics, run, start
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.ranks
+TIMEOUT = 200
+
+
+def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not ready():
+        assert process.poll() is None, "the run ended too soon"
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, float]]:
+    return faults.straight_losses(tmp_path_factory.mktemp("straight"))
+
+
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(
+    tmp_path: Path, expected: list[tuple[int, str, float]]
+) -> None:
+    """In warm-up, while gradients are collected, while a checkpoint is written, and in the last evaluation."""
+    folder = tmp_path / "runs" / "default"
+    checkpoints = folder / "checkpoints"
+
+    def reached(step: int) -> Callable[[], bool]:
+        return lambda: any(line["step"] >= step and "phase" in line for line in metrics(folder))
+
+    stops: list[tuple[Callable[[], bool], signal.Signals]] = [
+        (reached(1), signal.SIGTERM),
+        (reached(4), signal.SIGUSR1),
+        (lambda: reached(6)() and bool(list(checkpoints.glob(".step-*.partial"))), signal.SIGTERM),
+        (reached(12), signal.SIGTERM),
+    ]
+    for number, (ready, chosen) in enumerate(stops):
+        process = faults.start(tmp_path, *(["--resume"] if number else []))
+        try:
+            wait_until(process, ready)
+            os.kill(faults.ranks_of(process)[number % 2], chosen)
+            asked = time.monotonic()
+            assert process.wait(timeout=TIMEOUT) != 0
+        finally:
+            if process.poll() is None:
+                kill(process)
+        assert time.monotonic() - asked < 30
+        mark = json.loads((folder / "interrupted.json").read_text())
+        assert (checkpoints / "latest").read_text() == f"step-{mark['step']:06d}\n"
+        assert f"after step {mark['step']}: the state is saved" in (tmp_path / "output").read_text()
+        assert "Traceback" not in (tmp_path / "output").read_text()
+    faults.finish(tmp_path)
+    assert losses(folder) == expected
+    assert not (folder / "interrupted.json").exists()
+    assert (folder / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_one_process_ends_with_the_status_for_requeueing(tmp_path: Path) -> None:
+    process = start("python", 1, TRAIN, *faults.STEPS, cwd=tmp_path)
+    wait_until(process, lambda: bool(metrics(tmp_path / "runs" / "default")))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 75, output
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, expected: list[tuple[int, str, float]]) -> None:
+    """Two kills; ``python tests/faults.py`` does many."""
+    faults.trial(tmp_path, expected, 2, random.Random(int(time.time())))
+
+
+def test_a_user_asks_for_a_checkpoint_and_nobody_else_gets_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "default"
+    process = start("torchrun", 2, TRAIN, *faults.STEPS, "--training.save_steps", "0", cwd=tmp_path)
+    try:
+        wait_until(process, lambda: bool(metrics(folder)))
+        (folder / "save").touch()
+        second = run("python", 1, TRAIN, *faults.STEPS, cwd=tmp_path, status=1)
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        kill(process)
+    assert process.returncode == 0, output
+    assert "training.output_dir runs/default: a run is writing there (process " in second
+    saved = [line["step"] for line in metrics(folder) if line.get("event") == "save"]
+    assert len(saved) == 2
+    assert 0 < saved[0] < saved[1] == 12
+    assert not (folder / "save").exists()
+
+
+POISON = """
+import os, sys
+sys.path.insert(0, {launch!r})
+from train import main
+from rosa_ds.logs import run_program
+from rosa_ds.training import loop
+
+calls = 0
+real = loop.token_loss_sum
+
+def poisoned(*arguments):
+    global calls
+    calls += 1
+    bad = os.environ["RANK"] == "0" and str(calls) in os.environ["BAD_STEPS"].split(",")
+    return real(*arguments) * (float("nan") if bad else 1.0)
+
+loop.token_loss_sum = poisoned
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_without_a_finite_loss_changes_nothing(
+    tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "poison.py"
+    script.write_text(POISON.format(launch=str(ROOT / "launch")))
+    arguments = ("--config", str(ROOT / "ds_configs" / f"zero{stage}.json"), *faults.STEPS[2:])
+    more = ("--mask.score", "random", "--training.keep_checkpoints", "9")
+    monkeypatch.setenv("BAD_STEPS", "3")
+    output = run("torchrun", 2, str(script), *arguments, *more, cwd=tmp_path)
+    assert "step 3 is left out: its loss is nan" in output
+    folder = tmp_path / "runs" / "default"
+    before, after, later = (
+        {
+            name: tensor
+            for path in (folder / "checkpoints" / f"step-00000{step}").glob("trained-*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for step in (2, 3, 4)
+    )
+    assert all((before[name] == tensor).all() for name, tensor in after.items())
+    assert any((before[name] != tensor).any() for name, tensor in later.items())
+    assert [line["loss"] is None for line in metrics(folder) if "phase" in line] == [False] * 2 + [True] + [False] * 3
+    if stage != 2:
+        return
+    monkeypatch.setenv("BAD_STEPS", "3,4,5")
+    output = run("torchrun", 2, str(script), *arguments, *more, "--training.max_bad_steps", "2", cwd=tmp_path, status=1)
+    assert "3 steps in a row left out" in output
+    assert "the last good checkpoint is runs/default/checkpoints/step-000004" in output

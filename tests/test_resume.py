@@ -1,0 +1,105 @@
+"""Runs that go on elsewhere: on other numbers of ranks, at other stages, from DeepSpeed's own files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from launching import ROOT, TRAIN, losses, run
+
+pytestmark = pytest.mark.ranks
+COMMON = (
+    *faults.STEPS[2:],
+    "--adapter.dropout",
+    "0",
+    "--training.keep_checkpoints",
+    "20",
+    "--training.eval_steps",
+    "0",
+)
+
+
+def zero(stage: int) -> tuple[str, str]:
+    return "--config", str(ROOT / "ds_configs" / f"zero{stage}.json")
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """As if the run had been killed after ``step``."""
+    for path in (folder / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+def assert_close(found: list[tuple[int, str, float]], expected: list[tuple[int, str, float]]) -> None:
+    assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
+    assert [entry[2] for entry in found] == pytest.approx([entry[2] for entry in expected], rel=1e-5)
+
+
+def test_other_ranks_and_stages(tmp_path: Path) -> None:
+    """2 ranks at stage 2, then 1 at stage 3 (between collect steps), 4 at stage 1, and 2 at stage 3."""
+    run("torchrun", 2, TRAIN, *zero(2), *COMMON, cwd=tmp_path)
+    folder = tmp_path / "runs" / "default"
+    straight = losses(folder)
+    for step, launcher, ranks, stage in ((4, "python", 1, 3), (7, "deepspeed", 4, 1), (10, "torchrun", 2, 3)):
+        forget_after(folder, step)
+        output = run(launcher, ranks, TRAIN, *zero(stage), *COMMON, "--resume", cwd=tmp_path)
+        assert f"step {step}" in output
+        assert_close(losses(folder), straight)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeeds_own_files(tmp_path: Path, stage: int) -> None:
+    """Only DeepSpeed's shards are left: on as many ranks the same bits, on one rank the same run."""
+    arguments = (*zero(stage), *COMMON, "--mask.score", "random", "--checkpoint.format", "deepspeed")
+    run("torchrun", 2, TRAIN, *arguments, cwd=tmp_path)
+    folder = tmp_path / "runs" / "default"
+    straight = losses(folder)
+    assert (folder / "deepspeed" / "global_step6").is_dir()
+    for launcher, ranks in (("torchrun", 2), ("python", 1)):
+        shutil.rmtree(folder / "checkpoints")
+        for step in (4, 5, 6):
+            shutil.rmtree(folder / "deepspeed" / f"global_step{step}", ignore_errors=True)
+        output = run(launcher, ranks, TRAIN, *arguments, "--resume", cwd=tmp_path)
+        assert "global_step3, step 3" in output
+        if ranks == 2:
+            assert losses(folder) == straight
+        else:
+            assert_close(losses(folder), straight)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def test_files_that_are_not_trusted(tmp_path: Path) -> None:
+    """Missing, cut and foreign files, and one that would run a program."""
+    arguments = (*zero(2), *COMMON, "--mask.score", "random", "--checkpoint.format", "deepspeed")
+    run("torchrun", 2, TRAIN, *arguments, "--training.max_steps", "2", cwd=tmp_path)
+    folder = tmp_path / "runs" / "default"
+    shutil.rmtree(folder / "checkpoints")
+    shards = folder / "deepspeed" / "global_step2"
+    model, optimizer = shards / "mp_rank_00_model_states.pt", shards / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+    def refused(message: str) -> None:
+        output = run("python", 1, TRAIN, *arguments, "--training.max_steps", "2", "--resume", cwd=tmp_path, status=1)
+        assert message in output
+        assert "Traceback" not in output
+
+    kept = optimizer.read_bytes()
+    optimizer.write_bytes(kept[: len(kept) // 2])
+    refused("zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged, or holds what a checkpoint of DeepSpeed's does not")
+    optimizer.unlink()
+    refused("was written by 2 ranks, and the files of ranks [0] are there")
+    optimizer.write_bytes(kept)
+    content = torch.load(model, weights_only=True)
+    torch.save({key: value for key, value in content.items() if key != "rosa_ds"}, model)
+    refused("was not written by a run of rosa_ds")
+    torch.save({"module": Payload()}, model, pickle_protocol=pickle.DEFAULT_PROTOCOL)
+    refused("mp_rank_00_model_states.pt is damaged, or holds what")
+    assert not (tmp_path / "executed").exists()
