@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         distributed.initialize()
         batch = {"train_batch_size": options.batch * distributed.world_size()}
         config = {**parse_command_line(["--config", options.config]).deepspeed, **batch}
-        config["train_micro_batch_size_per_gpu"] = options.batch
+        config |= {"train_micro_batch_size_per_gpu": options.batch, "gradient_accumulation_steps": 1}
         plan, _ = plan_deepspeed(config, RunConfig(model=model), distributed.world_size(), gpu_has_bfloat16=False)
     case = StepCase(model, getattr(torch, options.dtype), **sizes, deepspeed=plan)
     names = options.candidate or [PEERS[0], *OURS, PEERS[1]]

@@ -52,7 +52,7 @@ class AdapterSettings(Section):
     sparse_product: Literal["scatter", "separate"] = "scatter"
     """How the base sees the sparse part: scatter writes the values into the weight for each product (a 16-bit weight rounds the sum), separate adds a sparse product of its own, which rounds no value against the weight (slower)."""
     partition_positions: bool = False
-    """At stages 0 to 2, too, each rank keeps only its share of the masks, and gathers a layer's positions a layer ahead in forward and backward (at stage 3 they always are)."""
+    """At stages 0 to 2, too, each rank keeps only its share of the masks, and gathers a layer's positions a layer ahead in forward and backward (at stage 3 they always are). Triton's plan of a mask, about 8 bytes an entry, stays whole on every GPU."""
     target_modules: list[str] = ["all-linear"]
     """Layers to adapt: all-linear (all but the output head), or names, name endings (q_proj) and regular expressions that a full name must match."""
     rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = {}

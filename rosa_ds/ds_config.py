@@ -27,6 +27,8 @@ _REFUSED_ZERO_KEYS = (
     "zero_quantized_gradients",
     "mics_shard_size",
     "zero_hpz_partition_size",
+    "cpu_offload",
+    "cpu_offload_param",
 )
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # DeepSpeed ignores top-level keys that it does not know; one that nearly matches these is a typing error.

@@ -163,18 +163,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of several safetensors files by name, each read when it is asked for.
+    """The tensors of several safetensors files by name, each read when it is asked for; ``metadata`` of all files.
 
     Raises: ValueError for a file that is none, or a name that stands in two of them.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._readers: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}
         for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file")
             try:
                 reader = safe_open(path, framework="pt").__enter__()
-            except (SafetensorError, FileNotFoundError) as error:
+            except SafetensorError as error:
                 raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+            self.metadata |= reader.metadata() or {}
             for name in reader.keys():  # noqa: SIM118
                 if name in self._readers:
                     raise ValueError(f"{path}: {name} is in another file, too")

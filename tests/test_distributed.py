@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.distributed import ahead, partitioned, watch
 from rosa_ds.training.masking import mask_digest
+from rosa_ds.training.model import divide_positions
 
 TWO_RANKS = """
 import sys
@@ -171,6 +173,9 @@ def test_all_ranks_at_one_point_are_all_named(monkeypatch: pytest.MonkeyPatch) -
         set = dict.__setitem__
         get = dict.__getitem__
 
+        def check(self, keys: list[str]) -> bool:
+            return all(key in self for key in keys)
+
     store = Store({"rosa_ds/progress/1": '[1, "step 1", 0.0, 0]'})
     watched = watch.Watch(store, 0.2, messages.append)
     watched.progress("step 1")
@@ -215,3 +220,36 @@ def test_a_divided_parameter_is_whole_where_it_is_used(monkeypatch: pytest.Monke
         "use 3",
     ]  # each is started before the one before it is used
     assert events == [*up, "start 3", "start 2", "use 3", "start 1", "use 2", "use 1"]
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("product", ["scatter", "separate"])
+def test_a_layer_with_divided_positions_computes_the_same(
+    implementation: str, product: Literal["scatter", "separate"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROSA_KERNELS", implementation)
+
+    def start(parameter: torch.nn.Parameter, share: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: share[: distributed.full_numel(parameter)].clone()
+
+    monkeypatch.setattr(ahead, "start_gather", start)
+    positions = torch.randperm(40 * 24)[:50].sort().values.to(torch.int32)
+    x = torch.randn(7, 24)
+    results = []
+    for divides in (False, True):
+        torch.manual_seed(0)
+        layer = AdaptedLinear(torch.nn.Linear(24, 40), "up", 2, 1.0, 0.0, 50, 0, product)
+        if divides:
+            divide_positions(torch.nn.Sequential(layer))
+        layer.set_positions(positions)
+        assert layer.values is not None
+        layer.values.data.normal_(generator=torch.Generator().manual_seed(1))
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.square().sum().backward()
+        assert layer.positions is not None
+        assert layer.positions.numel() == (0 if divides else 50)
+        results.append((y.detach(), given.grad, layer.values.grad))
+    for whole, divided in zip(*results, strict=True):
+        assert torch.equal(whole, divided)
+    assert results[0][2].any()

@@ -57,6 +57,12 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
     assert json.loads((straight / "config.json").read_text())["adapter"]["rank"] == 4
     assert json.loads((straight / "ds_config.json").read_text())["train_batch_size"] == 16
     assert (straight / "checkpoints" / "latest").read_text() == "step-000008\n"
+    account = json.loads((straight / "accounting.json").read_text())
+    for part in ("base", "A", "B", "values", "positions", "optimizer"):
+        assert account["measured"]["memory"][part] == pytest.approx(account["predicted"]["memory"][part], rel=0.02), (
+            part
+        )
+    assert account["measured"]["traffic"]["all_reduce float32"] == account["predicted"]["traffic"]["gradients"]
     mask = load_file(straight / "mask.safetensors")
     assert len(mask) == 42
     adapter = load_file(straight / "adapter" / "adapter.safetensors")

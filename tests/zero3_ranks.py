@@ -63,7 +63,7 @@ def step(engine: Any) -> float:
     loss = engine(input_ids=IDS, labels=IDS, use_cache=False).loss
     engine.backward(loss)
     engine.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def plain_copy(model: Any, given: RunConfig, folder: Path) -> Any:
@@ -140,7 +140,9 @@ def check_adapters_are_saved_whole() -> None:
         with torch.no_grad():
             ours, theirs = engine(input_ids=IDS).logits, copy(input_ids=IDS).logits
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6), f"{name}: {(ours - theirs).abs().max()}"
-        again, _, _ = make_engine(given)
+        with pytest.raises(ValueError, match="belongs to a DeepSpeed engine already"):
+            rosa_ds.load_adapter(model, FOLDER / f"adapter-{name}-{THRESHOLD}")
+        again = build_model(given, plan(given)[0])
         rosa_ds.load_adapter(again, FOLDER / f"adapter-{name}-{THRESHOLD}")
         for key, parameter in again.named_parameters():
             if f"trained.{key}" in saved:

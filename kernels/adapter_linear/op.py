@@ -156,8 +156,8 @@ def _check_inputs(x: Tensor, weight: Tensor, parts: dict[str, Tensor | None], o:
         raise ValueError("positions without values: give both, or values alone while the positions are not known")
     if o.sparse_product not in ("scatter", "separate"):
         raise ValueError(f"sparse_product is scatter or separate, given {o.sparse_product!r}")
-    if o.plan is not None and positions is not None:
-        check_plan(o.plan, o.plan.rows, o.plan.columns, positions)
+    if o.plan is not None and values is not None:
+        check_plan(o.plan, o.plan.rows, o.plan.columns, values.numel(), values.device)
     if o.dequantize is not None:
         return  # the stored form says nothing of the matrix's shape and type
     features_in, features_out = weight.shape if o.transposed else weight.shape[::-1]

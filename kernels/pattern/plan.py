@@ -32,13 +32,13 @@ def make_plan(positions_Z: Tensor, rows: int, columns: int, dtype: torch.dtype) 
     return compact_plan(positions_Z, rows, columns)
 
 
-def check_plan(plan: Plan, rows: int, columns: int, positions_Z: Tensor) -> None:
+def check_plan(plan: Plan, rows: int, columns: int, entries: int, device: torch.device) -> None:
     """Raise ValueError unless ``plan`` has these sizes and device, and tiles where Triton runs. Not its positions."""
     given = (plan.rows, plan.columns, plan.entries)
-    fits = given == (rows, columns, positions_Z.numel()) and plan.device == positions_Z.device
-    if not fits or (needs_tiles(positions_Z.device) and not isinstance(plan, TilePlan)):
+    fits = given == (rows, columns, entries) and plan.device == device
+    if not fits or (needs_tiles(device) and not isinstance(plan, TilePlan)):
         raise ValueError(
             f"a {type(plan).__name__} of {given[2]} entries in a ({given[0]}, {given[1]}) matrix on {plan.device} was given "
-            f"for {positions_Z.numel()} in ({rows}, {columns}) on {positions_Z.device}: make it with make_plan from these "
+            f"for {entries} in ({rows}, {columns}) on {device}: make it with make_plan from these "
             "positions, under the same ROSA_KERNELS"
         )

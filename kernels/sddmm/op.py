@@ -25,7 +25,7 @@ def _check_inputs(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: Plan
             f"sddmm takes positions (Z,) of int32 or int64, given {tuple(positions_Z.shape)} of {positions_Z.dtype}"
         )
     if plan is not None:
-        check_plan(plan, grad_TN.shape[1], x_TM.shape[1], positions_Z)
+        check_plan(plan, grad_TN.shape[1], x_TM.shape[1], positions_Z.numel(), positions_Z.device)
 
 
 def sampled(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Tensor]) -> Tensor:

@@ -107,6 +107,6 @@ def spmm_add_into(
     """
     _check_inputs(y, x, values_Z, positions_Z, shape, transpose)
     if plan is not None:
-        check_plan(plan, *shape, positions_Z)
+        check_plan(plan, *shape, positions_Z.numel(), positions_Z.device)
     parts = plan.product_parts(transpose) if plan is not None else []
     spmm_op(y, x, values_Z.detach(), positions_Z, *shape, transpose, parts)

@@ -47,6 +47,16 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {module.name: module for module in model.modules() if isinstance(module, AdaptedLinear)}
 
 
+PARTS = ("A", "B", "values", "positions")
+
+
+def adapter_parts(model: nn.Module) -> dict[int, str]:
+    """``id`` of every parameter that belongs to an adapter -> which of :data:`PARTS` it is."""
+    layers = adapted_layers(model).values()
+    pairs = ((getattr(layer, part), part) for layer in layers for part in PARTS)
+    return {id(parameter): part for parameter, part in pairs if parameter is not None}
+
+
 def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, child, module)
@@ -107,7 +117,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42) -> InjectRep
 def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
     layers = adapted_layers(model)
     count = {"A": 0, "B": 0, "values": 0, "whole": 0, "frozen": 0}
-    own = {id(getattr(layer, key)): key for layer in layers.values() for key in ("A", "B", "values", "positions")}
+    own = adapter_parts(model)
     for parameter in model.parameters():
         key = own.get(id(parameter), "whole" if parameter.requires_grad else "frozen")
         if key != "positions":

@@ -113,11 +113,14 @@ class AdaptedLinear(nn.Module):
         A plan is as large as the positions. Where those are partitioned, torch makes it again in each backward; Triton,
         which would wait for the device to make it, keeps it.
         """
-        if self.positions is None or not self.mask_known:
-            return None
-        if self.plan is None and (not distributed.is_partitioned(self.positions) or needs_tiles(self.positions.device)):
-            self.plan = rosa_kernels.make_plan(self.positions, *self.weight_shape, self.weight.dtype)
+        if self.plan is None and self.mask_known and self.positions is not None:
+            self._make_plan(self.positions)
         return self.plan
+
+    def _make_plan(self, positions: Tensor) -> None:
+        divided = self.positions is not None and distributed.is_partitioned(self.positions)
+        if positions.numel() == self.entries and (not divided or needs_tiles(positions.device)):
+            self.plan = rosa_kernels.make_plan(positions, *self.weight_shape, self.weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         super()._apply(fn, recurse)
@@ -152,8 +155,8 @@ class AdaptedLinear(nn.Module):
         distributed.write_whole(self.positions, positions)
         self.mask_known = True
         self.plan = None
-        if not self.positions.is_meta and not distributed.is_partitioned(self.positions):
-            self._current_plan()
+        if not self.positions.is_meta:
+            self._make_plan(positions.to(self.positions.device))
 
     @torch.no_grad()
     def initial_parameters(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import keyed_generator
 from rosa_ds.config import GRADIENT_SCORES, Score
-from rosa_ds.files import read_tensors, write_tensors
+from rosa_ds.files import TensorFiles, write_tensors
 from rosa_ds.suggest import did_you_mean
 from rosa_kernels.collect.op import RunningTopK, gradient_blocks
 
@@ -276,9 +276,14 @@ def save_mask(mask: Mapping[str, Tensor], path: Path, origin: Mapping[str, str] 
     temporary.rename(path)
 
 
-def load_mask(path: Path) -> Mask:
-    """Read a mask that :func:`save_mask` wrote. Raises ValueError if it is no such file."""
-    tensors, metadata = read_tensors(path)
-    if json.loads(metadata.get("rosa_ds", "{}")).get("kind") != "mask":
+def open_mask(path: Path) -> TensorFiles:
+    """A mask that :func:`save_mask` wrote, each matrix's read when it is asked for. Raises ValueError if it is no such file."""
+    tensors = TensorFiles([path])
+    if json.loads(tensors.metadata.get("rosa_ds", "{}")).get("kind") != "mask":
         raise ValueError(f"{path} is not a mask: mask.load takes the mask.safetensors of a run folder")
     return tensors
+
+
+def load_mask(path: Path) -> Mask:
+    """:func:`open_mask` with all of it read."""
+    return dict(open_mask(path))

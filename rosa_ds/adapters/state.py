@@ -112,7 +112,7 @@ def read_description(folder: str | Path) -> AdapterDescription:
 
 def _shape_of(config: AdapterConfig) -> dict[str, Any]:
     """The settings that decide what an adapter's tensors mean."""
-    return config.model_dump(exclude={"dropout", "low_rank_lr", "sparse_lr"})
+    return config.model_dump(exclude={"dropout", "low_rank_lr", "sparse_lr", "partition_positions"})
 
 
 @torch.no_grad()
@@ -133,6 +133,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
             f"{_shape_of(describe(model).config)}: load it into the plain base model"
         )
     parameters = trained_parameters(model)
+    if any(hasattr(parameter, mark) for parameter in parameters.values() for mark in ("_z3_optimizer", "_hp_mapping")):
+        raise ValueError(
+            "this model belongs to a DeepSpeed engine already, whose float32 masters would undo what is loaded: load the "
+            "adapter before deepspeed.initialize"
+        )
     tensors = {name.removeprefix("trained."): t for name, t in content.items() if name.startswith("trained.")}
     mask = {name.removeprefix("positions."): t for name, t in content.items() if name.startswith("positions.")}
     if wrong := sorted(set(tensors) ^ set(parameters)):

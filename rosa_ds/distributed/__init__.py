@@ -33,11 +33,13 @@ from rosa_ds.distributed.partitioned import (
     gather,
     is_partitioned,
     keep_numbers,
+    own_numbers,
     own_share,
     partition_model,
     partition_of,
     read_to_owners,
     read_whole,
+    whole_of,
     write_whole,
 )
 from rosa_ds.distributed.traffic import TrafficCounter
@@ -65,6 +67,7 @@ __all__ = [
     "keep_numbers",
     "lost_contact",
     "main_first",
+    "own_numbers",
     "own_share",
     "owners_by_cost",
     "partition_model",
@@ -84,6 +87,7 @@ __all__ = [
     "sum_to_owner",
     "together",
     "use_threads",
+    "whole_of",
     "world_size",
     "write_whole",
 ]

@@ -114,6 +114,17 @@ def read_whole(parameter: Tensor) -> Tensor:
     return parameter.detach() if partition is None else gather(parameter, partition.share)
 
 
+def own_numbers(parameter: Tensor) -> Tensor:
+    """What this rank keeps of a parameter, all of one that is whole. :func:`whole_of` is the way back."""
+    partition = partition_of(parameter)
+    return parameter.detach() if partition is None else partition.share
+
+
+def whole_of(parameter: Tensor, own: Tensor) -> Tensor:
+    """All of what the ranks kept with :func:`own_numbers`. Collective."""
+    return gather(parameter, own) if is_partitioned(parameter) else own
+
+
 def read_to_owners(parameters: Mapping[str, Tensor], owners: Mapping[str, int] | None = None) -> dict[str, Tensor]:
     """Named parameters, whole, one after another, on the CPU of the ranks that own them. Collective if one is partitioned.
 
@@ -186,12 +197,15 @@ def partition_model(model: nn.Module, config: Mapping[str, Any], dtype: torch.dt
 
 
 def _make_partitioner(config: Mapping[str, Any]) -> Any:
-    """DeepSpeed's own, used without entering it as a context, which would patch torch's and all modules' constructors."""
+    """DeepSpeed's own, used without entering it as a context, which would patch torch's and all modules' constructors.
+
+    ``torch.nn.functional.linear`` it does replace for the whole process, by one that keeps no gathered weight for backward.
+    """
     import deepspeed
 
     partitioner = deepspeed.zero.Init(config_dict_or_path=dict(config))
     if config.get("zero_optimization", {}).get("memory_efficient_linear", True):
-        partitioner._enable_mem_efficient_linear()  # layers that are not adapted keep no gathered weight for backward
+        partitioner._enable_mem_efficient_linear()
     return partitioner
 
 

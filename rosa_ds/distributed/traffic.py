@@ -27,9 +27,15 @@ class TrafficCounter(TorchDispatchMode):
     what any other one works on. Kinds: all_gather, reduce_scatter, all_reduce, reduce, broadcast, barrier, ...
     """
 
+    supports_higher_order_operators = True  # flex attention is one
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[tuple[str, torch.dtype]] = Counter()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -36,15 +36,18 @@ class Watch:
     """
 
     def __init__(self, store: Any, seconds: float, end: Callable[[str], None] | None = None) -> None:
-        self.store, self.seconds = store, seconds
+        # a client of its own: another's blocking call would hold this thread up
+        self.store, self.seconds = store.clone() if hasattr(store, "clone") else store, seconds
         self.end = end or _end_process
         self._at = (0, "start", time.time(), 0)
+        self._since = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rosa-watch", daemon=True)
         self._thread.start()
 
     def progress(self, where: str) -> None:
         self._at = (self._at[0] + 1, where, time.time(), peak_memory_bytes())
+        self._since = time.monotonic()
 
     def close(self) -> None:
         self._closed.set()
@@ -53,18 +56,22 @@ class Watch:
     def _run(self) -> None:
         told = None
         while not self._closed.wait(min(5.0, self.seconds / 4)):
+            stalled = time.monotonic() - self._since > self.seconds
             try:
                 if self._at != told:
                     told = self._at
                     self.store.set(f"rosa_ds/progress/{rank()}", json.dumps(told))
-                if time.time() - self._at[2] > self.seconds:
-                    self.end(self._message())
-                    return
-            except dist.DistError:
-                return  # the store went away with the rank that held it: the launcher ends this one
+                message = self._message() if stalled else ""
+            except (dist.DistError, RuntimeError) as error:
+                message = (
+                    f"no progress for {self.seconds:.0f} s at {self._at[1]!r}, and no word of the other ranks: {error}"
+                )
+            if stalled:
+                self.end(message)
+                return
 
     def _message(self) -> str:
-        reports = [json.loads(self.store.get(f"rosa_ds/progress/{other}")) for other in range(world_size())]
+        reports = [read_progress(self.store, other) for other in range(world_size())]
         last = min(count for count, *_ in reports)
         now = time.time()
         behind = [
@@ -75,6 +82,15 @@ class Watch:
         ahead = sorted({where for count, where, *_ in reports if count > last})
         waiting = f"; the others wait at {', '.join(map(repr, ahead))}" if ahead else " (all ranks)"
         return f"no progress for {self.seconds:.0f} s: {', '.join(behind)}{waiting}"
+
+
+def read_progress(store: Any, other: int) -> list[Any]:
+    """What a rank said last: how often it got further, where, when, its largest memory."""
+    key = f"rosa_ds/progress/{other}"
+    if not store.check([key]):
+        return [-1, "nowhere yet", time.time(), 0]
+    said: list[Any] = json.loads(store.get(key))
+    return said
 
 
 def _end_process(message: str) -> None:
@@ -104,7 +120,7 @@ def describe_ranks() -> str:
     for other in range(world_size()):
         try:
             assert _active is not None
-            _, where, since, memory = json.loads(_active.store.get(f"rosa_ds/progress/{other}"))
+            _, where, since, memory = read_progress(_active.store, other)
         except (RuntimeError, AssertionError, ValueError):
             reports.append(f"rank {other} unknown")
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import statistics
@@ -18,6 +19,7 @@ from rosa_ds.adapters.mask import Mask, compute_mask, set_mask
 from rosa_ds.config import SPARSE_METHODS, AdapterConfig, Method, ModelSettings
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.models.load import load_model
+from rosa_ds.training.engine import keep_vectors_everywhere
 
 PEERS = ("peft-lora", "peft-supertuning")
 OURS: tuple[Method, ...] = ("robust", "sparse", "lora")
@@ -64,13 +66,20 @@ class _Candidate:
 
     def step(self, ids: Tensor) -> None:
         """One optimizer step; its times are kept."""
-        begin = time.perf_counter()
+        begin = _now()
         loss = self.forward(input_ids=ids, labels=ids, use_cache=False).loss
-        forward = time.perf_counter()
+        forward = _now()
         self.backward(loss)
-        backward = time.perf_counter()
+        backward = _now()
         self.update()
-        self.times.append((forward - begin, backward - forward, time.perf_counter() - backward))
+        self.times.append((forward - begin, backward - forward, _now() - backward))
+
+
+def _now() -> float:
+    """Seconds, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _adapter(case: StepCase, method: Method) -> AdapterConfig:
@@ -79,7 +88,7 @@ def _adapter(case: StepCase, method: Method) -> AdapterConfig:
 
 def gradient_mask(case: StepCase, ids: Tensor) -> Mask:
     """Positions of the largest gradients of one batch, which have the clusters that trained masks have."""
-    model = load_model(case.model, torch.float32)
+    model = load_model(case.model, torch.float32).to(distributed.device())
     inject(model, _adapter(case, "sparse"), case.seed)
     return compute_mask(model, [{"input_ids": ids, "labels": ids}])
 
@@ -96,7 +105,7 @@ def _peer(model: nn.Module, case: StepCase, name: str) -> nn.Module:
 
 
 def _build(case: StepCase, name: str, mask: Callable[[], Mask]) -> _Candidate:
-    model: nn.Module = load_model(case.model, case.dtype)
+    model: nn.Module = load_model(case.model, case.dtype).to(distributed.device())
     if name in PEERS:
         model = _peer(model, case, name)
     else:
@@ -123,8 +132,9 @@ def _on_deepspeed(case: StepCase, model: nn.Module) -> _Candidate:
     import deepspeed
 
     assert case.deepspeed is not None
-    config = case.deepspeed.config
+    config = copy.deepcopy(case.deepspeed.config)
     if case.deepspeed.stage == 3:
+        keep_vectors_everywhere(model, config)
         distributed.partition_model(model, config, case.dtype, distributed.keep_numbers)
     trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     count = sum(map(distributed.full_numel, trained))
@@ -145,6 +155,7 @@ def measure_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None
     if unknown := [name for name in names if name not in (*OURS, *PEERS)]:
         raise ValueError(f"no candidate {unknown[0]!r}: choose from {', '.join((*OURS, *PEERS))}")
     ids = torch.randint(0, 256, (case.batch, case.length), generator=torch.Generator().manual_seed(case.seed))
+    ids = ids.to(distributed.device())
     kept: list[Mask] = [mask] if mask is not None else []
 
     def one_mask() -> Mask:

@@ -100,7 +100,8 @@ def _content_hash(path: Path) -> str:
 def identify(settings: ModelSettings) -> dict[str, Any]:
     """Name, revision and a hash of the weight files: what an adapter or a checkpoint belongs to.
 
-    Large files are sampled, so that it takes seconds for any model.
+    Large files are sampled, so that it takes seconds for any model. Of a hub model the files that were downloaded count, so
+    it is loaded first.
     """
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
@@ -109,5 +110,9 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
         config = cached_file(name, "config.json", revision=settings.revision or "main")
         assert config is not None
         files = sorted(path for path in Path(config).parent.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r}: no weights ({', '.join(WEIGHT_SUFFIXES)}) are there"
+        )
     digest = hashlib.sha256("".join(_content_hash(path) for path in files).encode()).hexdigest()
     return {"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest}

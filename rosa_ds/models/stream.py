@@ -89,12 +89,13 @@ def parameters_on_meta() -> Iterator[None]:
 def _checkpoint_files(name: str, revision: str) -> dict[str, Path]:
     """Tensor name -> file of a checkpoint in safetensors, downloaded where it is on the hub."""
     try:
+        # as transformers: the single file first, where a folder has both
+        single = cached_file(name, SINGLE, revision=revision, _raise_exceptions_for_missing_entries=False)
         index = cached_file(name, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if index is not None:
+        if single is None and index is not None:
             paths, _ = get_checkpoint_shard_files(name, index, revision=revision)
             by_file = {Path(path).name: Path(path) for path in paths}
             return {key: by_file[file] for key, file in json.loads(Path(index).read_text())["weight_map"].items()}
-        single = cached_file(name, SINGLE, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {error}") from error
     if single is None:
@@ -117,17 +118,31 @@ def _match(model: PreTrainedModel, files: dict[str, Path]) -> Base:
         if name in wanted or name in buffers:
             names[name] = key
     base = Base(files, names)
-    tied = [name for name in wanted if name not in names]
-    if tied:
-        raise NotStreamableError(f"it has no tensor for {tied[0]} ({len(tied)} parameters)")
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise NotStreamableError(f"it has no tensor for {missing[0]} ({len(missing)} parameters)")
     for name, shape in wanted.items():
         if base.shape(name) != shape:
             raise NotStreamableError(f"{names[name]} is {tuple(base.shape(name))} and {name} {tuple(shape)}")
+    _check_tied(model, Base(files, {**names, **{key: key for key in files}}))
     with torch.no_grad():
         for name in names.keys() & buffers.keys():
             buffers[name].copy_(base.rows(name, slice(None)))
     base.close()
     return base
+
+
+def _check_tied(model: PreTrainedModel, base: Base) -> None:
+    """Tied weights that a checkpoint has twice must be equal: else transformers unties them. Compared some rows at a time."""
+    named: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = named.setdefault(id(parameter), name)
+        if first == name or not {first, name} <= base.names.keys():
+            continue
+        for start in range(0, len(parameter), 4096):
+            rows = slice(start, min(start + 4096, len(parameter)))
+            if not torch.equal(base.rows(first, rows), base.rows(name, rows)):
+                raise NotStreamableError(f"{first} and {name} are tied by its config and not equal")
 
 
 def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedModel, Base | None]:
@@ -148,7 +163,7 @@ def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedMo
         size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
         logger.warning(
             "%s is loaded whole on every rank before it is divided, %.2f GiB each (%s): save it once with transformers' "
-            "save_pretrained to avoid that",
+            "save_pretrained(folder, save_original_format=False) to avoid that",
             *(settings.name_or_path, size / 2**30, reason),
         )
         return model, None
@@ -161,6 +176,8 @@ def _open(settings: ModelSettings, name: str, dtype: torch.dtype) -> tuple[PreTr
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise NotStreamableError("its weights are quantised")
+        if getattr(config, "transformers_weights", None) is not None:
+            raise NotStreamableError("its config names other weight files")
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **more)
     except (OSError, ValueError) as error:

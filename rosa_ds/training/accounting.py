@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rosa_ds import distributed
-from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.adapters.inject import adapted_layers, adapter_parts
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.training.engine import PERSISTENCE
 from rosa_ds.training.trained_state import TrainedState
@@ -35,9 +36,7 @@ class Account:
 
 def _named_parts(model: nn.Module) -> Iterable[tuple[str, Any]]:
     """Each parameter with the part of :data:`PARTS` that it is."""
-    own: dict[int, str] = {}
-    for layer in adapted_layers(model).values():
-        own |= {id(getattr(layer, part)): part for part in ("A", "B", "values", "positions")}
+    own = adapter_parts(model)
     for parameter in model.parameters():
         yield own.get(id(parameter), "whole modules" if parameter.requires_grad else "base"), parameter
 
@@ -150,7 +149,7 @@ def measure_memory(model: nn.Module, state: TrainedState) -> dict[str, int]:
             memory[name] += partition.share.nbytes
     for layer in adapted_layers(model).values():
         if layer.plan is not None:
-            plans += [tensor for tensor in vars(layer.plan).values() if torch.is_tensor(tensor)]
+            plans += [leaf for leaf in tree_leaves(vars(layer.plan)) if torch.is_tensor(leaf)]
     if plans:
         memory["plans of masks"] = _bytes(plans)
     memory["optimizer"] = state.bytes()

@@ -100,6 +100,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float
                 temporary.mkdir(parents=True)
         with distributed.together():
             mine = _write_parts(temporary, checkpoint)
+        distributed.progress(f"completing {folder.name}")
         entries = {name: entry for part in distributed.gather_objects(mine) for name, entry in part.items()}
         with distributed.together():
             if main:
@@ -122,6 +123,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:
     written = []
     for part in PARTS:
         if tensors := getattr(checkpoint, part):
+            distributed.progress(f"writing {part} of step {checkpoint.step}")
             written.append(folder / f"{part}-{distributed.rank():05d}.safetensors")
             write_tensors(written[-1], tensors)
     sync_files(written)

@@ -42,7 +42,7 @@ class Run:
     record: dict[str, Any]
     """The resolved settings and what the DeepSpeed file adds to them: a resumed run must have the same."""
     whole_at_start: dict[str, Tensor]
-    """Numbers of the modules that are trained whole, as the base has them: a restart goes back to them."""
+    """What this rank keeps of the modules that are trained whole, as the base has them: a restart goes back to them."""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rosa_ds import distributed
-from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.adapters.inject import adapter_parts
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.training.trained_state import TrainedState
@@ -20,13 +20,12 @@ logger = logging.getLogger(__name__)
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
     """The trainable parameters by group: ``low_rank`` (A, B), ``sparse`` (values), ``whole``; empty groups left out."""
-    kinds: dict[int, str] = {}
-    for layer in adapted_layers(model).values():
-        kinds |= {id(layer.A): "low_rank", id(layer.B): "low_rank", id(layer.values): "sparse"}
+    kinds = {"A": "low_rank", "B": "low_rank", "values": "sparse"}
+    parts = adapter_parts(model)
     groups: ParameterGroups = {"low_rank": {}, "sparse": {}, "whole": {}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[kinds.get(id(parameter), "whole")][name] = parameter
+            groups[kinds.get(parts.get(id(parameter), ""), "whole")][name] = parameter
     return {name: group for name, group in groups.items() if group}
 
 
@@ -47,13 +46,14 @@ def keep_vectors_everywhere(model: nn.Module, config: dict[str, Any]) -> None:
 
     DeepSpeed's own default of 100,000 numbers would leave most of A, B, values and positions on every rank.
     """
-    ours = {
-        id(getattr(layer, part))
-        for layer in adapted_layers(model).values()
-        for part in ("A", "B", "values", "positions")
-    }
-    vectors = [p for p in model.parameters() if len(distributed.full_shape(p)) == 1 and id(p) not in ours]
-    config["zero_optimization"].setdefault(PERSISTENCE, max(map(distributed.full_numel, vectors), default=0))
+    parts = adapter_parts(model)
+    vectors, adapters = [0], []
+    for parameter in model.parameters():
+        if id(parameter) in parts:
+            adapters.append(distributed.full_numel(parameter))
+        elif len(distributed.full_shape(parameter)) == 1:
+            vectors.append(distributed.full_numel(parameter))
+    config["zero_optimization"].setdefault(PERSISTENCE, min([max(vectors), *(size - 1 for size in adapters)]))
 
 
 def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> tuple[Any, TrainedState]:

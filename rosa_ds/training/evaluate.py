@@ -21,7 +21,7 @@ def evaluate_loss(
     """Mean negative log-likelihood of all trained tokens of ``data``, in nats a token: the same on every rank.
 
     Each rank takes every n-th batch of the examples in order of length. All go through the model equally often, since
-    under ZeRO-3 each pass gathers weights: one that has no batch left repeats its first for nothing.
+    under ZeRO-3 each pass gathers weights: one that has no batch left does the shortest again for nothing.
 
     Args:
         interrupted: asked after each batch, by all ranks; if it says so, the result is ``None``.
@@ -33,7 +33,7 @@ def evaluate_loss(
     ranks = distributed.world_size()
     for number in range(distributed.rank(), -(-len(batches) // ranks) * ranks, ranks):
         distributed.progress(f"evaluation, batch {number // ranks + 1}")
-        indices = batches[number] if number < len(batches) else batches[0]
+        indices = batches[number] if number < len(batches) else batches[-1]
         loss = token_loss_sum(model, load_batch(data, indices, pad_id), device, selects).double()
         total += loss if number < len(batches) else 0.0
         if interrupted():

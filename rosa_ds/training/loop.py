@@ -50,6 +50,7 @@ class Loop:
         self._skipped = 0
         self._evaluation_due = True
         self._stop = False
+        self._settled_at: int | None = None
         self._save_asked = False
 
     def train(self) -> None:
@@ -63,7 +64,8 @@ class Loop:
         first, begun = self.step, time.monotonic()
         self._begin()
         for step in self._steps():
-            self._measured_step(step) if self.step == first + 1 else self._train_step(step)
+            measures = self._settled_at is not None and self.step == self._settled_at + 1
+            self._measured_step(step) if measures else self._train_step(step)
             self.step += 1
             if step.mask_after:
                 self._finish_collecting(step)
@@ -80,14 +82,15 @@ class Loop:
         """What comes before the first step, or was still due when the run was interrupted."""
         if self._evaluation_due:
             self._evaluate()
-        known = any(layer.mask_known for layer in self.layers.values())
         static = self.run.settings.method in SPARSE_METHODS and self.run.schedule.mask_steps == 0
-        if static and not known and not self._stop:
+        if static and not self._mask_known and not self._stop:
             self._fix_mask(None)
         if self._stop:
             self._leave()
         if self._done:
             self.save()
+        if self._mask_known:
+            self._settled_at = self.step
 
     def _after_step(self) -> None:
         """Evaluation and checkpoint, and the end if one was asked for."""
@@ -102,6 +105,10 @@ class Loop:
         if due or self._save_asked:
             self.save()  # after the evaluation, so that a resumed run does not do it again
             self._save_asked = False
+
+    @property
+    def _mask_known(self) -> bool:
+        return all(layer.mask_known for layer in self.layers.values() if layer.entries)
 
     def _leave(self) -> None:
         self.save()
@@ -121,7 +128,7 @@ class Loop:
                 bar.update()
 
     def _measured_step(self, step: Step) -> None:
-        """The second step of a run: the first one still allocates and learns the order of the layers."""
+        """The second step with the mask known: the first one still allocates and learns the order of the layers."""
         run = self.run
         with distributed.TrafficCounter() as counter:
             self._train_step(step)
@@ -246,7 +253,7 @@ class Loop:
         assert self.collector is not None
         self.collector.detach()
         self._fix_mask(self.collector)
-        self.collector = None
+        self.collector, self._settled_at = None, self.step
         if step.restart_after:
             self._restart()
         else:
@@ -273,10 +280,11 @@ class Loop:
 
     def _restart(self) -> None:
         """Back to the beginning with the mask known: fresh A, B and values, the base's own modules, an empty optimizer."""
-        fresh = dict(self.run.whole_at_start)
+        state = self.run.state
+        for name, own in self.run.whole_at_start.items():
+            state.write({name: distributed.whole_of(state.parameters[name], own)})
         for name, layer in self.layers.items():
-            fresh |= {f"{name}.{part}": tensor for part, tensor in layer.initial_parameters().items()}
-        self.run.state.write(fresh)
+            state.write({f"{name}.{part}": tensor for part, tensor in layer.initial_parameters().items()})
         self.run.state.reset_optimizer(self.run.state.groups)
 
     def _evaluate(self) -> None:

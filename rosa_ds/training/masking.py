@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.mask import Mask, MaskCollector, check_mask, load_mask, static_positions
+from rosa_ds.adapters.mask import Mask, MaskCollector, check_mask, open_mask, static_positions
 from rosa_ds.config import WEIGHT_SCORES, MaskSettings
 from rosa_kernels.collect.op import BLOCK_BYTES
 
@@ -52,7 +52,7 @@ def _all_at(name: str) -> bool:
     return distributed.same_everywhere(_number(hashlib.sha256(name.encode())))
 
 
-def mask_digest(mask: Mask) -> int:
+def mask_digest(mask: Mapping[str, Tensor]) -> int:
     """62 bits of a hash over names and positions."""
     digest = hashlib.sha256()
     for name in sorted(mask):
@@ -65,9 +65,9 @@ def _number(digest: hashlib._Hash) -> int:
     return int.from_bytes(digest.digest()[:8], "little") >> 2
 
 
-def _load(layers: Mapping[str, AdaptedLinear], path: str) -> Mask:
+def _open(layers: Mapping[str, AdaptedLinear], path: str) -> Mapping[str, Tensor]:
     with distributed.together():
-        mask = load_mask(Path(path))
+        mask = open_mask(Path(path))
         check_mask(layers, mask)
     if not distributed.same_everywhere(mask_digest(mask)):
         raise ValueError(f"the ranks read different masks from {path}: give a file that all hosts share")
@@ -80,7 +80,7 @@ def _choose(
     """Positions of each layer: chosen by its owner, then sent to all, one layer after another."""
     owners = mask_owners(layers)
     owned: Mask = {}
-    error: ValueError | None = None
+    error: Exception | None = None
     for name, layer in layers.items():
         distributed.progress(f"choosing the mask of {name}")
         weight = distributed.read_whole(layer.weight) if settings.score in WEIGHT_SCORES else layer.weight
@@ -92,7 +92,7 @@ def _choose(
                     else static_positions(settings.score, layer, weight, seed)
                 )
                 owned[name] = chosen
-        except ValueError as problem:
+        except Exception as problem:
             error = problem
     distributed.raise_everywhere(error)
     for name, layer in layers.items():
@@ -115,7 +115,7 @@ def fix_mask(
     """
     sparse = {name: layer for name, layer in layers.items() if layer.entries}
     if settings.load is not None:
-        mask = _load(sparse, settings.load)
+        mask = _open(sparse, settings.load)
         chosen: Iterable[tuple[str, Tensor]] = ((name, mask[layer.weight_name]) for name, layer in sparse.items())
     else:
         chosen = _choose(sparse, settings, seed, collector)

@@ -13,8 +13,6 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -112,21 +110,19 @@ class PartitionedMasters:
         self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
 
     def _share(self, name: str, key: str | None) -> Tensor:
-        parameter = self.parameters[name]
-        share = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
-        assert share is not None, f"{name} has no {key or 'master'}"
-        return share
+        """A view; DeepSpeed's ``safe_get_local`` functions copy to the accelerator what is offloaded."""
+        optimizer, parameter = self.optimizer, self.parameters[name]
+        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat: Tensor = optimizer.fp32_partitioned_groups_flat[group]
+        whole = flat if key is None else optimizer.optimizer.state[flat][key]
+        return whole.detach().narrow(0, start, size)
 
     def read(self, name: str, key: str | None) -> Tensor:
         return distributed.gather(self.parameters[name], self._share(name, key))
 
     def write(self, name: str, key: str | None, value: Tensor) -> None:
-        optimizer, parameter = self.optimizer, self.parameters[name]
-        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        flat = optimizer.fp32_partitioned_groups_flat[group]
-        target = flat if key is None else optimizer.optimizer.state[flat][key]
-        mine = value.reshape(-1)[distributed.own_share(parameter)]
-        target.detach().narrow(0, start, size)[: mine.numel()].copy_(mine)
+        mine = value.reshape(-1)[distributed.own_share(self.parameters[name])]
+        self._share(name, key)[: mine.numel()].copy_(mine)
 
     def stepped(self, group: int) -> list[Tensor]:
         flat = self.optimizer.fp32_partitioned_groups_flat

@@ -37,9 +37,10 @@ def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -
             target.copy_(layers[module].initial_parameters()[part])
         elif not parameter.is_meta:
             distributed.keep_numbers(name, parameter, target, rows)
-        elif base is None or name not in base.names:
-            target.zero_()  # positions, before a mask is known
+        elif module in layers and part == "positions":
+            target.zero_()  # before a mask is known
         else:
+            assert base is not None, f"nothing to fill {name} with"
             base.fill(name, parameter, target, rows)
 
     distributed.partition_model(model, plan.config, getattr(torch, plan.dtype), fill)

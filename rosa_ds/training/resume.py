@@ -19,6 +19,7 @@ MAY_CHANGE = frozenset(
             "training.stall_minutes",
             "training.max_bad_steps",
             "checkpoint.format",
+            "adapter.partition_positions",
             "mask.device_memory_gib",
         ),
         *("data.eval", "data.batching", "model.attn_implementation", "model.name_or_path", "model.revision"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds import distributed
-from rosa_ds.adapters.mask import load_mask
+from rosa_ds.adapters.mask import open_mask
 from rosa_ds.adapters.state import save_adapter
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import LOW_RANK_METHODS, RunConfig
@@ -107,6 +107,7 @@ def _open_folder(
 
 def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """``adapter/`` in the run's folder: what training added to the base, in float32."""
+    distributed.progress("saving the adapter")
     tensors = run.state.read()
     partitioned = any(distributed.is_partitioned(parameter) for parameter in run.model.parameters())
     with distributed.together():
@@ -170,7 +171,9 @@ def train(command: CommandLine) -> Path:
 
 
 def _train(command: CommandLine, interruption: Interruption) -> Path:
-    distributed.initialize()
+    stall = command.config.training.stall_minutes
+    # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
+    distributed.initialize(max(120.0, 2 * stall) if stall else 7 * 24 * 60.0)
     threads = distributed.use_threads()
     plan, settings = plan_deepspeed(
         command.deepspeed, command.config, distributed.world_size(), distributed.gpu_has_bfloat16()
@@ -183,11 +186,15 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     source, saved = _read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
     with distributed.together():
         if settings.mask.load is not None:
-            load_mask(Path(settings.mask.load))  # a wrong path should not be found out after an hour
+            open_mask(Path(settings.mask.load))  # a wrong path should not be found out after an hour
         tokenizer = load_tokenizer(settings.model)
-        base = identify(settings.model)
+    # in one block no more than one thing that the first rank of a node does first: a rank that fails must not skip a barrier
+    with distributed.together():
         data, eval_data = _prepare_data(settings, tokenizer)
+    with distributed.together():
         model = build_model(settings, plan)
+    with distributed.together():
+        base = identify(settings.model)
     data_digest = data.digest()
     record = {**settings.model_dump(), "deepspeed": plan.record()}
     if saved is not None:
@@ -203,7 +210,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     schedule = build_schedule(settings, batches.steps_per_epoch)
     whole = parameter_groups(model).get("whole", {})
     restarts = schedule.restart and schedule.mask_steps > 0
-    at_start = {name: distributed.read_whole(p).float().cpu().clone() for name, p in whole.items()} if restarts else {}
+    at_start = {name: distributed.own_numbers(p).float().cpu().clone() for name, p in whole.items()} if restarts else {}
     engine, state = build_engine(model, settings, plan)
     if settings.adapter.partition_positions and plan.stage < 3:
         divide_positions(model)
