@@ -262,3 +262,13 @@ def test_plan_follows_the_mask() -> None:
     assert torch.equal(values_gradient(torch.load(buffer, weights_only=False)), expected)
     assert torch.allclose(values_gradient(second.double()).float(), expected)
     assert second.to("meta").plan is None
+
+
+def test_an_adapter_does_not_care_how_its_positions_were_kept(llama: PreTrainedModel, tmp_path: Path) -> None:
+    config = AdapterConfig(method="sparse", density=0.05, partition_positions=True)
+    other = copy.deepcopy(llama)
+    rosa_ds.inject(llama, config)
+    rosa_ds.set_mask(llama, rosa_ds.compute_mask(llama, [], score="random"))
+    rosa_ds.save_adapter(llama, tmp_path / "adapter")
+    rosa_ds.inject(other, config.model_copy(update={"partition_positions": False}))
+    rosa_ds.load_adapter(other, tmp_path / "adapter")

@@ -162,6 +162,7 @@ def test_batch_sizes(given: tuple[Any, ...], world: int, expected: tuple[int, in
         ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 3}, 2, "is not train_micro_batch_size_per_gpu ×"),
         ({"train_batch_size": 0}, 1, "is a whole number of 1 or more"),
         ({"zero_optimization": {"stage": 4}}, 1, "stage 4: supported are"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 1, "cpu_offload True is not supported: remove it"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, 1, "mics_shard_size 2 is not supported"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ def models(tmp_path: Path, llama: LlamaForCausalLM, gpt2: GPT2LMHeadModel) -> Pa
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
     llama.config.save_pretrained(tmp_path / "bin")
     torch.save(llama.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    llama.save_pretrained(tmp_path / "differs")
+    config.save_pretrained(tmp_path / "differs")  # says tied, and the file has two different tensors
+    shutil.copytree(tmp_path / "llama", tmp_path / "both")  # sharded, and one file with other numbers
+    LlamaForCausalLM(llama.config).save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", tmp_path / "both")
     return tmp_path
 
 

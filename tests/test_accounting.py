@@ -1,0 +1,64 @@
+"""What stays whole at stage 3, and what a step sends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+import rosa_ds
+from rosa_ds import distributed
+from rosa_ds.config import RunConfig
+from rosa_ds.ds_config import plan_deepspeed
+from rosa_ds.training.accounting import predict, table
+from rosa_ds.training.engine import PERSISTENCE, keep_vectors_everywhere
+
+
+def threshold(model: Any, given: dict[str, Any], **adapter: Any) -> int:
+    rosa_ds.inject(model, rosa_ds.AdapterConfig(**adapter))
+    config = {"zero_optimization": given}
+    keep_vectors_everywhere(model, config)
+    return int(config["zero_optimization"][PERSISTENCE])
+
+
+def test_norms_stay_and_adapters_do_not(llama: LlamaForCausalLM) -> None:
+    # a norm has 32 numbers, the smallest part of an adapter, k_proj's B, 64
+    assert threshold(llama, {}, rank=4, density=0.15) == 32
+
+
+def test_a_bias_may_be_larger_than_an_adapter(gpt2: GPT2LMHeadModel) -> None:
+    # the largest bias has 128 numbers, the smallest A 64
+    assert threshold(gpt2, {}, method="lora", rank=2) == 63
+
+
+def test_the_file_decides_where_it_says_something(llama: LlamaForCausalLM) -> None:
+    assert threshold(llama, {PERSISTENCE: 7}, rank=4) == 7
+
+
+def test_one_rank_sends_nothing_and_keeps_all(llama: LlamaForCausalLM) -> None:
+    model = llama.float()
+    plan, _ = plan_deepspeed({}, RunConfig(), 1, gpu_has_bfloat16=False)
+    base = 4 * sum(parameter.numel() for parameter in model.parameters())
+    rosa_ds.inject(model, rosa_ds.AdapterConfig(rank=2, density=0.01))
+    account = predict(model, plan)
+    assert account.traffic == {}
+    assert account.memory["base"] == base
+    # stage 0 in float32: moments alone
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert account.memory["optimizer"] == 8 * trained
+    assert account.memory["positions"] == account.memory["values"] > 0
+    text = table(account, account.memory, {})
+    assert len(text.splitlines()) == 1 + len([size for size in account.memory.values() if size])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
+def test_counting_does_not_disturb_higher_order_operators() -> None:
+    """Flex attention is one; an ordinary dispatch mode makes it fail."""
+    q = torch.randn(1, 1, 16, 16)
+    with distributed.TrafficCounter() as counter:
+        inside = flex_attention(q, q, q)
+    assert torch.allclose(inside, flex_attention(q, q, q))
+    assert not counter.bytes
