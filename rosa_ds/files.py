@@ -130,12 +130,15 @@ def manifest_problem(folder: Path) -> str | None:
         return str(problem)
     for name, entry in entries.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if file_hash(path) != entry["sha256"]:
-            return f"{name} does not have the hash that was written"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if file_hash(path) != entry["sha256"]:
+                return f"{name} does not have the hash that was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
 
 
@@ -187,6 +190,10 @@ class TensorFiles(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._readers[name].get_tensor(name)
         return tensor
+
+    def close(self) -> None:
+        """Give the files back; nothing can be read any more. A mapped file cannot be deleted for good on a network disk."""
+        self._readers.clear()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)

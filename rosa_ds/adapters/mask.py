@@ -17,7 +17,7 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import keyed_generator
 from rosa_ds.config import GRADIENT_SCORES, Score
-from rosa_ds.files import TensorFiles, write_tensors
+from rosa_ds.files import TensorFiles, sync_files, write_tensors
 from rosa_ds.suggest import did_you_mean
 from rosa_kernels.collect.op import RunningTopK, gradient_blocks
 
@@ -177,8 +177,9 @@ class MaskCollector:
         """Go on from the sums that another collector had after ``steps`` steps; this rank takes those it owns."""
         owned = {name: layer for name, layer in self.layers.items() if self.owners[name] == self.rank}
         self.totals = {
-            name: totals[name].to("cpu" if name in self._on_host else layer.weight.device)
+            name: totals[name].to("cpu" if name in self._on_host else layer.weight.device, copy=True)
             for name, layer in owned.items()
+            if name in totals
         }
         self.steps = steps
 
@@ -273,6 +274,7 @@ def save_mask(mask: Mapping[str, Tensor], path: Path, origin: Mapping[str, str] 
     temporary = path.with_name(f".{path.name}.partial")
     metadata = {"rosa_ds": json.dumps({"kind": "mask", **(origin or {})}, sort_keys=True)}
     write_tensors(temporary, mask, metadata)
+    sync_files([temporary])
     temporary.rename(path)
 
 

@@ -70,6 +70,12 @@ class Checkpoint:
     base: Mapping[str, Any]
     data: str
 
+    def release(self) -> None:
+        """Let go of the tensors and the files that they are read from."""
+        for part in PARTS:
+            tensors = getattr(self, part)
+            tensors.close() if isinstance(tensors, TensorFiles) else tensors.clear()
+
 
 _PLAIN = tuple(field.name for field in dataclasses.fields(Checkpoint) if field.name not in PARTS)
 
@@ -87,7 +93,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float
 
     Returns: its folder, the bytes of what the manifest lists, and the seconds it took.
     Raises: OSError on the rank where writing failed, RunError on the others; the run's older checkpoints are then as
-        they were, and nothing of the new one is left.
+        they were.
     """
     start = time.monotonic()
     folder = checkpoints_folder(run) / _name(checkpoint.step)
@@ -111,7 +117,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float
         raise
     with distributed.together():
         if main:
-            older = [path for path in complete_folders(run) if path.name < folder.name]
+            older = [path for path in complete_folders(run) if _step_of(path) < checkpoint.step]
             for path in older[keep - 1 :]:
                 _discard(path)
     size = sum(entry["bytes"] for entry in entries.values())
@@ -122,8 +128,8 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:
     """This rank's files, on the disk; what the manifest says of them."""
     written = []
     for part in PARTS:
+        distributed.progress(f"writing {part} of step {checkpoint.step}")
         if tensors := getattr(checkpoint, part):
-            distributed.progress(f"writing {part} of step {checkpoint.step}")
             written.append(folder / f"{part}-{distributed.rank():05d}.safetensors")
             write_tensors(written[-1], tensors)
     sync_files(written)
@@ -137,28 +143,55 @@ def _complete(temporary: Path, folder: Path, checkpoint: Checkpoint, entries: En
     entries |= describe_files([temporary / "state.json"])
     write_manifest(temporary, dict(sorted(entries.items())))
     sync_files([temporary])
+    hidden = _hidden(folder)
     if folder.exists():
-        _discard(folder)
+        folder.rename(hidden)
     temporary.rename(folder)
     sync_files([folder.parent])
+    if hidden.exists():
+        _delete(hidden)
     write_text(folder.parent / "latest", folder.name + "\n")
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.discarded")
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder that nobody needs; that it cannot be is no reason to end a run."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s cannot be deleted: %s", path, error)
 
 
 def _discard(path: Path) -> None:
     """Delete a folder; one that is half deleted does not have its name any more."""
-    hidden = path.with_name(f".{path.name}.discarded")
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    _delete(path.rename(_hidden(path)))
+
+
+def _take_back(folder: Path) -> None:
+    """Between two renames a checkpoint that was saved again has no name: give it its own back."""
+    for hidden in folder.glob(".step-*.discarded"):
+        path = hidden.with_name(hidden.name[1:].removesuffix(".discarded"))
+        if not path.exists() and manifest_problem(hidden) is None:
+            hidden.rename(path)
 
 
 def _clean(folder: Path) -> None:
     """Remove what interrupted savings have left."""
+    _take_back(folder)
     for pattern in (".step-*.partial", ".step-*.discarded"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path)
+            _delete(path)
 
 
-def _abandon(path: Path) -> Path:
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def abandon(path: Path) -> Path:
+    """Rename a checkpoint so that no run goes on from it."""
     target = path.with_name(f"abandoned-{path.name}")
     if target.exists():
         move_aside(target)
@@ -167,13 +200,19 @@ def _abandon(path: Path) -> Path:
 
 def set_aside_later(run: Path, step: int) -> list[Path]:
     """Rename checkpoints of steps that a resumed run will do again, so that they are not taken for its own."""
-    later = [path for path in complete_folders(run) if path.name > _name(step)]
-    return [_abandon(path) for path in later]
+    later = [path for path in complete_folders(run) if _step_of(path) > step]
+    return [abandon(path) for path in later]
 
 
 def complete_folders(run: Path) -> list[Path]:
     """Folders of finished checkpoints, newest first."""
-    return sorted(checkpoints_folder(run).glob("step-*"), reverse=True)
+    folders = (path for path in checkpoints_folder(run).glob("step-*") if path.name[5:].isdecimal())
+    return sorted(folders, key=_step_of, reverse=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Is this the folder of one of our checkpoints, whole or not?"""
+    return (path / "state.json").is_file()
 
 
 def find(run: Path, wanted: str) -> Path:
@@ -185,10 +224,11 @@ def find(run: Path, wanted: str) -> Path:
         ValueError: there is none, or the wanted one is damaged.
     """
     path = Path(wanted) if wanted else run
-    if (path / "state.json").is_file():
+    if is_checkpoint(path):
         if problem := manifest_problem(path):
             raise ValueError(f"--resume {path}: {problem}; use another checkpoint of the run")
         return path
+    _take_back(checkpoints_folder(path))
     folders = complete_folders(path)
     for folder in folders:
         problem = manifest_problem(folder)

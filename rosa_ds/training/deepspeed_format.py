@@ -8,7 +8,7 @@ number of ranks together again, so that any other number can go on.
 from __future__ import annotations
 
 import dataclasses
-import pickle
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from rosa_ds import distributed
-from rosa_ds.training.checkpoint import PARTS, Checkpoint
+from rosa_ds.files import MANIFEST, manifest_problem, sync_folder, write_manifest, write_text
+from rosa_ds.training.checkpoint import PARTS, Checkpoint, abandon
 from rosa_ds.training.trained_state import TrainedState
 
+logger = logging.getLogger(__name__)
 FOLDER = "deepspeed"
 CLIENT_KEY = "rosa_ds"
+_FOLDER = re.compile(r"global_step(\d+)$")
 _OPTIM = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
 
@@ -45,38 +48,86 @@ def write(
         positions: whole, on the first rank.
     """
     plain = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved) if field.name not in PARTS}
-    groups = {
-        group: {n: tuple(distributed.full_shape(p)) for n, p in members.items()}
-        for group, members in state.groups.items()
-    }
-    client = {"state": plain, "groups": groups}
+    client = {"state": plain, "groups": _stored_order(state)}
     if distributed.is_main():
         client["positions"] = dict(positions)
     folder = run / FOLDER / f"global_step{saved.step}"
-    engine.save_checkpoint(
-        str(folder.parent), tag=folder.name, client_state={CLIENT_KEY: client}, exclude_frozen_parameters=True
-    )
+    temporary = folder.with_name(f".{folder.name}.partial")
     with distributed.together():
         if distributed.is_main():
-            for old in find_all(run)[keep:]:
-                shutil.rmtree(old)
+            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        engine.save_checkpoint(
+            str(folder.parent),
+            tag=temporary.name,
+            client_state={CLIENT_KEY: client},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+    except RuntimeError as error:  # torch's of a full disk
+        raise OSError(f"{temporary} cannot be written: {error}") from error
+    with distributed.together():
+        if distributed.is_main():
+            write_manifest(temporary)
+            sync_folder(temporary)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            write_text(folder.parent / "latest", folder.name)
+            older = [path for path in find_all(run) if _step_of(path) < saved.step]
+            for path in older[keep - 1 :]:
+                shutil.rmtree(path)
     return folder
+
+
+def _stored_order(state: TrainedState) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Group -> name -> shape in the order in which DeepSpeed has flattened them (``round_robin_gradients`` changes it)."""
+    names = {id(parameter): name for name, parameter in state.parameters.items()}
+    stored = getattr(state.optimizer, "round_robin_bit16_groups", None)
+    members = [list(group.values()) for group in state.groups.values()] if stored is None else stored
+    return {
+        group: {names[id(p)]: tuple(distributed.full_shape(p)) for p in parameters}
+        for group, parameters in zip(state.groups, members, strict=True)
+    }
+
+
+def _step_of(folder: Path) -> int:
+    found = _FOLDER.search(folder.name)
+    assert found is not None
+    return int(found[1])
+
+
+def set_aside_later(run: Path, step: int) -> list[Path]:
+    """As :func:`rosa_ds.training.checkpoint.set_aside_later`, of DeepSpeed's folders."""
+    return [abandon(path) for path in find_all(run) if _step_of(path) > step]
 
 
 def find_all(run: Path) -> list[Path]:
     """DeepSpeed's checkpoints of a run, newest first: in ``deepspeed/`` or in the run's folder itself."""
     folders = [*(run / FOLDER).glob("global_step*"), *run.glob("global_step*")]
-    return sorted((path for path in folders if path.is_dir()), key=lambda path: int(path.name[11:] or 0), reverse=True)
+    return sorted((path for path in folders if path.is_dir() and _FOLDER.search(path.name)), key=_step_of, reverse=True)
+
+
+def find_good(run: Path) -> Path | None:
+    """DeepSpeed's newest checkpoint of a run that is whole by its manifest; one without a manifest is taken with a warning."""
+    for folder in find_all(run):
+        if not (folder / MANIFEST).exists():
+            logger.warning("%s has no manifest: its files are used unchecked", folder)
+            return folder
+        problem = manifest_problem(folder)
+        if problem is None:
+            return folder
+        logger.warning("checkpoint %s is damaged (%s), trying the one before", folder, problem)
+    return None
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_allowed()):
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged, or holds what a checkpoint of DeepSpeed's does not: {str(error).splitlines()[0]}"
-        ) from None
+    except Exception as error:  # the unpickler of a damaged file raises nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or holds what a checkpoint of DeepSpeed's does not: {reason}") from None
     return content
 
 
@@ -94,15 +145,18 @@ def read(folder: Path) -> Checkpoint:
     client = model[CLIENT_KEY]
     shards = _shards(folder)
     groups: dict[str, dict[str, tuple[int, ...]]] = client["groups"]
-    if not shards:
-        trained, moments, scalars = _undivided(model, groups)
-    else:
-        trained, moments, scalars = _divided(shards, groups)
+    try:
+        trained, moments = _divided(shards, groups) if shards else _undivided(model, groups)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} is laid out in a way that is not read here ({error!r}): files are missing, or another of DeepSpeed's "
+            "optimizers wrote it"
+        ) from None
     return Checkpoint(
-        **client["state"] | {"optimizer_scalars": scalars},
+        **client["state"],
         trained=trained,
         moments=moments,
-        positions=client["positions"],
+        positions=client.get("positions", {}),
         collected={},
         base_changes={},
     )
@@ -120,7 +174,8 @@ def _shards(folder: Path) -> list[dict[str, Any]]:
     return shards
 
 
-Parts = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, float]]]
+Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Masters by parameter name, moments by ``"parameter/key"``."""
 
 
 def _undivided(model: Mapping[str, Any], groups: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Parts:
@@ -133,16 +188,12 @@ def _undivided(model: Mapping[str, Any], groups: Mapping[str, Mapping[str, tuple
     states = optimizer.get("optimizer_state_dict", optimizer)["state"]
     by_name = {name: states.get(index, {}) for index, name in enumerate(names)}
     moments = {f"{n}/{key}": t for n, state in by_name.items() for key, t in state.items() if t.ndim}
-    scalars = {}
-    for group, members in groups.items():
-        filled: dict[str, Tensor] = next((by_name[name] for name in members if by_name[name]), {})
-        scalars[group] = {key: float(value) for key, value in filled.items() if not value.ndim}
-    return trained, moments, scalars
+    return trained, moments
 
 
 def _divided(shards: list[dict[str, Any]], groups: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Parts:
     """Stages 1 to 3. Flat vectors of every rank: the masters, and each of the optimizer's moments."""
-    partitioned = int(shards[0]["zero_stage"]) == 3
+    partitioned = "fp32_flat_groups" in shards[0]  # stage 3
     masters = "fp32_flat_groups" if partitioned else "single_partition_of_fp32_groups"
     inner = [shard["optimizer_state_dict" if partitioned else "base_optimizer_state"]["state"] for shard in shards]
     keys = sorted({key for state in inner[0].values() for key, value in state.items() if value.ndim})
@@ -153,13 +204,7 @@ def _divided(shards: list[dict[str, Any]], groups: Mapping[str, Mapping[str, tup
     for key in keys:
         vectors = [[state[index][key] for index in sorted(state)] for state in inner]
         moments |= {f"{name}/{key}": tensor for name, tensor in put(vectors, groups, paddings).items()}
-    steps = [inner[0][index] for index in sorted(inner[0])]
-    # at stage 3 a group may be cut into several flat vectors, which all have stepped as often
-    first = {group: steps[min(number, len(steps) - 1)] for number, group in enumerate(groups)}
-    scalars = {
-        group: {key: float(value) for key, value in state.items() if not value.ndim} for group, state in first.items()
-    }
-    return trained, moments, scalars
+    return trained, moments
 
 
 def _join_groups(

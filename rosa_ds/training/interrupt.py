@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 from rosa_ds.errors import InterruptedRunError
 from rosa_ds.files import write_json
 
+logger = logging.getLogger(__name__)
 SAVE_FILE = "save"
 MARK_FILE = "interrupted.json"
 _held: list[TextIO] = []
@@ -52,6 +54,9 @@ def take_save_request(folder: Path) -> bool:
         (folder / SAVE_FILE).unlink()
     except FileNotFoundError:
         return False
+    except OSError as error:
+        logger.warning("%s asks for no checkpoint: %s", folder / SAVE_FILE, error)
+        return False
     return True
 
 
@@ -60,9 +65,15 @@ def hold_folder(folder: Path) -> None:
 
     Raises: ValueError if another run holds it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
     path = folder.with_name(f".{folder.name}.lock")
-    stream = path.open("a+")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"training.output_dir {folder}: its lock {path} cannot be made ({error}); give another folder"
+        ) from None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -72,6 +83,10 @@ def hold_folder(folder: Path) -> None:
         raise ValueError(
             f"training.output_dir {folder}: a run is writing there ({holder}); wait for it, end it, or give another folder"
         ) from None
+    except OSError as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): make sure that no other run writes to %s", path, error, folder)
+        stream.close()
+        return
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     stream.flush()

@@ -175,11 +175,13 @@ class Loop:
         """The loss summed over ranks; with it, in one message, whether any rank was asked to stop or to save."""
         run = self.run
         asked = distributed.is_main() and take_save_request(run.folder)
-        flags = [float(run.interruption.requested), float(asked)]
+        flags = [float(run.interruption.requested), float(asked), float(self.log.error is not None)]
         together = distributed.sum_over_ranks(
             torch.tensor([float(nll), *flags], dtype=torch.float64, device=nll.device)
         )
-        loss, stop, save = together.tolist()
+        loss, stop, save, failed = together.tolist()
+        if failed:
+            distributed.raise_everywhere(self.log.error)
         self._stop, self._save_asked = self._stop or stop > 0, self._save_asked or save > 0
         return loss
 

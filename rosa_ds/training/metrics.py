@@ -9,22 +9,34 @@ from typing import Any
 from rosa_ds.files import write_text
 
 
+def _is_kept(line: str, resume_step: int, evaluation_due: bool) -> bool:
+    """Does a line of an interrupted run stay? A torn one does not."""
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return False
+    again = evaluation_due and fields["step"] == resume_step and fields.get("event") == "eval"
+    return fields["step"] <= resume_step and not again
+
+
 class MetricsLog:
     """One JSON object a line, flushed at once; the same numbers go to TensorBoard if wanted.
 
     Args:
         folder: the run's folder, or ``None`` on ranks that do not write.
         resume_step: lines of later steps are removed, since those steps will be done again.
+        evaluation_due: so is the evaluation of that step.
     """
 
-    def __init__(self, folder: Path | None, tensorboard: bool, resume_step: int) -> None:
+    def __init__(self, folder: Path | None, tensorboard: bool, resume_step: int, evaluation_due: bool = False) -> None:
+        self.error: OSError | None = None
         self._stream = None
         self._board: Any = None
         if folder is None:
             return
         path = folder / "metrics.jsonl"
         kept = path.read_text().splitlines() if path.exists() and resume_step else []
-        lines = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= resume_step]
+        lines = [line for line in kept if _is_kept(line, resume_step, evaluation_due)]
         write_text(path, "".join(line + "\n" for line in lines))
         self._stream = path.open("a", buffering=1)
         if tensorboard:
@@ -34,7 +46,10 @@ class MetricsLog:
         """Add a line; ``step`` is required. Numbers (also inside dictionaries) are drawn by TensorBoard."""
         if self._stream is None:
             return
-        self._stream.write(json.dumps(fields) + "\n")
+        try:
+            self._stream.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            self.error = error  # the loop tells the other ranks
         if self._board is not None:
             group = fields.get("event", "train")
             for name, value in fields.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
+import time
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -72,6 +74,20 @@ def _prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     return train, evaluation
 
 
+_OUR_FILES = frozenset(
+    {
+        *("config.json", "ds_config.json", "accounting.json", "metrics.jsonl", "mask.safetensors", "interrupted.json"),
+        *("checkpoints", "adapter", "tokenizer", "tensorboard", "deepspeed", "save"),
+    }
+)
+
+
+def _is_ours(path: Path) -> bool:
+    """Could a run have made this, also one that was killed while it wrote?"""
+    partial = path.name.startswith(".") and path.name.endswith((".partial", ".old"))
+    return path.name in _OUR_FILES or partial
+
+
 def _open_folder(
     settings: RunConfig, plan: DeepSpeedPlan, account: Account, resumed_from: Path | None, step: int
 ) -> Path:
@@ -84,21 +100,18 @@ def _open_folder(
         ValueError: the folder holds something that is not a run.
     """
     folder = Path(settings.training.output_dir)
-    with distributed.together():
-        if distributed.is_main():
-            hold_folder(folder)
     in_place = resumed_from is not None and resumed_from.resolve().parent.parent == folder.resolve()
     with distributed.together():
         if distributed.is_main():
             if in_place:
-                for abandoned in checkpoint.set_aside_later(folder, step):
+                later = [*checkpoint.set_aside_later(folder, step), *deepspeed_format.set_aside_later(folder, step)]
+                for abandoned in later:
                     logger.info("a checkpoint of a later step is kept as %s", abandoned)
             elif folder.exists() and any(folder.iterdir()):
-                if not (folder / "config.json").is_file() or not (folder / "ds_config.json").is_file():
+                if any(not _is_ours(path) for path in folder.iterdir()):
                     raise ValueError(f"training.output_dir {folder} is not empty and holds no run: give another folder")
                 logger.info("the run that was in %s is in %s now", folder, move_aside(folder))
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / MARK_FILE).unlink(missing_ok=True)
             write_json(folder / "config.json", settings.model_dump())
             write_json(folder / "ds_config.json", {**plan.config, **plan.record()})
             write_json(folder / "accounting.json", {"predicted": dataclasses.asdict(account)})
@@ -122,19 +135,23 @@ def _is_deepspeeds(folder: Path) -> bool:
 
 
 def _find_checkpoint(run: Path, wanted: str) -> Path:
-    """One of ours, or where there is none DeepSpeed's newest. Raises: ValueError if there is neither."""
+    """One of ours, or where none is whole DeepSpeed's newest. Raises: ValueError if there is neither."""
     path = Path(wanted) if wanted else run
     if _is_deepspeeds(path) and path.is_dir():
         return path
-    theirs = deepspeed_format.find_all(path)
-    if theirs and not checkpoint.complete_folders(path):
-        return theirs[0]
-    return checkpoint.find(run, wanted)
+    try:
+        return checkpoint.find(run, wanted)
+    except ValueError:
+        theirs = None if checkpoint.is_checkpoint(path) else deepspeed_format.find_good(path)
+        if theirs is None:
+            raise
+        return theirs
 
 
 def _read_checkpoint(settings: RunConfig, wanted: str) -> tuple[Path, Checkpoint]:
     """The checkpoint to go on from. The first rank looks for it and checks all files; the others take its word."""
     found: Path | None = None
+    begun = time.monotonic()
     with distributed.together():
         if distributed.is_main():
             found = _find_checkpoint(Path(settings.training.output_dir), wanted)
@@ -143,7 +160,7 @@ def _read_checkpoint(settings: RunConfig, wanted: str) -> tuple[Path, Checkpoint
         if not source.is_dir():
             raise ValueError(f"--resume: this rank does not see {source}: is the file system shared?")
         saved = deepspeed_format.read(source) if _is_deepspeeds(source) else checkpoint.load(source)
-    logger.info("resuming from %s, step %d", source, saved.step)
+    logger.info("resuming from %s, step %d (checked in %.2f s)", source, saved.step, time.monotonic() - begun)
     return source, saved
 
 
@@ -183,6 +200,11 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
             f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
         )
     _announce(settings, plan, threads)
+    with distributed.together():
+        if distributed.is_main():
+            folder = Path(settings.training.output_dir)
+            hold_folder(folder)
+            (folder / MARK_FILE).unlink(missing_ok=True)
     source, saved = _read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
     with distributed.together():
         if settings.mask.load is not None:
@@ -196,9 +218,16 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     with distributed.together():
         base = identify(settings.model)
     data_digest = data.digest()
+    seen = hashlib.sha256(f"{base['hash']} {data_digest}".encode()).digest()
+    if not distributed.same_everywhere(int.from_bytes(seen[:7], "little")):
+        raise ValueError(
+            f"the ranks see different weights of {settings.model.name_or_path} or different examples of {settings.data.train}: "
+            "give folders that all hosts share, or the same files on each"
+        )
     record = {**settings.model_dump(), "deepspeed": plan.record()}
     if saved is not None:
-        check_resumable(saved, record, plan.config["train_batch_size"], base, data_digest)
+        with distributed.together():
+            check_resumable(saved, record, plan.config["train_batch_size"], base, data_digest)
     batches = BatchPlan(
         lengths=data.lengths,
         batch_size=plan.config["train_batch_size"],
@@ -241,12 +270,18 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
 
 def _train_and_save(run: Run, saved: Checkpoint | None, tokenizer: PreTrainedTokenizerBase) -> None:
     folder = run.folder if distributed.is_main() else None
-    log = MetricsLog(folder, run.settings.training.tensorboard, saved.step if saved else 0)
-    loop = Loop(run, log)
-    if saved is not None:
-        loop.restore(saved)
     distributed.start_watch(60 * run.settings.training.stall_minutes)
+    log = None
     try:
+        with distributed.together():
+            due = saved is not None and saved.evaluation_due
+            log = MetricsLog(folder, run.settings.training.tensorboard, saved.step if saved else 0, due)
+        loop = Loop(run, log)
+        if saved is not None:
+            begun = time.monotonic()
+            loop.restore(saved)
+            saved.release()
+            logger.info("state restored in %.2f s", time.monotonic() - begun)
         loop.train()
         _save_result(run, tokenizer)
     except RuntimeError as error:
@@ -258,5 +293,6 @@ def _train_and_save(run: Run, saved: Checkpoint | None, tokenizer: PreTrainedTok
         ) from error
     finally:
         distributed.stop_watch()
-    log.close()
+        if log is not None:
+            log.close()
     logger.info("done: %s", run.folder)

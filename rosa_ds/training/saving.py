@@ -6,11 +6,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rosa_ds import distributed
 from rosa_ds.adapters.mask import MaskCollector
 from rosa_ds.adapters.state import known_positions
+from rosa_ds.errors import RunError
 from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.context import Run
@@ -48,11 +50,25 @@ def save_state(
         base=run.base,
         data=run.data_digest,
     )
+    _check_finite(run, state)
     folder, size, seconds = checkpoint.save(run.folder, state, run.settings.training.keep_checkpoints)
     logger.info("saved %s: %.1f MiB, %.1f s", folder, size / 2**20, seconds)
     if run.settings.checkpoint.format == "deepspeed":
         _save_for_deepspeed(run, state, positions, collector is not None)
     return {"folder": folder.name, "bytes": size, "seconds": seconds}
+
+
+def _check_finite(run: Run, state: Checkpoint) -> None:
+    """A state that is not finite must not take the place of the good ones. Collective."""
+    parts = (*state.trained.items(), *state.moments.items())
+    bad = next((name for name, tensor in parts if not bool(torch.isfinite(tensor).all())), None)
+    if not distributed.any_rank(bad is not None):
+        return
+    newest = next(iter(checkpoint.complete_folders(run.folder)), None)
+    raise RunError(
+        f"{bad or 'a parameter on another rank'} is not finite after step {state.step}, so nothing is saved: lower the learning "
+        f"rates, or train in bf16 or fp32; the last good checkpoint is {newest or 'none'}"
+    )
 
 
 def _save_for_deepspeed(run: Run, state: Checkpoint, positions: Mapping[str, Tensor], collecting: bool) -> None:
