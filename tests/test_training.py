@@ -62,7 +62,8 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
         assert account["measured"]["memory"][part] == pytest.approx(account["predicted"]["memory"][part], rel=0.02), (
             part
         )
-    assert account["measured"]["traffic"]["all_reduce float32"] == account["predicted"]["traffic"]["gradients"]
+    reduced = account["measured"]["traffic"]["all_reduce float32"]  # and the gradient's norm
+    assert reduced == pytest.approx(account["predicted"]["traffic"]["gradients"], rel=1e-3)
     mask = load_file(straight / "mask.safetensors")
     assert len(mask) == 42
     adapter = load_file(straight / "adapter" / "adapter.safetensors")
