@@ -83,6 +83,7 @@ def test_files_that_are_not_trusted(tmp_path: Path) -> None:
     run("torchrun", 2, TRAIN, *arguments, "--training.max_steps", "2", cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "deepspeed" / "global_step1")
     shards = folder / "deepspeed" / "global_step2"
     model, optimizer = shards / "mp_rank_00_model_states.pt", shards / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
@@ -93,6 +94,8 @@ def test_files_that_are_not_trusted(tmp_path: Path) -> None:
 
     kept = optimizer.read_bytes()
     optimizer.write_bytes(kept[: len(kept) // 2])
+    refused("global_step2 is damaged (zero_pp_rank_1_mp_rank_00_optim_states.pt has")
+    (shards / "manifest.json").unlink()  # as where only DeepSpeed's own files were copied
     refused("zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged, or holds what a checkpoint of DeepSpeed's does not")
     optimizer.unlink()
     refused("was written by 2 ranks, and the files of ranks [0] are there")
