@@ -84,12 +84,12 @@ def test_going_back_keeps_the_new_checkpoint_and_the_old_timeline(tmp_path: Path
         checkpoint.save(tmp_path, make(step), keep=2)
     folder, _, _ = checkpoint.save(tmp_path, make(1), keep=2)
     assert folder.is_dir()
-    checkpoint.set_aside_later(tmp_path, 1)
+    checkpoint.folders(tmp_path).set_aside_later(1)
     assert checkpoint.find(tmp_path, "") == folder
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["abandoned-step-000003", "abandoned-step-000004", "latest", "step-000001"]
     checkpoint.save(tmp_path, make(3), keep=2)
-    checkpoint.set_aside_later(tmp_path, 1)
+    checkpoint.folders(tmp_path).set_aside_later(1)
     assert (tmp_path / "checkpoints" / "abandoned-step-000003.1").is_dir()
 
 

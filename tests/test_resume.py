@@ -72,6 +72,28 @@ def test_deepspeeds_own_files(tmp_path: Path, stage: int, goes_on: list[int]) ->
             assert_close(losses(folder), straight)
 
 
+def test_a_folder_of_deepspeeds_files_alone(tmp_path: Path) -> None:
+    """As DeepSpeed's own programs leave it: the shards lie in the run's folder itself. One that was asked for is checked."""
+    arguments = (*zero(2), *COMMON, "--mask.score", "random", "--checkpoint.format", "deepspeed")
+    run("torchrun", 2, TRAIN, *arguments, cwd=tmp_path)
+    folder, bare = tmp_path / "runs" / "default", tmp_path / "bare"
+    straight = losses(folder)
+    bare.mkdir()
+    (folder / "deepspeed" / "global_step3").rename(bare / "global_step3")
+    (bare / "latest").write_text("global_step3")
+    shard = bare / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    kept = shard.read_bytes()
+    shard.write_bytes(kept[:-1])
+    here = (*arguments, "--training.output_dir", str(bare), "--resume")
+    output = run("torchrun", 2, TRAIN, *here, str(bare / "global_step3"), cwd=tmp_path, status=1)
+    assert "zero_pp_rank_0_mp_rank_00_optim_states.pt has" in output
+    shard.write_bytes(kept)
+    output = run("torchrun", 2, TRAIN, *here, cwd=tmp_path)
+    assert "global_step3, step 3" in output
+    assert losses(bare) == [entry for entry in straight if entry[0] > 3]
+    assert {"adapter", "global_step3"} <= {path.name for path in bare.iterdir()}
+
+
 class Payload:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch executed",)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -24,18 +23,16 @@ from rosa_ds.files import (
     TensorFiles,
     describe_files,
     manifest_problem,
-    move_aside,
     read_manifest,
     sync_files,
     write_json,
     write_manifest,
     write_tensors,
-    write_text,
 )
+from rosa_ds.training.step_folders import StepFolders
 
 FORMAT_VERSION = 2
 PARTS = ("trained", "moments", "positions", "collected", "base_changes")
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +77,9 @@ class Checkpoint:
 _PLAIN = tuple(field.name for field in dataclasses.fields(Checkpoint) if field.name not in PARTS)
 
 
-def checkpoints_folder(run: Path) -> Path:
-    return run / "checkpoints"
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
+def folders(run: Path) -> StepFolders:
+    """The checkpoints of a run."""
+    return StepFolders(run / "checkpoints", "step-", digits=6)
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float]:
@@ -96,32 +90,30 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float
         they were.
     """
     start = time.monotonic()
-    folder = checkpoints_folder(run) / _name(checkpoint.step)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    main = distributed.is_main()
+    steps, step = folders(run), checkpoint.step
+    temporary, main = steps.partial(step), distributed.is_main()
     try:
         with distributed.together():
             if main:
-                _clean(folder.parent)
+                steps.clean()
                 temporary.mkdir(parents=True)
         with distributed.together():
             mine = _write_parts(temporary, checkpoint)
-        distributed.progress(f"completing {folder.name}")
+        distributed.progress(f"completing step {step}")
         entries = {name: entry for part in distributed.gather_objects(mine) for name, entry in part.items()}
         with distributed.together():
             if main:
-                _complete(temporary, folder, checkpoint, entries)
+                _complete(temporary, checkpoint, entries)
+                steps.complete(step)
     except BaseException:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     with distributed.together():
         if main:
-            older = [path for path in complete_folders(run) if _step_of(path) < checkpoint.step]
-            for path in older[keep - 1 :]:
-                _discard(path)
+            steps.prune(step, keep)
     size = sum(entry["bytes"] for entry in entries.values())
-    return folder, size, time.monotonic() - start
+    return steps.path(step), size, time.monotonic() - start
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:
@@ -136,78 +128,13 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:
     return describe_files(written)
 
 
-def _complete(temporary: Path, folder: Path, checkpoint: Checkpoint, entries: Entries) -> None:
-    """The files that are written once, and the new name. An older checkpoint of the same step goes only then."""
+def _complete(temporary: Path, checkpoint: Checkpoint, entries: Entries) -> None:
+    """The files that are written once."""
     state = {name: getattr(checkpoint, name) for name in _PLAIN}
     write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
     entries |= describe_files([temporary / "state.json"])
     write_manifest(temporary, dict(sorted(entries.items())))
     sync_files([temporary])
-    hidden = _hidden(folder)
-    if folder.exists():
-        folder.rename(hidden)
-    temporary.rename(folder)
-    sync_files([folder.parent])
-    if hidden.exists():
-        _delete(hidden)
-    write_text(folder.parent / "latest", folder.name + "\n")
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.discarded")
-
-
-def _delete(path: Path) -> None:
-    """Delete a folder that nobody needs; that it cannot be is no reason to end a run."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        logger.warning("%s cannot be deleted: %s", path, error)
-
-
-def _discard(path: Path) -> None:
-    """Delete a folder; one that is half deleted does not have its name any more."""
-    _delete(path.rename(_hidden(path)))
-
-
-def _take_back(folder: Path) -> None:
-    """Between two renames a checkpoint that was saved again has no name: give it its own back."""
-    for hidden in folder.glob(".step-*.discarded"):
-        path = hidden.with_name(hidden.name[1:].removesuffix(".discarded"))
-        if not path.exists() and manifest_problem(hidden) is None:
-            hidden.rename(path)
-
-
-def _clean(folder: Path) -> None:
-    """Remove what interrupted savings have left."""
-    _take_back(folder)
-    for pattern in (".step-*.partial", ".step-*.discarded"):
-        for path in folder.glob(pattern):
-            _delete(path)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name[5:])
-
-
-def abandon(path: Path) -> Path:
-    """Rename a checkpoint so that no run goes on from it."""
-    target = path.with_name(f"abandoned-{path.name}")
-    if target.exists():
-        move_aside(target)
-    return path.rename(target)
-
-
-def set_aside_later(run: Path, step: int) -> list[Path]:
-    """Rename checkpoints of steps that a resumed run will do again, so that they are not taken for its own."""
-    later = [path for path in complete_folders(run) if _step_of(path) > step]
-    return [abandon(path) for path in later]
-
-
-def complete_folders(run: Path) -> list[Path]:
-    """Folders of finished checkpoints, newest first."""
-    folders = (path for path in checkpoints_folder(run).glob("step-*") if path.name[5:].isdecimal())
-    return sorted(folders, key=_step_of, reverse=True)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -228,14 +155,10 @@ def find(run: Path, wanted: str) -> Path:
         if problem := manifest_problem(path):
             raise ValueError(f"--resume {path}: {problem}; use another checkpoint of the run")
         return path
-    _take_back(checkpoints_folder(path))
-    folders = complete_folders(path)
-    for folder in folders:
-        problem = manifest_problem(folder)
-        if problem is None:
-            return folder
-        logger.warning("checkpoint %s is damaged (%s), trying the one before", folder, problem)
-    what = "no whole checkpoint" if folders else "no checkpoint"
+    steps = folders(path)
+    if (good := steps.newest_good()) is not None:
+        return good
+    what = "no whole checkpoint" if steps.found() else "no checkpoint"
     raise ValueError(f"--resume: {path} holds {what}: start without --resume, or give a checkpoint's folder")
 
 

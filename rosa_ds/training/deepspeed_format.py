@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ import torch
 from torch import Tensor
 
 from rosa_ds import distributed
-from rosa_ds.files import MANIFEST, manifest_problem, sync_folder, write_manifest, write_text
-from rosa_ds.training.checkpoint import PARTS, Checkpoint, abandon
+from rosa_ds.files import MANIFEST, manifest_problem, sync_folder, write_manifest
+from rosa_ds.training.checkpoint import PARTS, Checkpoint
+from rosa_ds.training.step_folders import StepFolders
 from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
 FOLDER = "deepspeed"
 CLIENT_KEY = "rosa_ds"
-_FOLDER = re.compile(r"global_step(\d+)$")
+_PREFIX = "global_step"
 _OPTIM = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
 
@@ -51,14 +51,14 @@ def write(
     client = {"state": plain, "groups": _stored_order(state)}
     if distributed.is_main():
         client["positions"] = dict(positions)
-    folder = run / FOLDER / f"global_step{saved.step}"
-    temporary = folder.with_name(f".{folder.name}.partial")
+    steps = _folders(run)
+    temporary = steps.partial(saved.step)
     with distributed.together():
         if distributed.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
+            steps.clean()
     try:
         engine.save_checkpoint(
-            str(folder.parent),
+            str(steps.folder),
             tag=temporary.name,
             client_state={CLIENT_KEY: client},
             save_latest=False,
@@ -70,14 +70,9 @@ def write(
         if distributed.is_main():
             write_manifest(temporary)
             sync_folder(temporary)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-            write_text(folder.parent / "latest", folder.name)
-            older = [path for path in find_all(run) if _step_of(path) < saved.step]
-            for path in older[keep - 1 :]:
-                shutil.rmtree(path)
-    return folder
+            steps.complete(saved.step)
+            steps.prune(saved.step, keep)
+    return steps.path(saved.step)
 
 
 def _stored_order(state: TrainedState) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -91,34 +86,50 @@ def _stored_order(state: TrainedState) -> dict[str, dict[str, tuple[int, ...]]]:
     }
 
 
-def _step_of(folder: Path) -> int:
-    found = _FOLDER.search(folder.name)
-    assert found is not None
-    return int(found[1])
+def _folders(run: Path) -> StepFolders:
+    return StepFolders(run / FOLDER, _PREFIX)
+
+
+def _all_folders(run: Path) -> tuple[StepFolders, StepFolders]:
+    """Where a run's may lie: in ``deepspeed/``, as we write them, or in the run's folder itself, as DeepSpeed does."""
+    return _folders(run), StepFolders(run, _PREFIX)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Is this a folder of DeepSpeed's, whole or not?"""
+    return folder.name.startswith(_PREFIX) and folder.is_dir()
+
+
+def run_of(folder: Path) -> Path:
+    """The run's folder that one of its checkpoints lies in."""
+    return folder.parent.parent if folder.parent.name == FOLDER else folder.parent
 
 
 def set_aside_later(run: Path, step: int) -> list[Path]:
-    """As :func:`rosa_ds.training.checkpoint.set_aside_later`, of DeepSpeed's folders."""
-    return [abandon(path) for path in find_all(run) if _step_of(path) > step]
+    """As :meth:`rosa_ds.training.step_folders.StepFolders.set_aside_later`."""
+    return [path for folders in _all_folders(run) for path in folders.set_aside_later(step)]
 
 
-def find_all(run: Path) -> list[Path]:
-    """DeepSpeed's checkpoints of a run, newest first: in ``deepspeed/`` or in the run's folder itself."""
-    folders = [*(run / FOLDER).glob("global_step*"), *run.glob("global_step*")]
-    return sorted((path for path in folders if path.is_dir() and _FOLDER.search(path.name)), key=_step_of, reverse=True)
-
-
-def find_good(run: Path) -> Path | None:
-    """DeepSpeed's newest checkpoint of a run that is whole by its manifest; one without a manifest is taken with a warning."""
-    for folder in find_all(run):
-        if not (folder / MANIFEST).exists():
-            logger.warning("%s has no manifest: its files are used unchecked", folder)
-            return folder
-        problem = manifest_problem(folder)
-        if problem is None:
-            return folder
-        logger.warning("checkpoint %s is damaged (%s), trying the one before", folder, problem)
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint by its manifest; without one, which only ours have, its files are taken unchecked."""
+    if (folder / MANIFEST).exists():
+        return manifest_problem(folder)
+    logger.warning("%s has no manifest: its files are used unchecked", folder)
     return None
+
+
+def find(run: Path, wanted: str) -> Path | None:
+    """The checkpoint to resume from: ``wanted`` itself, or the newest good one of the run, or of the run ``wanted``.
+
+    Raises: ValueError if the wanted one is damaged.
+    """
+    path = Path(wanted) if wanted else run
+    if is_checkpoint(path):
+        if problem := problem_of(path):
+            raise ValueError(f"--resume {path}: {problem}; use another checkpoint of the run")
+        return path
+    good = [found for folders in _all_folders(path) if (found := folders.newest_good(problem_of)) is not None]
+    return max(good, key=lambda found: int(found.name.removeprefix(_PREFIX)), default=None)
 
 
 def _load(path: Path) -> dict[str, Any]:

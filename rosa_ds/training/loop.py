@@ -207,7 +207,7 @@ class Loop:
         )
         if 0 < self._skipped <= limit or (finite and not skipped):
             return
-        newest = next(iter(checkpoint.complete_folders(self.run.folder)), None)
+        newest = next(iter(checkpoint.folders(self.run.folder).found()), None)
         raise RunError(
             f"step {step.number + 1}: loss {loss}, gradient norm {norm}, {self._skipped} steps in a row left out: lower the "
             f"learning rates, or train in bf16 or fp32; the last good checkpoint is {newest or 'none'}"

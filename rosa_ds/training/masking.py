@@ -14,6 +14,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import Mask, MaskCollector, check_mask, open_mask, static_positions
 from rosa_ds.config import WEIGHT_SCORES, MaskSettings
+from rosa_ds.files import file_hash
 from rosa_kernels.collect.op import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -49,27 +50,14 @@ def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings,
 
 def _all_at(name: str) -> bool:
     """Collective: is every rank at this layer?"""
-    return distributed.same_everywhere(_number(hashlib.sha256(name.encode())))
-
-
-def mask_digest(mask: Mapping[str, Tensor]) -> int:
-    """62 bits of a hash over names and positions."""
-    digest = hashlib.sha256()
-    for name in sorted(mask):
-        digest.update(name.encode() + mask[name].cpu().numpy().tobytes())
-    return _number(digest)
-
-
-def _number(digest: hashlib._Hash) -> int:
-    """62 bits of it."""
-    return int.from_bytes(digest.digest()[:8], "little") >> 2
+    return distributed.same_everywhere(name.encode())
 
 
 def _open(layers: Mapping[str, AdaptedLinear], path: str) -> Mapping[str, Tensor]:
     with distributed.together():
         mask = open_mask(Path(path))
         check_mask(layers, mask)
-    if not distributed.same_everywhere(mask_digest(mask)):
+    if not distributed.same_everywhere(file_hash(Path(path)).encode()):
         raise ValueError(f"the ranks read different masks from {path}: give a file that all hosts share")
     return mask
 
@@ -127,6 +115,6 @@ def fix_mask(
         digest.update(name.encode() + positions.cpu().numpy().tobytes())
         if distributed.is_main():
             kept[sparse[name].weight_name] = positions.cpu()
-    if not distributed.same_everywhere(_number(digest)):
+    if not distributed.same_everywhere(digest.digest()):
         raise RuntimeError("the ranks have different masks: a broadcast went wrong; please report this")
     return kept

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -78,6 +79,7 @@ _OUR_FILES = frozenset(
     {
         *("config.json", "ds_config.json", "accounting.json", "metrics.jsonl", "mask.safetensors", "interrupted.json"),
         *("checkpoints", "adapter", "tokenizer", "tensorboard", "deepspeed", "save"),
+        *("latest", "zero_to_fp32.py"),  # beside DeepSpeed's own checkpoints
     }
 )
 
@@ -85,7 +87,7 @@ _OUR_FILES = frozenset(
 def _is_ours(path: Path) -> bool:
     """Could a run have made this, also one that was killed while it wrote?"""
     partial = path.name.startswith(".") and path.name.endswith((".partial", ".old"))
-    return path.name in _OUR_FILES or partial
+    return path.name in _OUR_FILES or partial or deepspeed_format.is_checkpoint(path)
 
 
 def _open_folder(
@@ -100,11 +102,14 @@ def _open_folder(
         ValueError: the folder holds something that is not a run.
     """
     folder = Path(settings.training.output_dir)
-    in_place = resumed_from is not None and resumed_from.resolve().parent.parent == folder.resolve()
+    in_place = resumed_from is not None and _run_of(resumed_from.resolve()) == folder.resolve()
     with distributed.together():
         if distributed.is_main():
             if in_place:
-                later = [*checkpoint.set_aside_later(folder, step), *deepspeed_format.set_aside_later(folder, step)]
+                later = [
+                    *checkpoint.folders(folder).set_aside_later(step),
+                    *deepspeed_format.set_aside_later(folder, step),
+                ]
                 for abandoned in later:
                     logger.info("a checkpoint of a later step is kept as %s", abandoned)
             elif folder.exists() and any(folder.iterdir()):
@@ -130,19 +135,18 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
             tokenizer.save_pretrained(run.folder / "tokenizer")
 
 
-def _is_deepspeeds(folder: Path) -> bool:
-    return folder.name.startswith("global_step")
+def _run_of(found: Path) -> Path:
+    """The run's folder that a checkpoint, ours or DeepSpeed's, lies in."""
+    return deepspeed_format.run_of(found) if deepspeed_format.is_checkpoint(found) else found.parent.parent
 
 
 def _find_checkpoint(run: Path, wanted: str) -> Path:
     """One of ours, or where none is whole DeepSpeed's newest. Raises: ValueError if there is neither."""
     path = Path(wanted) if wanted else run
-    if _is_deepspeeds(path) and path.is_dir():
-        return path
     try:
         return checkpoint.find(run, wanted)
     except ValueError:
-        theirs = None if checkpoint.is_checkpoint(path) else deepspeed_format.find_good(path)
+        theirs = None if checkpoint.is_checkpoint(path) else deepspeed_format.find(run, wanted)
         if theirs is None:
             raise
         return theirs
@@ -159,7 +163,7 @@ def _read_checkpoint(settings: RunConfig, wanted: str) -> tuple[Path, Checkpoint
     with distributed.together():
         if not source.is_dir():
             raise ValueError(f"--resume: this rank does not see {source}: is the file system shared?")
-        saved = deepspeed_format.read(source) if _is_deepspeeds(source) else checkpoint.load(source)
+        saved = deepspeed_format.read(source) if deepspeed_format.is_checkpoint(source) else checkpoint.load(source)
     logger.info("resuming from %s, step %d (checked in %.2f s)", source, saved.step, time.monotonic() - begun)
     return source, saved
 
@@ -172,6 +176,15 @@ def _announce(settings: RunConfig, plan: DeepSpeedPlan, threads: int) -> None:
         "%d ranks, %d threads each, ZeRO-%d, %s; a step: %d ranks × %d micro-batches × %d examples",
         *(ranks, threads, plan.stage, plan.dtype, ranks, plan.accumulation_steps, plan.micro_batch_size),
     )
+
+
+def _check_same_input(settings: RunConfig, base: Mapping[str, Any], data: str) -> None:
+    """Raise ValueError unless all ranks see the same weights and the same examples."""
+    if not distributed.same_everywhere(f"{base['hash']} {data}".encode()):
+        raise ValueError(
+            f"the ranks see different weights of {settings.model.name_or_path} or different examples of {settings.data.train}: "
+            "give folders that all hosts share, or the same files on each"
+        )
 
 
 def train(command: CommandLine) -> Path:
@@ -187,7 +200,8 @@ def train(command: CommandLine) -> Path:
         return _train(command, interruption)
 
 
-def _train(command: CommandLine, interruption: Interruption) -> Path:
+def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
+    """Join the other ranks, settle what the settings leave open, and take the run's folder."""
     stall = command.config.training.stall_minutes
     # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
     distributed.initialize(max(120.0, 2 * stall) if stall else 7 * 24 * 60.0)
@@ -205,6 +219,11 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
             folder = Path(settings.training.output_dir)
             hold_folder(folder)
             (folder / MARK_FILE).unlink(missing_ok=True)
+    return plan, settings
+
+
+def _train(command: CommandLine, interruption: Interruption) -> Path:
+    plan, settings = _begin(command)
     source, saved = _read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
     with distributed.together():
         if settings.mask.load is not None:
@@ -218,12 +237,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     with distributed.together():
         base = identify(settings.model)
     data_digest = data.digest()
-    seen = hashlib.sha256(f"{base['hash']} {data_digest}".encode()).digest()
-    if not distributed.same_everywhere(int.from_bytes(seen[:7], "little")):
-        raise ValueError(
-            f"the ranks see different weights of {settings.model.name_or_path} or different examples of {settings.data.train}: "
-            "give folders that all hosts share, or the same files on each"
-        )
+    _check_same_input(settings, base, data_digest)
     record = {**settings.model_dump(), "deepspeed": plan.record()}
     if saved is not None:
         with distributed.together():

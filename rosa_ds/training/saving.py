@@ -64,7 +64,7 @@ def _check_finite(run: Run, state: Checkpoint) -> None:
     bad = next((name for name, tensor in parts if not bool(torch.isfinite(tensor).all())), None)
     if not distributed.any_rank(bad is not None):
         return
-    newest = next(iter(checkpoint.complete_folders(run.folder)), None)
+    newest = next(iter(checkpoint.folders(run.folder).found()), None)
     raise RunError(
         f"{bad or 'a parameter on another rank'} is not finite after step {state.step}, so nothing is saved: lower the learning "
         f"rates, or train in bf16 or fp32; the last good checkpoint is {newest or 'none'}"
