@@ -1,6 +1,6 @@
-"""Robust (RoSA) and low-rank adaptation of language models, trained with DeepSpeed."""
+"""Robust (RoSA) and random subspace (ROSA) adaptation of language models, trained with DeepSpeed."""
 
-from rosa_ds.adapters.inject import adapted_layers, inject, merge, merged
+from rosa_ds.adapters.inject import adapted_layers, draw, inject, merge, merged
 from rosa_ds.adapters.mask import compute_mask, load_mask, save_mask, set_mask
 from rosa_ds.adapters.state import AdapterDescription, load_adapter, save_adapter
 from rosa_ds.config import AdapterConfig, RunConfig
@@ -12,6 +12,7 @@ __all__ = [
     "RunConfig",
     "adapted_layers",
     "compute_mask",
+    "draw",
     "inject",
     "load_adapter",
     "load_mask",

@@ -6,15 +6,20 @@ The tree is what a user may write in the section ``"rosa"`` of a DeepSpeed JSON 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Method = Literal["full", "lora", "sparse", "robust"]
+Method = Literal["full", "lora", "sparse", "robust", "subspace", "robust-subspace"]
 Score = Literal["mean_squared", "mean", "random", "magnitude", "gradient_over_magnitude"]
 
-LOW_RANK_METHODS = frozenset({"lora", "robust"})
-SPARSE_METHODS = frozenset({"sparse", "robust"})
+Directions = Literal["random", "window", "top", "bottom", "projection"]
+Factorization = Literal["gram", "svd"]
+
+SUBSPACE_METHODS = frozenset({"subspace", "robust-subspace"})
+LOW_RANK_METHODS = frozenset({"lora", "robust"}) | SUBSPACE_METHODS
+SPARSE_METHODS = frozenset({"sparse", "robust", "robust-subspace"})
 GRADIENT_SCORES = frozenset({"mean_squared", "mean", "gradient_over_magnitude"})
 WEIGHT_SCORES = frozenset({"magnitude", "gradient_over_magnitude"})
 
@@ -76,7 +81,7 @@ class AdapterConfig(AdapterSettings):
     """:class:`AdapterSettings` with the method: what :func:`rosa_ds.inject` takes."""
 
     method: Method = "robust"
-    """Preset of parts: full, lora (low-rank), sparse, robust (RoSA: low-rank + sparse)."""
+    """Preset of parts: full, lora (low-rank), sparse, robust (RoSA: low-rank + sparse), subspace (ROSA: low-rank, drawn again), robust-subspace (both)."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> AdapterConfig:
@@ -106,6 +111,42 @@ class MaskSettings(Section):
     """What a rank's sums of gradients may take of its GPU while they are collected; the rest is kept in host memory. null: half of what is free."""
     load: str | None = None
     """A mask.safetensors of another run: no mask is computed."""
+
+
+class DrawSettings(Section):
+    """How the low-rank part of the subspace methods is drawn: before the first step, and again and again."""
+
+    every: str = "1 epoch"
+    """When it is folded into the base and drawn again: "100 steps", "2 epochs", or never (after the first draw)."""
+    directions: Directions = "random"
+    """Which singular directions of the base are trained: random (a uniform subset), window (neighbours), top, bottom; or projection: a random basis of the input, without any factorisation."""
+    sigma: Literal["A", "B", "even"] = "A"
+    """Which factor begins with the singular values: A (as in ROSA's code; B is orthonormal), B, or the root of them in both."""
+    factorization: Factorization = "gram"
+    """gram: eigenvectors of the smaller Gram matrix; svd: of the weight itself, slower, more exact for tiny singular values."""
+    moments: Literal["reset", "keep", "project"] = "reset"
+    """What Adam knows of A and B after a draw: nothing, the same numbers, or their part along the new directions."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate of A and B grows again after each draw but the first."""
+    residual: bool = True
+    """With a bfloat16 model: keep the bits that rounding the base takes away (2 bytes a number, divided over the ranks), so that many draws do not add up their roundings."""
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _one_spelling(cls, value: Any) -> Any:
+        found = re.fullmatch(r"\s*(\d+)\s*(step|epoch)s?\s*", str(value))
+        if str(value).strip() == "never":
+            return "never"
+        if found is None or int(found[1]) == 0:
+            raise ValueError(f'draw.every is "100 steps", "1 epoch" or never, given {value!r}')
+        return f"{int(found[1])} {found[2]}{'s' if int(found[1]) > 1 else ''}"
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Steps from one draw to the next; 0: only the first one."""
+        if self.every == "never":
+            return 0
+        count, unit = self.every.split()
+        return int(count) * (1 if unit.startswith("step") else steps_per_epoch)
 
 
 class DataSettings(Section):
@@ -179,15 +220,16 @@ class RunConfig(Section):
     """One training run."""
 
     method: Method = "robust"
-    """full, lora (low-rank), sparse, robust (RoSA: low-rank + sparse)."""
+    """full, lora (low-rank), sparse, robust (RoSA: low-rank + sparse), subspace (ROSA: low-rank, drawn again), robust-subspace (both)."""
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()
     mask: MaskSettings = MaskSettings()
+    draw: DrawSettings = DrawSettings()
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 
-    @field_validator("model", "adapter", "mask", "data", "training", "checkpoint", mode="before")
+    @field_validator("model", "adapter", "mask", "draw", "data", "training", "checkpoint", mode="before")
     @classmethod
     def _section_is_object(cls, value: Any) -> Any:
         if not isinstance(value, (dict, BaseModel)):
@@ -199,6 +241,11 @@ class RunConfig(Section):
         self.adapter_config()
         if (self.data.prompt_column is None) != (self.data.completion_column is None):
             raise ValueError("data.prompt_column and data.completion_column belong together: give both or neither")
+        if self.draws and self.checkpoint.format == "deepspeed":
+            raise ValueError(
+                f"checkpoint.format deepspeed leaves out the base, which method {self.method} changes: use rosa, whose "
+                "checkpoints have all of it"
+            )
         return self
 
     def adapter_config(self) -> AdapterConfig:
@@ -206,34 +253,53 @@ class RunConfig(Section):
         return AdapterConfig(method=self.method, **self.adapter.model_dump())
 
     @property
+    def draws(self) -> bool:
+        """Whether the low-rank part is drawn from the base, and the base changes with it."""
+        return self.method in SUBSPACE_METHODS
+
+    @property
     def collects_gradients(self) -> bool:
         """Whether the run has the phases warm-up and collect."""
         return self.method in SPARSE_METHODS and self.mask.load is None and self.mask.score in GRADIENT_SCORES
 
-    def settings_without_effect(self) -> list[str]:
-        """Settings that were given but change nothing in this run, each with the reason."""
+    def _parts_without_effect(self) -> dict[str, str]:
+        """Settings of parts that the method does not have, or that a mask which is known before does not need."""
         unused: dict[str, str] = {}
         if self.method not in LOW_RANK_METHODS:
             for name in ("rank", "alpha", "dropout", "rank_pattern", "low_rank_lr"):
                 unused[f"adapter.{name}"] = f"method {self.method} has no low-rank part"
+        if self.draws:
+            for name in ("alpha", "dropout"):
+                unused[f"adapter.{name}"] = "what is drawn from the base is neither scaled nor dropped out"
+        else:
+            unused |= {f"draw.{name}": f"method {self.method} draws nothing" for name in DrawSettings.model_fields}
         if self.method not in SPARSE_METHODS:
             for name in ("density", "density_pattern", "sparse_lr", "sparse_product", "partition_positions"):
                 unused[f"adapter.{name}"] = f"method {self.method} has no sparse part"
-            for name in MaskSettings.model_fields:
-                unused[f"mask.{name}"] = f"method {self.method} has no sparse part"
+            unused |= {f"mask.{name}": f"method {self.method} has no sparse part" for name in MaskSettings.model_fields}
         elif self.collects_gradients and self.method not in LOW_RANK_METHODS:
             unused["mask.warmup_steps"] = f"method {self.method} has no low-rank part to warm up"
         elif not self.collects_gradients:
             reason = "the mask is loaded" if self.mask.load else f"mask.score {self.mask.score} needs no gradient"
             for name in ("warmup_steps", "steps", "after", "device_memory_gib"):
                 unused[f"mask.{name}"] = reason
+        return unused
+
+    def settings_without_effect(self) -> list[str]:
+        """Settings that were given but change nothing in this run, each with the reason."""
+        unused = self._parts_without_effect()
         if self.method == "full":
             unused["adapter.target_modules"] = "method full trains everything"
         elif not self.adapter.modules_to_save:
             unused["training.learning_rate"] = "adapters have adapter.low_rank_lr and adapter.sparse_lr"
+        if self.draws and self.draw.directions == "projection":
+            unused["draw.factorization"] = "draw.directions projection factorises nothing"
+        if self.draws and self.draw.every == "never":
+            unused |= {f"draw.{name}": "draw.every is never" for name in ("moments", "warmup_steps")}
         if self.training.max_steps is not None:
             unused["training.epochs"] = "training.max_steps is given"
-        given = {f"{s}.{k}" for s in ("adapter", "mask", "training") for k in getattr(self, s).model_fields_set}
+        sections = ("adapter", "mask", "draw", "training")
+        given = {f"{section}.{key}" for section in sections for key in getattr(self, section).model_fields_set}
         return [f"{name} ({reason})" for name, reason in unused.items() if name in given]
 
 

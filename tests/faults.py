@@ -1,5 +1,7 @@
 """Kill ranks of a run at random moments and resume it, again and again: ``python tests/faults.py --kills 30``.
 
+With ``--method subspace`` the run draws before every other step, and some kills fall into a draw or right after one.
+
 Every resumed run must end with the losses of the uninterrupted one, bit for bit. Prints where the kills fell.
 """
 
@@ -33,6 +35,8 @@ STEPS = (
     *("--training.warmup_steps", "2", "--mask.warmup_steps", "3", "--mask.steps", "3", "--training.max_steps", "6"),
     *("--training.save_steps", "1", "--training.eval_steps", "4"),
 )
+DRAW_EVERY = 2
+DRAWS = ("--draw.every", f"{DRAW_EVERY} steps")
 TIMEOUT = 300.0
 
 
@@ -56,18 +60,32 @@ def ranks_of(launcher: subprocess.Popen[bytes]) -> list[int]:
     return [pid for pid, parent in pairs if parent == launcher.pid]
 
 
-def moment(run: Path) -> str:
+def draws_now(run: Path) -> bool:
+    """Is a draw the next thing that a run which draws will say it has done? It saves after each step."""
+    last = metrics(run)[-1:]
+    return bool(last) and last[0].get("event") == "save" and last[0]["step"] % DRAW_EVERY == 0
+
+
+def moment(run: Path, draws: bool) -> str:
     """What the run is doing, by what it has left so far."""
     if list((run / "checkpoints").glob(".step-*")):
         return "saving"
     lines = metrics(run)
+    if draws and draws_now(run):
+        return "in a draw"
+    if lines and lines[-1].get("event") == "draw":
+        return "right after a draw"
     steps = [line["phase"] for line in lines if "phase" in line]
     return f"after a {steps[-1]} step" if steps else "before the first step"
 
 
-def kill_once(folder: Path, run: Path, chance: random.Random, resume: bool, at_save: bool) -> str | None:
-    """Start or resume, kill one rank at a random moment, wait for the launcher; where it fell, or None if it was over."""
-    process = start(folder, *(["--resume"] if resume else []))
+def kill_once(folder: Path, run: Path, chance: random.Random, more: tuple[str, ...], at: str | None) -> str | None:
+    """Start or resume, kill one rank at a random moment, wait for the launcher; where it fell, or None if it was over.
+
+    Args:
+        at: ``save`` or ``draw``: wait for one.
+    """
+    process = start(folder, *more)
     try:
         begun, done = time.monotonic(), len(metrics(run))
         wait = chance.uniform(0.0, 7.0)
@@ -75,13 +93,16 @@ def kill_once(folder: Path, run: Path, chance: random.Random, resume: bool, at_s
             time.sleep(0.02)  # until this attempt has got further than the last
         end = time.monotonic() + wait
         while process.poll() is None and time.monotonic() < end:
-            if at_save and list((run / "checkpoints").glob(".step-*.partial")):
+            if at == "save" and list((run / "checkpoints").glob(".step-*.partial")):
+                break
+            if at == "draw" and draws_now(run):
+                time.sleep(chance.uniform(0.0, 0.3))
                 break
             time.sleep(0.001)
         ranks = ranks_of(process)
         if process.poll() is not None or not ranks:
             return None
-        where = moment(run)
+        where = moment(run, draws=DRAWS[0] in more)
         os.kill(chance.choice(ranks), signal.SIGKILL)
         process.wait(timeout=TIMEOUT)
         return where
@@ -90,8 +111,8 @@ def kill_once(folder: Path, run: Path, chance: random.Random, resume: bool, at_s
             kill(process)
 
 
-def finish(folder: Path) -> None:
-    process = start(folder, "--resume")
+def finish(folder: Path, *more: str) -> None:
+    process = start(folder, *more, "--resume")
     try:
         if process.wait(timeout=TIMEOUT) != 0:
             raise AssertionError((folder / "output").read_text()[-4000:])
@@ -100,26 +121,29 @@ def finish(folder: Path) -> None:
             kill(process)
 
 
-def straight_losses(folder: Path) -> list[tuple[int, str, float]]:
-    process = start(folder)
+def straight_losses(folder: Path, *more: str) -> list[tuple[int, str, float]]:
+    process = start(folder, *more)
     if process.wait(timeout=TIMEOUT) != 0:
         raise AssertionError((folder / "output").read_text()[-4000:])
     return losses(folder / "runs" / "default")
 
 
-def trial(folder: Path, expected: list[tuple[int, str, float]], kills: int, chance: random.Random) -> Counter[str]:
+def trial(
+    folder: Path, expected: list[tuple[int, str, float]], kills: int, chance: random.Random, more: tuple[str, ...] = ()
+) -> Counter[str]:
     """Kill one run ``kills`` times on its way, then let it end. Raises AssertionError unless its losses are right."""
     run, fell = folder / "runs" / "default", Counter[str]()
     for _ in range(kills):
         resumable = bool(list((run / "checkpoints").glob("step-*"))) if run.exists() else False
-        where = kill_once(folder, run, chance, resumable, at_save=chance.random() < 0.4)
+        wanted = chance.choices(("save", "draw", None), (4, 4 if DRAWS[0] in more else 0, 6))[0]
+        where = kill_once(folder, run, chance, (*more, *(["--resume"] if resumable else [])), wanted)
         if where is None:
             break
         fell[where] += 1
     if list((run / "checkpoints").glob("step-*")):
-        finish(folder)
+        finish(folder, *more)
     else:
-        straight_losses(folder)
+        straight_losses(folder, *more)
     found = losses(run)
     assert found == expected, f"{found}\nis not\n{expected}\nin {folder}"
     return fell
@@ -129,17 +153,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", choices=("robust", "subspace"), default="robust")
     options = parser.parse_args()
+    more = ("--method", options.method, *(DRAWS if options.method == "subspace" else ()))
     chance, fell = random.Random(options.seed), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "straight").mkdir()
-        expected = straight_losses(folder / "straight")
+        expected = straight_losses(folder / "straight", *more)
         trials = 0
         while fell.total() < options.kills:
             trials += 1
             (folder / f"{trials}").mkdir()
-            fell += trial(folder / f"{trials}", expected, min(4, options.kills - fell.total()), chance)
+            fell += trial(folder / f"{trials}", expected, min(4, options.kills - fell.total()), chance, more)
             sys.stdout.write(f"{trials} runs, {fell.total()} kills: {dict(fell)}\n")
             sys.stdout.flush()
     sys.stdout.write(f"all {trials} runs ended with the uninterrupted run's {len(expected)} losses, bit for bit\n")

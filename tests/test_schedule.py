@@ -87,3 +87,37 @@ def test_rejects() -> None:
 def test_schedule_of_settings(settings: dict[str, object], warmup: int, collect: int) -> None:
     schedule = build_schedule(RunConfig(**settings, training={"epochs": 2}), 10)  # type: ignore[arg-type]
     assert (schedule.mask_warmup, schedule.mask_steps, schedule.train_steps) == (warmup, collect, 20)
+
+
+def test_draws_every_so_many_steps() -> None:
+    schedule = make(mask_warmup=0, mask_steps=0, draws=True, draw_every=2, draw_warmup=1)
+    steps = [schedule.at(number) for number in range(6)]
+    assert [step.draw for step in steps] == [0, None, 1, None, 2, None]
+    assert [step.low_rank_factor for step in steps] == [1.0, 1.0, 0.5, 1.0, 0.5, 1.0]
+    assert [schedule.has_drawn(number) for number in (0, 1, 6)] == [False, True, True]
+    once = make(mask_warmup=0, mask_steps=0, draws=True)
+    assert [once.at(number).draw for number in range(6)] == [0] + [None] * 5
+    assert all(step.low_rank_factor == 1.0 for step in map(once.at, range(6)))
+
+
+def test_before_a_restart_nothing_is_drawn() -> None:
+    """The base is then what it was, and needs no restoring."""
+    schedule = make(draws=True, draw_every=4)
+    assert [schedule.at(number).draw for number in range(10)] == [None] * 4 + [0, None, None, None, 1, None]
+    assert [schedule.has_drawn(number) for number in (3, 4, 5)] == [False, False, True]
+    going_on = make(draws=True, draw_every=4, restart=False)
+    assert [going_on.at(number).draw for number in range(6)] == [0, None, None, None, 1, None]
+    assert [step.lr_factor for step in map(schedule.at, range(10))] == [make().at(n).lr_factor for n in range(10)]
+
+
+def test_a_warm_up_ends_before_the_next_draw() -> None:
+    with pytest.raises(ValueError, match=r"draw\.warmup_steps 3 does not end before the next draw, after 3 steps"):
+        make(draws=True, draw_every=3, draw_warmup=3)
+
+
+def test_draws_of_settings() -> None:
+    settings = RunConfig(method="subspace", draw={"every": "2 epochs", "warmup_steps": 3}, training={"epochs": 5})
+    schedule = build_schedule(settings, 10)
+    assert [number for number in range(50) if schedule.at(number).draw is not None] == [0, 20, 40]
+    assert schedule.draw_warmup == 3
+    assert not build_schedule(RunConfig(method="lora"), 10).draws

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear
+from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
-from rosa_ds.config import LOW_RANK_METHODS, SPARSE_METHODS, AdapterConfig
+from rosa_ds.config import LOW_RANK_METHODS, SPARSE_METHODS, SUBSPACE_METHODS, AdapterConfig, DrawSettings
+
+_DRAW = DrawSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +76,31 @@ def _count_entries(name: str, weight: Tensor, density: float) -> int:
     return round(density * numel)
 
 
-def inject(model: nn.Module, config: AdapterConfig, seed: int = 42) -> InjectReport:
+def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
+    """Of a part that is split off the base: all directions would leave a base of zeros."""
+    smaller = min(distributed.full_shape(layer.weight))  # type: ignore[arg-type]
+    if rank >= smaller:
+        raise ValueError(
+            f"rank {rank} of {name} takes all {smaller} directions of its weight: lower adapter.rank (or adapter.rank_pattern "
+            "for this layer), or train it whole with adapter.modules_to_save"
+        )
+
+
+def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSettings | None = _DRAW) -> InjectReport:
     """Freeze a model and give it trainable parts; the function it computes does not change.
+
+    The subspace methods make their first draw here, which changes the base.
 
     Args:
         model: any model with ``nn.Linear`` or ``Conv1D`` layers, also on the meta device or partitioned by ZeRO-3 (whose
             weights are not gathered); changed in place.
         config: method, ranks, densities, targets. ``full`` makes everything trainable instead.
-        seed: of the initial ``A``, per layer.
+        seed: of the initial ``A`` or the first draw, per layer.
+        draw: how the subspace methods draw; ``None``: not here, :func:`draw` or a run does it. ``A`` and ``B`` are then LoRA's.
 
     Returns: what matched, and counts.
-    Raises: ValueError if a target, pattern or module to save matches nothing, or the model has adapters already.
+    Raises: ValueError if a target, pattern or module to save matches nothing, a rank is too large for a draw, or the model
+        has adapters already.
     """
     if adapted_layers(model):
         raise ValueError("this model has adapters already: rosa_ds.merge(model) folds them in first")
@@ -104,14 +122,63 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42) -> InjectRep
         rank = by_pattern(name, config.rank_pattern, config.rank) if config.method in LOW_RANK_METHODS else 0
         density = by_pattern(name, config.density_pattern, config.density) if config.method in SPARSE_METHODS else 0.0
         entries = _count_entries(name, layer.weight, density)
+        draws = config.method in SUBSPACE_METHODS
+        if draws:
+            _check_rank(name, layer, rank)
         if rank or entries:
-            scale = config.alpha / rank if rank else 1.0
-            adapted = AdaptedLinear(layer, name, rank, scale, config.dropout, entries, seed, config.sparse_product)
+            scale = config.alpha / rank if rank and not draws else 1.0
+            dropout = 0.0 if draws else config.dropout
+            adapted = AdaptedLinear(layer, name, rank, scale, dropout, entries, seed, config.sparse_product)
             _set_submodule(model, name, adapted.train(layer.training))
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
     model.rosa_injected = (config, seed)  # type: ignore[assignment]
+    if draw is not None and config.method in SUBSPACE_METHODS:
+        _draw(model, draw, seed, 0)
     return _report(model, tuple(whole))
+
+
+def check_without_engine(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters have masters in a DeepSpeed engine: they would undo what is written."""
+    if any(hasattr(p, mark) for p in model.parameters() for mark in ("_z3_optimizer", "_hp_mapping")):
+        raise ValueError(
+            "this model belongs to a DeepSpeed engine already, whose float32 masters would undo what is written to it: do it "
+            "before deepspeed.initialize"
+        )
+
+
+def draw(model: nn.Module, *, seed: int = 42, number: int = 0, **settings: Any) -> None:
+    """Fold the low-rank parts of a subspace method into the base and split new ones off; the function stays the same.
+
+    Moments of A and B in an optimizer are the caller's to reset.
+
+    Args:
+        number: how many draws there were; with ``seed`` it decides the directions.
+        settings: of :class:`rosa_ds.config.DrawSettings`, e.g. ``directions="random"``.
+
+    Raises: ValueError for another method, a model that a DeepSpeed engine or ZeRO-3 has taken, a weight that is not finite.
+    """
+    config, _ = getattr(model, "rosa_injected", (None, None))
+    if config is None or config.method not in SUBSPACE_METHODS:
+        raise ValueError(
+            f"draw is for models injected with one of the methods {', '.join(sorted(SUBSPACE_METHODS))}"
+            f"{f', this one has {config.method}' if config else ''}"
+        )
+    check_without_engine(model)
+    _draw(model, DrawSettings(**settings), seed, number)
+
+
+def _draw(model: nn.Module, settings: DrawSettings, seed: int, number: int) -> None:
+    if any(distributed.is_partitioned(p) or p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "this model's parameters are partitioned by ZeRO-3, or not there: inject it with draw=None, and leave the draws to "
+            "launch/train.py"
+        )
+    for name, layer in adapted_layers(model).items():
+        try:
+            layer.redraw(settings, draw_generator(seed, name, number))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:

@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 import rosa_kernels
 from rosa_ds import distributed
 from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
+from rosa_ds.adapters.subspace import split_off
+from rosa_ds.config import DrawSettings
 from rosa_kernels.adapter_linear.op import Around, Collect, SparseProduct
 from rosa_kernels.pattern.plan import needs_tiles
 
@@ -26,7 +28,9 @@ class AdaptedLinear(nn.Module):
     The sparse part sleeps until :meth:`set_positions`; ``values`` then has a zero gradient. Under ZeRO-3 all of them are
     partitioned and whole only inside forward and backward, so shapes come from ``in_features`` and ``out_features``.
 
-    Source: RoSA, arXiv 2401.04679.
+    The subspace methods' ``A`` and ``B`` are split off the base, ``W`` being what is left of it.
+
+    Source: RoSA, arXiv 2401.04679; ROSA, arXiv 2407.07802.
     """
 
     in_features: int
@@ -170,15 +174,37 @@ class AdaptedLinear(nn.Module):
         return fresh
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """``W + scale · B A + S`` in float32 or wider, in the layout of ``weight``."""
+    def folded_weight(self) -> Tensor:
+        """``W + scale · B A`` in float32 or wider, in the layout of ``weight``."""
         wide = torch.promote_types(torch.float32, self.weight.dtype)
-        merged = self.weight.detach().to(wide, copy=True)
+        folded = self.weight.detach().to(wide, copy=True)
         if self.A is not None and self.B is not None:
             delta = low_rank_delta(self.A, self.B, self.scale)
-            merged += delta.T if self.transposed else delta
+            folded += delta.T if self.transposed else delta
+        return folded
+
+    @torch.no_grad()
+    def redraw(self, settings: DrawSettings, generator: torch.Generator) -> None:
+        """Fold the low-rank part into the base and split a new one off; the function stays, but for rounding the base.
+
+        Of a layer whose parameters are whole. Raises: ValueError as :func:`rosa_ds.adapters.subspace.split_off`.
+        """
+        A, B = self.A, self.B
+        if A is None or B is None:
+            raise ValueError("it has no low-rank part")
+        folded = self.folded_weight()
+        narrow = min(self.weight.dtype, A.dtype, key=lambda dtype: dtype.itemsize)
+        drawn = split_off(folded.T if self.transposed else folded, self.rank, settings, generator, narrow)
+        A.copy_(drawn.A)
+        B.copy_(drawn.B)
+        self.weight.copy_(drawn.rest.T if self.transposed else drawn.rest)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """``W + scale · B A + S`` in float32 or wider, in the layout of ``weight``."""
+        merged = self.folded_weight()
         if self.values is not None and self.positions is not None and self.mask_known:
-            merged.view(-1).index_add_(0, self.positions, self.values.detach().to(wide))
+            merged.view(-1).index_add_(0, self.positions, self.values.detach().to(merged.dtype))
         return merged
 
     def plain(self) -> nn.Linear | Conv1D:

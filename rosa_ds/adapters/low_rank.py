@@ -18,6 +18,11 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+def draw_generator(seed: int, name: str, number: int) -> torch.Generator:
+    """What decides the directions that a layer's ``number``-th draw takes."""
+    return keyed_generator(seed, name, "draw", number)
+
+
 def initial_A(name: str, rank: int, features_in: int, seed: int) -> Tensor:
     """Kaiming-uniform with a = √5, i.e. uniform in ±1/√M; ``B`` starts at zero, so nothing changes at first.
 

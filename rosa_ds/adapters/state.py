@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rosa_ds import distributed
-from rosa_ds.adapters.inject import adapted_layers, inject
+from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject
 from rosa_ds.adapters.mask import set_mask
-from rosa_ds.config import AdapterConfig
+from rosa_ds.adapters.subspace import join_bits
+from rosa_ds.config import SUBSPACE_METHODS, AdapterConfig
 from rosa_ds.files import read_tensors, write_json, write_manifest, write_tensors, written_folder
 from rosa_ds.suggest import did_you_mean
 
@@ -36,6 +37,14 @@ class AdapterDescription:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, in the model's order; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def changed_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weight name -> the base's parameter, perhaps partitioned, of the layers whose low-rank part is drawn from it."""
+    config, _ = getattr(model, "rosa_injected", (None, None))
+    if config is None or config.method not in SUBSPACE_METHODS:
+        return {}
+    return {layer.weight_name: layer.weight for layer in adapted_layers(model).values()}
 
 
 def known_positions(model: nn.Module) -> dict[str, Tensor]:
@@ -63,6 +72,7 @@ def save_adapter(
     folder: str | Path,
     base: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    changes: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
@@ -71,12 +81,17 @@ def save_adapter(
     Args:
         base: where the base comes from (name, revision, hash); by default the name it was loaded by.
         tensors: float32 numbers of the trained parameters by name, where the model's own are only a 16-bit copy.
+        changes: the base weights that draws have changed, by name, and what a 16-bit one leaves out as ``NAME/residual``
+            (:func:`rosa_ds.adapters.subspace.split_bits`); by default the model's own.
     """
     description = describe(model, base)
     shared = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
     read = distributed.read_to_owners if shared else dict
     tensors = read(trained_parameters(model)) if tensors is None else tensors
+    if changes is None:
+        changes = read(changed_weights(model))
     content = {f"trained.{name}": tensor.detach() for name, tensor in tensors.items()}
+    content |= {f"base.{name}": tensor.detach() for name, tensor in changes.items()}
     content |= {f"positions.{name}": positions for name, positions in read(known_positions(model)).items()}
     with distributed.together() if shared else contextlib.nullcontext():
         if distributed.is_main() or not shared:
@@ -126,20 +141,40 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
     description = read_description(folder)
     content, _ = read_tensors(Path(folder) / TENSOR_FILE)
     if not adapted_layers(model):
-        inject(model, description.config, description.seed)
+        inject(model, description.config, description.seed, draw=None)
     elif _shape_of(describe(model).config) != _shape_of(description.config):
         raise ValueError(
             f"{folder} was made with {_shape_of(description.config)}, the model was injected with "
             f"{_shape_of(describe(model).config)}: load it into the plain base model"
         )
     parameters = trained_parameters(model)
-    if any(hasattr(parameter, mark) for parameter in parameters.values() for mark in ("_z3_optimizer", "_hp_mapping")):
-        raise ValueError(
-            "this model belongs to a DeepSpeed engine already, whose float32 masters would undo what is loaded: load the "
-            "adapter before deepspeed.initialize"
-        )
+    check_without_engine(model)
     tensors = {name.removeprefix("trained."): t for name, t in content.items() if name.startswith("trained.")}
     mask = {name.removeprefix("positions."): t for name, t in content.items() if name.startswith("positions.")}
+    weights = changed_weights(model)
+    base = {name: join_bits(whole, content.get(f"base.{name}/residual")) for name, whole in _base(content).items()}
+    _check_fit(folder, tensors, parameters)
+    _check_fit(folder, base, weights)
+    if mask:
+        set_mask(model, mask)
+    for name, tensor in tensors.items():
+        distributed.write_whole(parameters[name], tensor)
+    for name, tensor in base.items():
+        distributed.write_whole(weights[name], tensor)
+    return description
+
+
+def _base(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base weights that an adapter brings with it, by name."""
+    return {
+        name.removeprefix("base."): tensor
+        for name, tensor in content.items()
+        if name.startswith("base.") and not name.endswith("/residual")
+    }
+
+
+def _check_fit(folder: str | Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the adapter has just these parameters, in their shapes."""
     if wrong := sorted(set(tensors) ^ set(parameters)):
         where = "model" if wrong[0] in tensors else "adapter"
         raise ValueError(f"{folder}: {wrong[0]} is not in the {where}.{did_you_mean(wrong[0], parameters)}")
@@ -148,8 +183,3 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
             raise ValueError(
                 f"{folder}: {name} is {tuple(tensor.shape)}, the model's is {tuple(shape)}: is it another base?"
             )
-    if mask:
-        set_mask(model, mask)
-    for name, tensor in tensors.items():
-        distributed.write_whole(parameters[name], tensor)
-    return description

@@ -1,7 +1,8 @@
 """Checkpoints that know nothing of ranks or ZeRO stages: safetensors and JSON, complete or not there.
 
 ``checkpoints/step-000100/`` holds ``PART-RANK.safetensors`` of the parts in :data:`PARTS`, each with what that rank wrote,
-``state.json``, and ``manifest.json`` with the size and hash of each file. The frozen base is never in it. All ranks write
+``state.json``, and ``manifest.json`` with the size and hash of each file. The frozen base is never in it; what draws have
+made of it is, written once and linked by the checkpoints up to the next draw. All ranks write
 into a temporary folder at once; when everything is on the disk it is renamed; ``checkpoints/latest`` is written last.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -48,6 +50,7 @@ class Checkpoint:
         collected: sums of gradients for the mask, by layer name, between two collect steps.
         base_changes: what training has changed in the base, which is not in a checkpoint itself.
         evaluation_due: the evaluation that belongs to this step was not done yet.
+        drift: of the base, by :class:`rosa_ds.training.draw.Drawing`.
     """
 
     step: int
@@ -66,6 +69,7 @@ class Checkpoint:
     batch_size: int
     base: Mapping[str, Any]
     data: str
+    drift: float = 0.0
 
     def release(self) -> None:
         """Let go of the tensors and the files that they are read from."""
@@ -82,8 +86,11 @@ def folders(run: Path) -> StepFolders:
     return StepFolders(run / "checkpoints", "step-", digits=6)
 
 
-def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float]:
+def save(run: Path, checkpoint: Checkpoint, keep: int, same_base: Path | None = None) -> tuple[Path, int, float]:
     """Write a checkpoint together with all ranks, then delete all but the ``keep`` newest.
+
+    Args:
+        same_base: another checkpoint, whose ``base_changes`` this one has, too: they are linked and not written again.
 
     Returns: its folder, the bytes of what the manifest lists, and the seconds it took.
     Raises: OSError on the rank where writing failed, RunError on the others; the run's older checkpoints are then as
@@ -92,18 +99,20 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float
     start = time.monotonic()
     steps, step = folders(run), checkpoint.step
     temporary, main = steps.partial(step), distributed.is_main()
+    linked: Entries = {}
     try:
         with distributed.together():
             if main:
                 steps.clean()
                 temporary.mkdir(parents=True)
+                linked = _link(same_base, temporary) if same_base else {}
         with distributed.together():
             mine = _write_parts(temporary, checkpoint)
         distributed.progress(f"completing step {step}")
         entries = {name: entry for part in distributed.gather_objects(mine) for name, entry in part.items()}
         with distributed.together():
             if main:
-                _complete(temporary, checkpoint, entries)
+                _complete(temporary, checkpoint, entries | linked)
                 steps.complete(step)
     except BaseException:
         if main:
@@ -114,6 +123,18 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> tuple[Path, int, float
             steps.prune(step, keep)
     size = sum(entry["bytes"] for entry in entries.values())
     return steps.path(step), size, time.monotonic() - start
+
+
+def _link(source: Path, target: Path) -> Entries:
+    """Give a folder the files of another checkpoint's base, without a second copy where the file system can."""
+    entries = {name: entry for name, entry in read_manifest(source).items() if name.startswith("base_changes-")}
+    for name in entries:
+        try:
+            os.link(source / name, target / name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source / name, target / name)
+            sync_files([target / name])
+    return entries
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:

@@ -16,6 +16,7 @@ from rosa_ds.config import RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.training.accounting import Account
+from rosa_ds.training.draw import Drawing
 from rosa_ds.training.interrupt import Interruption
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.trained_state import TrainedState
@@ -41,6 +42,7 @@ class Run:
     interruption: Interruption
     record: dict[str, Any]
     """The resolved settings and what the DeepSpeed file adds to them: a resumed run must have the same."""
+    drawing: Drawing | None
     whole_at_start: dict[str, Tensor]
     """What this rank keeps of the modules that are trained whole, as the base has them: a restart goes back to them."""
 

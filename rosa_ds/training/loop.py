@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ class Loop:
         first, begun = self.step, time.monotonic()
         self._begin()
         for step in self._steps():
+            if step.draw is not None:
+                self._draw(step.draw)
             measures = self._settled_at is not None and self.step == self._settled_at + 1
             self._measured_step(step) if measures else self._train_step(step)
             self.step += 1
@@ -132,7 +135,7 @@ class Loop:
         run = self.run
         with distributed.TrafficCounter() as counter:
             self._train_step(step)
-        memory, traffic = measure_memory(run.model, run.state), measured_traffic(counter)
+        memory, traffic = measure_memory(run.model, run.state, run.drawing), measured_traffic(counter)
         logger.info("where memory and communication of rank 0 go:\n%s", table(run.account, memory, traffic))
         if distributed.is_main():
             content = {"predicted": dataclasses.asdict(run.account), "measured": {"memory": memory, "traffic": traffic}}
@@ -142,7 +145,7 @@ class Loop:
         run, start = self.run, time.monotonic()
         ranks, rank = distributed.world_size(), distributed.rank()
         seed_step(run.settings.training.seed, step.number, rank)
-        self._set_learning_rates(step.lr_factor)
+        self._set_learning_rates(step)
         if step.phase == "collect" and self.collector is None:
             self._begin_collecting()
         indices = run.batches.step_indices(step.data_step)
@@ -191,7 +194,7 @@ class Loop:
             return False
         logger.warning("step %d is left out: its loss is %s", step.number + 1, loss)
         self.run.state.drop_gradients()
-        self._set_learning_rates(0.0)
+        self._set_learning_rates(None)
         return True
 
     def _check_finite(self, step: Step, loss: float, skipped: bool) -> None:
@@ -223,7 +226,7 @@ class Loop:
             "epoch": round((step.data_step + 1) / self.run.batches.steps_per_epoch, 4),
             "phase": step.phase,
             "loss": loss if math.isfinite(loss) else None,
-            "lr": {name: self._rates[name] * step.lr_factor for name in self.run.state.groups},
+            "lr": self._learning_rates(step),
             "grad_norm": float(norm) if norm is not None and math.isfinite(float(norm)) else None,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
@@ -241,9 +244,15 @@ class Loop:
                 tokens / seconds,
             )
 
-    def _set_learning_rates(self, factor: float) -> None:
+    def _learning_rates(self, step: Step) -> dict[str, float]:
+        factors = {"low_rank": step.lr_factor * step.low_rank_factor}
+        return {name: self._rates[name] * factors.get(name, step.lr_factor) for name in self.run.state.groups}
+
+    def _set_learning_rates(self, step: Step | None) -> None:
+        """Those of a step; ``None``: zero."""
+        rates = self._learning_rates(step) if step is not None else dict.fromkeys(self.run.state.groups, 0.0)
         for group in self.run.engine.optimizer.param_groups:
-            group["lr"] = self._rates[group["name"]] * factor
+            group["lr"] = rates[group["name"]]
 
     def _begin_collecting(self) -> None:
         self.collector = build_collector(
@@ -289,6 +298,24 @@ class Loop:
             state.write({f"{name}.{part}": tensor for part, tensor in layer.initial_parameters().items()})
         self.run.state.reset_optimizer(self.run.state.groups)
 
+    def _draw(self, number: int) -> None:
+        """Draw the low-rank part again, unless the run was asked to stop: a resumed one then makes the same draw."""
+        if self._interrupted():
+            self._leave()
+        assert self.run.drawing is not None
+        fields = self.run.drawing.draw(number)
+        self.log.write(step=self.step, event="draw", **fields)
+        reset = (
+            "no moments yet"
+            if fields["moments_reset"] is None
+            else f"{fields['moments_reset']:.0%} of the moments reset"
+        )
+        logger.info(
+            "draw %d before step %d: %d layers, %s; base rounded by %.1e, drift %.1e, %s, %.1f s",
+            *(number, self.step + 1, fields["layers"], fields["directions"], fields["rounding"], fields["drift"]),
+            *(reset, fields["seconds"]),
+        )
+
     def _evaluate(self) -> None:
         run, data = self.run, self.run.eval_data
         if data is None:
@@ -322,9 +349,11 @@ class Loop:
         )
         self.log.write(step=self.step, event="save", **fields)
 
-    def restore(self, saved: Checkpoint) -> None:
-        """Continue from a checkpoint: the next step is the one that the interrupted run would have done."""
+    def restore(self, saved: Checkpoint, source: Path) -> None:
+        """Continue from a checkpoint in ``source``: the next step is the one that the interrupted run would have done."""
         run = self.run
+        if run.drawing is not None and run.schedule.has_drawn(saved.step):
+            run.drawing.restore(saved.base_changes, saved.drift, source)
         if saved.positions:
             set_mask(run.model, saved.positions)
             with distributed.together():

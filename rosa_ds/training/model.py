@@ -54,7 +54,7 @@ def build_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
     Raises: ValueError for a base that cannot be loaded or targets that match nothing.
     """
     model, base = _load_base(settings, plan)
-    report = inject(model, settings.adapter_config(), settings.training.seed)
+    report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
     if report.adapted:
         chosen = rosa_kernels.explain(distributed.device())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rosa_ds.config import RunConfig
 from rosa_ds.training.checkpoint import Checkpoint
 
 # Settings that a resumed run may change: they do not change what the run computes, beyond rounding.
@@ -41,7 +42,8 @@ def check_resumable(
     checkpoint: Checkpoint, config: Mapping[str, Any], batch_size: int, base: Mapping[str, Any], data: str
 ) -> None:
     """Raise ValueError unless the run can go on under these settings, naming what changed."""
-    old, new = _flatten(checkpoint.config), _flatten(config)
+    # a setting that came later had its default then
+    old, new = _flatten(RunConfig().model_dump()) | _flatten(checkpoint.config), _flatten(config)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:

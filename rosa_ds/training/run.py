@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds import distributed
+from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import open_mask
 from rosa_ds.adapters.state import save_adapter
 from rosa_ds.cli import CommandLine
@@ -28,6 +29,7 @@ from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.accounting import Account, predict, table
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.context import Run
+from rosa_ds.training.draw import Drawing
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
@@ -50,6 +52,9 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
         restart=mask.after == "restart",
         lr_warmup=training.warmup_steps,
         lr_kind=training.scheduler,
+        draws=settings.draws,
+        draw_every=settings.draw.steps(steps_per_epoch) if settings.draws else 0,
+        draw_warmup=settings.draw.warmup_steps if settings.draws else 0,
     )
 
 
@@ -127,10 +132,12 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """``adapter/`` in the run's folder: what training added to the base, in float32."""
     distributed.progress("saving the adapter")
     tensors = run.state.read()
+    drawing = run.drawing
+    changes = drawing.read_changes(dict.fromkeys(drawing.layers, 0)) if drawing is not None else None
     partitioned = any(distributed.is_partitioned(parameter) for parameter in run.model.parameters())
     with distributed.together():
         if distributed.is_main() or partitioned:
-            save_adapter(run.model, run.folder / "adapter", run.base, tensors)
+            save_adapter(run.model, run.folder / "adapter", run.base, tensors, changes)
         if distributed.is_main():
             tokenizer.save_pretrained(run.folder / "tokenizer")
 
@@ -257,7 +264,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     engine, state = build_engine(model, settings, plan)
     if settings.adapter.partition_positions and plan.stage < 3:
         divide_positions(model)
-    account = predict(model, plan)
+    drawing = Drawing(adapted_layers(model), state, settings.draw, settings.training.seed) if settings.draws else None
+    account = predict(model, plan, settings)
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
     first_step = saved.step if saved else 0
     run = Run(
@@ -276,13 +284,16 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         account=account,
         interruption=interruption,
         record=record,
+        drawing=drawing,
         whole_at_start=at_start,
     )
-    _train_and_save(run, saved, tokenizer)
+    _train_and_save(run, saved, source, tokenizer)
     return run.folder
 
 
-def _train_and_save(run: Run, saved: Checkpoint | None, tokenizer: PreTrainedTokenizerBase) -> None:
+def _train_and_save(
+    run: Run, saved: Checkpoint | None, source: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
     folder = run.folder if distributed.is_main() else None
     distributed.start_watch(60 * run.settings.training.stall_minutes)
     log = None
@@ -291,9 +302,9 @@ def _train_and_save(run: Run, saved: Checkpoint | None, tokenizer: PreTrainedTok
             due = saved is not None and saved.evaluation_due
             log = MetricsLog(folder, run.settings.training.tensorboard, saved.step if saved else 0, due)
         loop = Loop(run, log)
-        if saved is not None:
+        if saved is not None and source is not None:
             begun = time.monotonic()
-            loop.restore(saved)
+            loop.restore(saved, source)
             saved.release()
             logger.info("state restored in %.2f s", time.monotonic() - begun)
         loop.train()

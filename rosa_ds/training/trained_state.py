@@ -50,6 +50,19 @@ class TrainedState:
         return result
 
     @torch.no_grad()
+    def read_one(self, name: str, key: str | None = None) -> Tensor:
+        """A float32 master, or with ``key`` one of :meth:`moment_keys`, whole, on every rank's device."""
+        found = self.masters.read(name, key)
+        assert found is not None, f"{name} has no {key or 'master'}"
+        return found.detach().to(distributed.device())
+
+    def moment_keys(self, group: str) -> list[str]:
+        """The moments that the optimizer keeps of a parameter group; none before it has stepped."""
+        self.masters.link()
+        state = next(iter(self._states(list(self.groups).index(group))), {})
+        return sorted(key for key, value in state.items() if not _is_scalar(value))
+
+    @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Set both copies of the named parameters. Shapes as the parameters; float32; the same on every rank."""
         for name, value in values.items():

@@ -1,0 +1,223 @@
+"""Draws on several ranks at every ZeRO stage, all in one process group; started by test_draw.py with a model's folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rosa_ds
+from rosa_ds import distributed
+from rosa_ds.adapters.mask import static_positions
+from rosa_ds.adapters.subspace import project_moments
+from rosa_ds.config import DrawSettings, RunConfig
+from rosa_ds.ds_config import plan_deepspeed
+from rosa_ds.models.load import load_model
+from rosa_ds.training.draw import Drawing
+from rosa_ds.training.engine import build_engine
+from rosa_ds.training.model import build_model
+from rosa_kernels.testing import relative_rms
+
+MODEL = Path(sys.argv[1])
+ROOT = Path(__file__).resolve().parent.parent
+IDS = torch.arange(3, 25).view(2, 11)
+LR = 0.01
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+
+
+class Trainee:
+    """A small model on all ranks in an engine, with a sparse part and a module that is trained whole."""
+
+    def __init__(self, file: str, dtype: str = "float32", **draw: Any) -> None:
+        given = RunConfig(
+            method="robust-subspace",
+            model={"name_or_path": str(MODEL), "dtype": dtype},
+            adapter={"rank": 3, "density": 0.05, "modules_to_save": ["lm_head"], "low_rank_lr": LR},
+            draw=draw,
+        )
+        config = json.loads((ROOT / "ds_configs" / file).read_text())
+        config.pop("rosa", None)
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0} if "zero3" in file else {}
+        config |= {"train_batch_size": distributed.world_size(), "train_micro_batch_size_per_gpu": 1}
+        plan, self.settings = plan_deepspeed(config, given, distributed.world_size(), False)
+        self.model: Any = build_model(self.settings, plan)
+        self.engine, self.state = build_engine(self.model, self.settings, plan)
+        self.layers = rosa_ds.adapted_layers(self.model)
+        for layer in self.layers.values():
+            layer.set_positions(static_positions("random", layer, layer.weight, 0))
+        self.drawing = Drawing(self.layers, self.state, self.settings.draw, seed=1)
+
+    def step(self) -> None:
+        self.engine.backward(self.engine(input_ids=IDS, labels=IDS, use_cache=False).loss)
+        self.engine.step()
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        return self.engine(input_ids=IDS, use_cache=False).logits.float()
+
+    def whole(self) -> dict[str, Tensor]:
+        """Every parameter as the model computes with it."""
+        return {name: distributed.read_whole(p).detach().clone() for name, p in self.model.named_parameters()}
+
+    def masters(self) -> dict[str, Tensor]:
+        return {name: self.state.read_one(name).clone() for name in self.state.parameters}
+
+    def moments(self) -> dict[str, Tensor]:
+        keys = ("exp_avg", "exp_avg_sq")
+        self.state.masters.link()
+        return {
+            f"{name}/{key}": self.state.read_one(name, key).clone() for name in self.state.parameters for key in keys
+        }
+
+
+def is_factor(name: str) -> bool:
+    return name.partition("/")[0].rpartition(".")[2] in ("A", "B")
+
+
+def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        bits = tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        assert distributed.same_everywhere(bits), f"the ranks have different bits of {name}"
+
+
+def check_first_draw_is_that_of_one_process(file: str) -> None:
+    trainee = Trainee(file)
+    before = trainee.logits()
+    event = trainee.drawing.draw(0)
+    assert event["moments_reset"] in (None, 1.0)
+    assert event["rounding"] < 1e-7
+    alone = load_model(trainee.settings.model, torch.float32)
+    rosa_ds.inject(alone, trainee.settings.adapter_config(), seed=1, draw=DrawSettings())
+    reference = dict(alone.named_parameters())
+    found = trainee.whole()
+    for name, layer in trainee.layers.items():
+        for part in ("A", "B", "weight"):
+            assert relative_rms(found[f"{name}.{part}"], reference[f"{name}.{part}"]) < 1e-6, f"{name}.{part}"
+        assert layer.scale == 1.0
+    assert_same_everywhere(found)
+    assert relative_rms(trainee.logits(), before) < 1e-5
+
+
+def check_a_draw_replaces_what_it_should(file: str) -> None:
+    trainee = Trainee(file)
+    trainee.drawing.draw(0)
+    trainee.step()
+    trainee.step()
+    logits, before, moments = trainee.logits(), trainee.whole(), trainee.moments()
+    event = trainee.drawing.draw(1)
+    assert event["moments_reset"] == 1.0
+    after, masters = trainee.whole(), trainee.masters()
+    assert_same_everywhere(after)
+    assert relative_rms(trainee.logits(), logits) < 1e-5
+    for name, tensor in after.items():
+        changed = is_factor(name) or any(name == layer.weight_name for layer in trainee.layers.values())
+        assert torch.equal(tensor, before[name]) != changed, name
+        if name in masters:
+            assert torch.equal(masters[name].to(tensor.dtype), tensor), f"master of {name}"
+    for name, moment in trainee.moments().items():
+        assert bool(moments[name].any()) or "values" in name
+        assert torch.equal(moment, torch.zeros_like(moment) if is_factor(name) else moments[name]), name
+    trainee.step()
+    moved = {name: (tensor - after[name]).abs() for name, tensor in trainee.whole().items() if is_factor(name)}
+    for name, distance in moved.items():
+        # Adam's first step after a reset goes by the learning rate, whatever the gradient
+        assert float(distance.max()) < 1.01 * LR, f"{name} did not begin at the draw"
+        assert float(distance.median()) > 0.9 * LR, name
+
+
+def check_moments_kept_and_projected(file: str) -> None:
+    for kind in ("keep", "project"):
+        trainee = Trainee(file, moments=kind)
+        trainee.drawing.draw(0)
+        trainee.step()
+        trainee.step()
+        before, old = trainee.moments(), trainee.masters()
+        assert trainee.drawing.draw(1)["moments_reset"] is None
+        after, new = trainee.moments(), trainee.masters()
+        for name in trainee.layers:
+            expected = {
+                f"{name}.{part}/{key}": before[f"{name}.{part}/{key}"]
+                for part in "AB"
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            if kind == "project":
+                A, B = f"{name}.A", f"{name}.B"
+                first, second = project_moments(before[f"{A}/exp_avg"], before[f"{A}/exp_avg_sq"], new[B], old[B])
+                expected |= {f"{A}/exp_avg": first, f"{A}/exp_avg_sq": second}
+                first, second = project_moments(
+                    before[f"{B}/exp_avg"].T, before[f"{B}/exp_avg_sq"].T, new[A].T, old[A].T
+                )
+                expected |= {f"{B}/exp_avg": first.T, f"{B}/exp_avg_sq": second.T}
+            for key, moment in expected.items():
+                torch.testing.assert_close(after[key], moment, rtol=1e-5, atol=1e-12)
+        trainee.step()
+
+
+def check_a_residual_keeps_the_bits_of_a_bfloat16_base(file: str) -> None:
+    drifts = {}
+    for residual in (True, False):
+        trainee = Trainee(file, dtype="bfloat16", residual=residual)
+        start = trainee.whole()
+        for number in range(20):
+            event = trainee.drawing.draw(number)
+        drifts[residual] = event["drift"]
+        assert_same_everywhere(trainee.whole())
+        worst = 0.0
+        masters = trainee.masters()
+        for name, layer in trainee.layers.items():
+            found = trainee.drawing._read_weight(name) + masters[f"{name}.B"] @ masters[f"{name}.A"]
+            worst = max(worst, float(relative_rms(found, start[layer.weight_name].float())))
+        assert worst < 1.5 * drifts[residual], "the drift is larger than the run says"
+        if residual:
+            assert trainee.drawing.bytes == 2 * sum(-(-layer.weight_numel // 2) for layer in trainee.layers.values())
+    assert drifts[True] < 1e-6, drifts
+    assert drifts[False] > 1e-3, drifts
+
+
+def check_changes_are_restored(file: str, dtype: str) -> None:
+    trainee = Trainee(file, dtype=dtype)
+    trainee.drawing.draw(0)
+    trainee.step()
+    trainee.drawing.draw(1)
+    weights = {name: trainee.drawing._read_weight(name).clone() for name in trainee.layers}
+    parts = distributed.gather_objects(trainee.drawing.read_changes())
+    names = [set(part) for part in parts]
+    assert all(names), "a rank owns no layer"
+    assert not names[0] & names[1]
+    changes = {name: tensor for part in parts for name, tensor in part.items()}
+    for layer in trainee.layers.values():
+        distributed.write_whole(layer.weight, torch.zeros(layer.weight_shape))
+    trainee.drawing.restore(changes, 0.5, MODEL)
+    for name, weight in weights.items():
+        assert torch.equal(trainee.drawing._read_weight(name), weight), name
+    assert trainee.drawing.drift == 0.5
+    changes.pop(next(iter(changes)))
+    with pytest.raises(ValueError, match="the checkpoint lacks"):
+        trainee.drawing.restore(changes, 0.5, MODEL)
+
+
+def main() -> None:
+    distributed.initialize(5)
+    distributed.use_threads()
+    files = ("zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
+    for file in files:
+        check_first_draw_is_that_of_one_process(file)
+        check_a_draw_replaces_what_it_should(file)
+        check_moments_kept_and_projected(file)
+        check_changes_are_restored(file, "float32")
+        if file in ("zero2.json", "zero3.json"):
+            check_a_residual_keeps_the_bits_of_a_bfloat16_base(file)
+            check_changes_are_restored(file, "bfloat16")
+        if distributed.is_main():
+            sys.stdout.write(f"passed {file}\n")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

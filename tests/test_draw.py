@@ -1,0 +1,140 @@
+"""Draws at every ZeRO stage on two ranks, and in whole runs: schedule, checkpoints, resumes, other numbers of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from launching import ROOT, TRAIN, kill, losses, metrics, run
+from transformers import LlamaForCausalLM
+
+from rosa_ds.export.merge import adapter_folder, load_adapted, load_merged
+from rosa_ds.files import write_manifest
+from rosa_kernels.testing import relative_rms
+
+SUBSPACE = ("--method", "subspace", *faults.DRAWS)
+Losses = list[tuple[int, str, float]]
+CHECKS = ROOT / "tests" / "draw_ranks.py"
+
+
+@pytest.mark.ranks
+def test_two_ranks(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+    llama.float().save_pretrained(tmp_path / "llama")
+    output = run("torchrun", 2, str(CHECKS), str(tmp_path / "llama"), cwd=tmp_path)
+    passed = [line.split()[1] for line in output.splitlines() if line.startswith("passed ")]
+    assert passed == ["zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Losses]:
+    """A run of 6 steps that draws before every other one."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder / "runs" / "default", faults.straight_losses(folder, *SUBSPACE, "--training.keep_checkpoints", "9")
+
+
+def go_on(straight: Path, folder: Path, step: int) -> Path:
+    """A copy of a finished run as if it had been killed after ``step``."""
+    copy = folder / "runs" / "default"
+    shutil.copytree(straight, copy)
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+@pytest.mark.ranks
+def test_what_a_run_leaves(straight: tuple[Path, Losses]) -> None:
+    folder, found = straight
+    draws = [line for line in metrics(folder) if line.get("event") == "draw"]
+    assert [(line["step"], line["number"]) for line in draws] == [(0, 0), (2, 1), (4, 2)]
+    assert all(line["moments_reset"] == 1.0 for line in draws[1:])
+    assert all(line["rounding"] < 1e-7 for line in draws)
+    inodes = [path.stat().st_ino for path in sorted((folder / "checkpoints").glob("step-*/base_changes-00000*"))]
+    assert len(inodes) == 6
+    assert [a == b for a, b in itertools.pairwise(inodes)] == [True, False, True, False, True]
+    assert found[-1][2] < 0.95 * found[0][2]  # it learns
+
+
+@pytest.mark.ranks
+def test_the_saved_adapter_is_the_trained_model(straight: tuple[Path, Losses]) -> None:
+    """Merged and not, on the plain base, with the run's last evaluation loss."""
+    adapted, _ = load_adapted(adapter_folder(straight[0]), torch.float32)
+    merged, _ = load_merged(adapter_folder(straight[0]), torch.float32)
+    ids = torch.arange(5, 45).view(2, 20)
+    with torch.no_grad():
+        assert relative_rms(merged(ids).logits, adapted(ids).logits) < 1e-5
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("step", [3, 4])
+def test_resumed_draws_are_the_same_draws(straight: tuple[Path, Losses], tmp_path: Path, step: int) -> None:
+    """After a draw, and right before one: bit for bit on as many ranks, to 1e-5 on one at another stage."""
+    copy = go_on(straight[0], tmp_path / "two", step)
+    faults.finish(tmp_path / "two", *SUBSPACE)
+    assert losses(copy) == straight[1]
+    copy = go_on(straight[0], tmp_path / "one", step)
+    zero3 = ("--config", str(ROOT / "ds_configs" / "zero3.json"), *faults.STEPS[2:])
+    run("python", 1, TRAIN, *zero3, *SUBSPACE, "--resume", cwd=tmp_path / "one")
+    assert [entry[2] for entry in losses(copy)] == pytest.approx([entry[2] for entry in straight[1]], rel=1e-5)
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_without_its_base_is_refused(straight: tuple[Path, Losses], tmp_path: Path) -> None:
+    checkpoint = go_on(straight[0], tmp_path, 3) / "checkpoints" / "step-000003"
+    for path in checkpoint.glob("base_changes-*"):
+        path.unlink()
+    write_manifest(checkpoint)
+    output = run("python", 1, TRAIN, *faults.STEPS, *SUBSPACE, "--resume", cwd=tmp_path, status=1)
+    assert "the checkpoint lacks model.layers.0" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.ranks
+def test_a_signal_at_a_draw(straight: tuple[Path, Losses], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "default"
+    process = faults.start(tmp_path, *SUBSPACE)
+    try:
+        end = time.monotonic() + 200
+        while not faults.draws_now(folder):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        os.kill(faults.ranks_of(process)[1], signal.SIGTERM)
+        assert process.wait(timeout=100) != 0
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert (folder / "interrupted.json").exists()
+    faults.finish(tmp_path, *SUBSPACE)
+    assert losses(folder) == straight[1]
+
+
+@pytest.mark.ranks
+def test_kills(straight: tuple[Path, Losses], tmp_path: Path) -> None:
+    faults.trial(tmp_path, straight[1], 2, random.Random(int(time.time())), SUBSPACE)
+
+
+@pytest.mark.ranks
+def test_a_mask_and_draws_in_one_run(tmp_path: Path) -> None:
+    """Warm-up, collected mask, restart with the first draw, then draws beside the sparse part; resumed at another stage."""
+    arguments = ("--method", "robust-subspace", "--draw.every", "2 steps", "--draw.moments", "project")
+    run("torchrun", 2, TRAIN, *faults.STEPS, *arguments, "--training.keep_checkpoints", "20", cwd=tmp_path)
+    folder = tmp_path / "runs" / "default"
+    events = [(line["step"], line["event"]) for line in metrics(folder) if line.get("event") in ("mask", "draw")]
+    assert events == [(6, "mask"), (6, "draw"), (8, "draw"), (10, "draw")]
+    expected = losses(folder)
+    for step in (7, 6):
+        for path in (folder / "checkpoints").glob("step-*"):
+            if int(path.name[5:]) > step:
+                shutil.rmtree(path)
+        zero3 = ("--config", str(ROOT / "ds_configs" / "zero3.json"), *faults.STEPS[2:])
+        run("torchrun", 2, TRAIN, *zero3, *arguments, "--resume", "--training.keep_checkpoints", "20", cwd=tmp_path)
+        assert [entry[2] for entry in losses(folder)] == pytest.approx([entry[2] for entry in expected], rel=1e-5)
