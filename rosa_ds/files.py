@@ -142,6 +142,15 @@ def manifest_problem(folder: Path) -> str | None:
     return None
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Give a file that nobody changes a second name, or where the file system cannot, make a copy of it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        _fsync(target)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file (tensors from any device). Raises OSError where it cannot be written."""
     try:
@@ -190,6 +199,10 @@ class TensorFiles(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._readers[name].get_tensor(name)
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return tuple(self._readers[name].get_slice(name).get_shape())
 
     def close(self) -> None:
         """Give the files back; nothing can be read any more. A mapped file cannot be deleted for good on a network disk."""

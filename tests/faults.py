@@ -36,6 +36,7 @@ STEPS = (
     *("--training.save_steps", "1", "--training.eval_steps", "4"),
 )
 DRAW_EVERY = 2
+DRAW_STEPS = (2, 4)  # of 6; the first, before any checkpoint, is not counted
 DRAWS = ("--draw.every", f"{DRAW_EVERY} steps")
 TIMEOUT = 300.0
 
@@ -63,7 +64,7 @@ def ranks_of(launcher: subprocess.Popen[bytes]) -> list[int]:
 def draws_now(run: Path) -> bool:
     """Is a draw the next thing that a run which draws will say it has done? It saves after each step."""
     last = metrics(run)[-1:]
-    return bool(last) and last[0].get("event") == "save" and last[0]["step"] % DRAW_EVERY == 0
+    return bool(last) and last[0].get("event") == "save" and last[0]["step"] in DRAW_STEPS
 
 
 def moment(run: Path, draws: bool) -> str:

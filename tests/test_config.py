@@ -93,7 +93,10 @@ def test_resolved_configuration_round_trips() -> None:
         (["--adapter.rank", "x"], "adapter.rank: input should be a valid integer.*given 'x'"),
         (["--adapter.rank", "-1"], "adapter.rank: input should be greater than or equal to 0"),
         (["--adapter.rank"], "--adapter.rank needs a value"),
-        (["--method", "rosa"], "method: input should be 'full', 'lora', 'sparse' or 'robust', given 'rosa'"),
+        (
+            ["--method", "rosa"],
+            "method: input should be 'full', 'lora', 'sparse', 'robust', 'subspace' or 'robust-subspace', given 'rosa'",
+        ),
         (["train.jsonl"], "unexpected argument 'train.jsonl'"),
         (["--config", "/nowhere/zero2.json"], "no such file"),
         (["--adapter.rank", "0"], "adapter.rank is 0, but method robust trains a low-rank part"),
@@ -267,6 +270,20 @@ def test_settings_without_effect_are_named() -> None:
     assert not random.collects_gradients
     sparse = RunConfig(method="sparse", mask={"warmup_steps": 3})
     assert sparse.settings_without_effect() == ["mask.warmup_steps (method sparse has no low-rank part to warm up)"]
+    drawn = RunConfig(
+        method="subspace",
+        adapter={"alpha": 3.0, "density": 0.1},
+        draw={"every": "never", "directions": "projection", "factorization": "svd", "moments": "keep"},
+    )
+    assert [text.split(" ")[0] for text in drawn.settings_without_effect()] == [
+        "adapter.alpha",
+        "adapter.density",
+        "draw.factorization",
+        "draw.moments",
+    ]
+    assert RunConfig(draw={"residual": False}).settings_without_effect() == [
+        "draw.residual (method robust draws nothing)"
+    ]
 
 
 def test_adapter_config_is_strict() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import faults
 import pytest
@@ -16,9 +18,10 @@ import torch
 from launching import ROOT, TRAIN, kill, losses, metrics, run
 from transformers import LlamaForCausalLM
 
+from rosa_ds.config import RunConfig
+from rosa_ds.data.prepare import prepare
 from rosa_ds.export.merge import adapter_folder, load_adapted, load_merged
-from rosa_ds.files import write_manifest
-from rosa_kernels.testing import relative_rms
+from rosa_ds.files import manifest_problem, write_manifest
 
 SUBSPACE = ("--method", "subspace", *faults.DRAWS)
 Losses = list[tuple[int, str, float]]
@@ -64,13 +67,13 @@ def test_what_a_run_leaves(straight: tuple[Path, Losses]) -> None:
 
 
 @pytest.mark.ranks
-def test_the_saved_adapter_is_the_trained_model(straight: tuple[Path, Losses]) -> None:
-    """Merged and not, on the plain base, with the run's last evaluation loss."""
-    adapted, _ = load_adapted(adapter_folder(straight[0]), torch.float32)
-    merged, _ = load_merged(adapter_folder(straight[0]), torch.float32)
-    ids = torch.arange(5, 45).view(2, 20)
-    with torch.no_grad():
-        assert relative_rms(merged(ids).logits, adapted(ids).logits) < 1e-5
+def test_the_saved_adapter_is_the_trained_model(straight: tuple[Path, Losses], tokenizer: Any) -> None:
+    """On the plain base, merged and not, it has the run's last evaluation loss."""
+    folder = adapter_folder(straight[0])
+    data = prepare("builtin:sql[:16]", "eval", tokenizer, RunConfig().data)
+    last = [line["loss"] for line in metrics(straight[0]) if line.get("event") == "eval"][-1]
+    for model, _ in (load_adapted(folder, torch.float32), load_merged(folder, torch.float32)):
+        assert evaluate_loss(model, data, 8, tokenizer.pad_token_id, True) == pytest.approx(last, rel=1e-5)
 
 
 @pytest.mark.ranks
@@ -98,6 +101,35 @@ def test_a_checkpoint_without_its_base_is_refused(straight: tuple[Path, Losses],
 
 
 @pytest.mark.ranks
+def test_a_linked_base_outlives_its_checkpoint(straight: tuple[Path, Losses], tmp_path: Path) -> None:
+    """Into another folder, with old checkpoints deleted meanwhile, and once with the source gone."""
+    out = tmp_path / "elsewhere"
+    one = ("--training.keep_checkpoints", "1", "--training.output_dir", str(out))
+    source = go_on(straight[0], tmp_path, 3) / "checkpoints" / "step-000003"
+    run("torchrun", 2, TRAIN, *faults.STEPS, *SUBSPACE, *one, "--resume", str(source), cwd=tmp_path)
+    assert losses(out) == [entry for entry in straight[1] if entry[0] > 3]
+    (last,) = (out / "checkpoints").glob("step-*")
+    assert manifest_problem(last) is None
+    assert len(list((out / "adapter").glob("base-*.safetensors"))) == 2
+
+
+@pytest.mark.ranks
+def test_a_bfloat16_run_goes_on_with_its_residual(tmp_path: Path) -> None:
+    arguments = (*faults.STEPS, *SUBSPACE, "--ds.bf16.enabled", "true", "--training.keep_checkpoints", "9")
+    run("torchrun", 2, TRAIN, *arguments, cwd=tmp_path)
+    folder = tmp_path / "runs" / "default"
+    expected = losses(folder)
+    drift = [line["drift"] for line in metrics(folder) if line.get("event") == "draw"]
+    assert drift[-1] < 1e-6
+    for path in (folder / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > 3:
+            shutil.rmtree(path)
+    run("torchrun", 2, TRAIN, *arguments, "--resume", cwd=tmp_path)
+    assert losses(folder) == expected
+    assert [line["drift"] for line in metrics(folder) if line.get("event") == "draw"] == drift
+
+
+@pytest.mark.ranks
 def test_a_signal_at_a_draw(straight: tuple[Path, Losses], tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "default"
     process = faults.start(tmp_path, *SUBSPACE)
@@ -112,14 +144,16 @@ def test_a_signal_at_a_draw(straight: tuple[Path, Losses], tmp_path: Path) -> No
     finally:
         if process.poll() is None:
             kill(process)
-    assert (folder / "interrupted.json").exists()
+    assert json.loads((folder / "interrupted.json").read_text())["step"] in (2, 3)
     faults.finish(tmp_path, *SUBSPACE)
     assert losses(folder) == straight[1]
 
 
 @pytest.mark.ranks
 def test_kills(straight: tuple[Path, Losses], tmp_path: Path) -> None:
-    faults.trial(tmp_path, straight[1], 2, random.Random(int(time.time())), SUBSPACE)
+    seed = int(time.time())
+    fell = faults.trial(tmp_path, straight[1], 2, random.Random(seed), SUBSPACE)
+    assert fell.total() > 0, f"nothing was killed with seed {seed}"
 
 
 @pytest.mark.ranks

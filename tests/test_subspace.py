@@ -182,6 +182,8 @@ def test_projected_moments_are_those_of_the_same_gradients() -> None:
 
 def test_moments_of_directions_that_were_there_are_kept_and_others_begin_at_the_mean() -> None:
     basis = torch.linalg.qr(torch.randn(30, 6, generator=generator()).double())[0]
+    zeros = project_moments(torch.zeros(2, 7), torch.zeros(2, 7), basis[:, :2].float(), torch.zeros(30, 2))
+    assert not any(moment.any() for moment in zeros)  # after a restart the old directions are zero
     old, new = basis[:, :4], basis[:, [2, 0, 4, 5]]
     first, second = torch.randn(4, 7).double(), torch.rand(4, 7).double()
     moved_first, moved_second = project_moments(first, second, new, old)
@@ -262,6 +264,56 @@ def test_a_saved_adapter_brings_its_base(model: PreTrainedModel, batch: dict[str
     rosa_ds.save_adapter(model, tmp_path / "adapter")
     rosa_ds.load_adapter(base, tmp_path / "adapter")
     assert torch.equal(base(**batch).logits, model(**batch).logits)
+
+
+def test_each_draw_takes_new_directions(llama: PreTrainedModel) -> None:
+    """Without a number, too; the same number gives the same ones."""
+    llama.float()
+    rosa_ds.inject(llama, AdapterConfig(method="subspace", rank=3), seed=1)
+    layer = rosa_ds.adapted_layers(llama)["model.layers.0.mlp.up_proj"]
+    B = layer.B.detach()
+    seen = [B.clone()]
+    for _ in range(3):
+        rosa_ds.draw(llama, seed=1)
+        shared = [float((B.T @ other).square().sum()) / 3 for other in seen]
+        assert max(shared) < 0.9, shared
+        seen.append(B.clone())
+    rosa_ds.draw(llama, seed=1, number=3)
+    assert float((B.T @ seen[3]).square().sum()) / 3 > 0.999
+
+
+def test_a_magnitude_mask_sees_the_whole_matrix(model: PreTrainedModel) -> None:
+    plain = copy.deepcopy(model)
+    config = {"rank": 8, "density": 0.1}
+    rosa_ds.inject(model, AdapterConfig(method="robust-subspace", **config), draw=DrawSettings(directions="top"))
+    rosa_ds.inject(plain, AdapterConfig(method="robust", **config))
+    found, expected = (rosa_ds.compute_mask(m, [], score="magnitude") for m in (model, plain))
+    for name, positions in expected.items():
+        shared = len(set(positions.tolist()) & set(found[name].tolist()))
+        assert shared >= 0.99 * len(positions), name
+
+
+def test_a_layer_of_rank_0_is_not_drawn(llama: PreTrainedModel, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    base = copy.deepcopy(llama)
+    config = AdapterConfig(method="robust-subspace", rank=3, density=0.05, rank_pattern={"k_proj": 0})
+    rosa_ds.inject(llama, config)
+    rosa_ds.draw(llama)
+    rosa_ds.save_adapter(llama, tmp_path / "adapter")
+    rosa_ds.load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(base(**batch).logits, llama(**batch).logits)
+
+
+def test_a_refused_injection_changes_nothing(llama: PreTrainedModel) -> None:
+    before = [type(module) for module in llama.modules()]
+    with pytest.raises(ValueError, match="takes all 16 directions"):
+        rosa_ds.inject(llama, AdapterConfig(method="subspace", rank=2, rank_pattern={r"1.*v_proj": 16}))
+    with torch.device("meta"):
+        empty = type(llama)(llama.config)
+    with pytest.raises(ValueError, match="inject it with draw=None"):
+        rosa_ds.inject(empty, AdapterConfig(method="subspace", rank=2))
+    assert [type(module) for module in llama.modules()] == before
+    assert not rosa_ds.adapted_layers(empty)
+    assert all(parameter.requires_grad for parameter in llama.parameters())
 
 
 def test_what_cannot_be_drawn(llama: PreTrainedModel) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,15 @@ from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear
 from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
-from rosa_ds.config import LOW_RANK_METHODS, SPARSE_METHODS, SUBSPACE_METHODS, AdapterConfig, DrawSettings
+from rosa_ds.config import (
+    LOW_RANK_METHODS,
+    SPARSE_METHODS,
+    SUBSPACE_METHODS,
+    AdapterConfig,
+    Directions,
+    DrawSettings,
+    Factorization,
+)
 
 _DRAW = DrawSettings()
 
@@ -76,14 +84,29 @@ def _count_entries(name: str, weight: Tensor, density: float) -> int:
     return round(density * numel)
 
 
-def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
-    """Of a part that is split off the base: all directions would leave a base of zeros."""
-    smaller = min(distributed.full_shape(layer.weight))  # type: ignore[arg-type]
-    if rank >= smaller:
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What one layer is given."""
+
+    rank: int
+    entries: int
+    scale: float
+    dropout: float
+
+
+def _plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> _Plan:
+    """By the settings. Raises: ValueError for more entries or directions than can be."""
+    draws = config.method in SUBSPACE_METHODS
+    rank = by_pattern(name, config.rank_pattern, config.rank) if config.method in LOW_RANK_METHODS else 0
+    density = by_pattern(name, config.density_pattern, config.density) if config.method in SPARSE_METHODS else 0.0
+    weight: Any = layer.weight
+    if draws and rank >= (smaller := min(distributed.full_shape(weight))):
         raise ValueError(
             f"rank {rank} of {name} takes all {smaller} directions of its weight: lower adapter.rank (or adapter.rank_pattern "
             "for this layer), or train it whole with adapter.modules_to_save"
         )
+    scale = config.alpha / rank if rank and not draws else 1.0
+    return _Plan(rank, _count_entries(name, weight, density), scale, 0.0 if draws else config.dropout)
 
 
 def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSettings | None = _DRAW) -> InjectReport:
@@ -117,23 +140,23 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
     if both:
         raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
 
+    plans = {name: _plan_layer(name, layer, config) for name, layer in targets.items()}
+    draw = draw if config.method in SUBSPACE_METHODS else None
+    if draw is not None:
+        _check_drawable(model)
+
     model.requires_grad_(False)
-    for name, layer in targets.items():
-        rank = by_pattern(name, config.rank_pattern, config.rank) if config.method in LOW_RANK_METHODS else 0
-        density = by_pattern(name, config.density_pattern, config.density) if config.method in SPARSE_METHODS else 0.0
-        entries = _count_entries(name, layer.weight, density)
-        draws = config.method in SUBSPACE_METHODS
-        if draws:
-            _check_rank(name, layer, rank)
-        if rank or entries:
-            scale = config.alpha / rank if rank and not draws else 1.0
-            dropout = 0.0 if draws else config.dropout
-            adapted = AdaptedLinear(layer, name, rank, scale, dropout, entries, seed, config.sparse_product)
-            _set_submodule(model, name, adapted.train(layer.training))
+    for name, plan in plans.items():
+        if plan.rank or plan.entries:
+            old = targets[name]
+            adapted = AdaptedLinear(
+                old, name, plan.rank, plan.scale, plan.dropout, plan.entries, seed, config.sparse_product
+            )
+            _set_submodule(model, name, adapted.train(old.training))
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
     model.rosa_injected = (config, seed)  # type: ignore[assignment]
-    if draw is not None and config.method in SUBSPACE_METHODS:
+    if draw is not None:
         _draw(model, draw, seed, 0)
     return _report(model, tuple(whole))
 
@@ -147,14 +170,21 @@ def check_without_engine(model: nn.Module) -> None:
         )
 
 
-def draw(model: nn.Module, *, seed: int = 42, number: int = 0, **settings: Any) -> None:
+def draw(
+    model: nn.Module,
+    directions: Directions = "random",
+    sigma: Literal["A", "B", "even"] = "A",
+    factorization: Factorization = "gram",
+    seed: int = 42,
+    number: int | None = None,
+) -> None:
     """Fold the low-rank parts of a subspace method into the base and split new ones off; the function stays the same.
 
-    Moments of A and B in an optimizer are the caller's to reset.
+    A 16-bit base is rounded by each draw. Moments of A and B in an optimizer are the caller's to reset.
 
     Args:
-        number: how many draws there were; with ``seed`` it decides the directions.
-        settings: of :class:`rosa_ds.config.DrawSettings`, e.g. ``directions="random"``.
+        directions, sigma, factorization: as in :class:`rosa_ds.config.DrawSettings`.
+        number: with ``seed`` it decides the directions; by default one more than that of the last draw.
 
     Raises: ValueError for another method, a model that a DeepSpeed engine or ZeRO-3 has taken, a weight that is not finite.
     """
@@ -165,20 +195,28 @@ def draw(model: nn.Module, *, seed: int = 42, number: int = 0, **settings: Any) 
             f"{f', this one has {config.method}' if config else ''}"
         )
     check_without_engine(model)
-    _draw(model, DrawSettings(**settings), seed, number)
+    _check_drawable(model)
+    settings = DrawSettings(directions=directions, sigma=sigma, factorization=factorization)
+    _draw(model, settings, seed, int(getattr(model, "rosa_draws", 0)) if number is None else number)
 
 
-def _draw(model: nn.Module, settings: DrawSettings, seed: int, number: int) -> None:
+def _check_drawable(model: nn.Module) -> None:
     if any(distributed.is_partitioned(p) or p.is_meta for p in model.parameters()):
         raise ValueError(
             "this model's parameters are partitioned by ZeRO-3, or not there: inject it with draw=None, and leave the draws to "
             "launch/train.py"
         )
+
+
+def _draw(model: nn.Module, settings: DrawSettings, seed: int, number: int) -> None:
     for name, layer in adapted_layers(model).items():
+        if not layer.rank:
+            continue
         try:
             layer.redraw(settings, draw_generator(seed, name, number))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    model.rosa_draws = number + 1  # type: ignore[assignment]
 
 
 def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:

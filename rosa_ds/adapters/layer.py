@@ -63,6 +63,7 @@ class AdaptedLinear(nn.Module):
         self.collect: Collect | None = None
         self.around: Around | None = None
         self.mask_known = False
+        self.drawn = False  # whether A and B are a piece of the weight, which alone is then not the base any more
         self.plan: rosa_kernels.Plan | None = None
         device = self.weight.device
         if rank:
@@ -184,6 +185,17 @@ class AdaptedLinear(nn.Module):
         return folded
 
     @torch.no_grad()
+    def undrawn(self, weight: Tensor, A: Tensor | None, B: Tensor | None) -> Tensor:
+        """``weight``, or rows of it, with the piece that a draw split off it: the matrix whose magnitude a mask may ask for.
+
+        Of a layer that was not drawn ``weight`` itself. Shapes: as they are stored; ``A``, ``B`` with the same rows left out.
+        """
+        if not self.drawn or A is None or B is None:
+            return weight
+        delta = low_rank_delta(A, B, self.scale)
+        return weight.detach() + (delta.T if self.transposed else delta)
+
+    @torch.no_grad()
     def redraw(self, settings: DrawSettings, generator: torch.Generator) -> None:
         """Fold the low-rank part into the base and split a new one off; the function stays, but for rounding the base.
 
@@ -198,6 +210,7 @@ class AdaptedLinear(nn.Module):
         A.copy_(drawn.A)
         B.copy_(drawn.B)
         self.weight.copy_(drawn.rest.T if self.transposed else drawn.rest)
+        self.drawn = True
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -51,6 +51,14 @@ def gradient_score(kind: Score, total: Tensor, weight: Tensor) -> Tensor:
     raise ValueError(f"mask.score {kind!r} does not come from gradients: use one of {sorted(GRADIENT_SCORES)}")
 
 
+def _whole(layer: AdaptedLinear, rows: slice = slice(None)) -> Tensor:
+    """Rows of a layer's base as it is stored, with what a draw has split off it."""
+    A, B = layer.A, layer.B
+    if A is not None and B is not None:
+        A, B = (A[:, rows], B) if layer.transposed else (A, B[rows])  # type: ignore[assignment]
+    return layer.undrawn(layer.weight[rows], A, B)
+
+
 def static_positions(kind: Score, layer: AdaptedLinear, weight: Tensor, seed: int) -> Tensor:
     """The mask of a score that needs no gradient (``random``, ``magnitude``). Shapes: weight whole; (Z,) int32."""
     if kind == "random":
@@ -151,7 +159,8 @@ class MaskCollector:
         layer, rows = self.layers[name], slice(first, first + len(block))
         if self.single:
             term = block.square_() if self.score == "mean_squared" else block
-            self._largest[name].add(gradient_score(self.score, term, layer.weight[rows]), first * layer.weight_shape[1])
+            score = gradient_score(self.score, term, _whole(layer, rows))
+            self._largest[name].add(score, first * layer.weight_shape[1])
         else:
             if name not in self._current:
                 device = torch.device("cpu") if name in self._on_host else block.device
@@ -226,7 +235,7 @@ def compute_mask(
     if not layers:
         raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")
     if score not in GRADIENT_SCORES:
-        return {layer.weight_name: static_positions(score, layer, layer.weight, seed) for layer in layers.values()}
+        return {layer.weight_name: static_positions(score, layer, _whole(layer), seed) for layer in layers.values()}
     collector = MaskCollector(layers, score, dict.fromkeys(layers, 0), 0, lambda tensor, owner: None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     collector.attach()
@@ -236,7 +245,7 @@ def compute_mask(
             collector.end_step()
     finally:
         collector.detach()
-    return {layer.weight_name: collector.positions(name, layer.weight) for name, layer in layers.items()}
+    return {layer.weight_name: collector.positions(name, _whole(layer)) for name, layer in layers.items()}
 
 
 def check_mask(layers: Mapping[str, AdaptedLinear], mask: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,22 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject
 from rosa_ds.adapters.mask import set_mask
 from rosa_ds.adapters.subspace import join_bits
-from rosa_ds.config import SUBSPACE_METHODS, AdapterConfig
-from rosa_ds.files import read_tensors, write_json, write_manifest, write_tensors, written_folder
+from rosa_ds.config import AdapterConfig
+from rosa_ds.files import (
+    TensorFiles,
+    link_file,
+    read_tensors,
+    write_json,
+    write_manifest,
+    write_tensors,
+    written_folder,
+)
 from rosa_ds.suggest import did_you_mean
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter.safetensors"
+BASE_FILES = "base-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +49,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def changed_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weight name -> the base's parameter, perhaps partitioned, of the layers whose low-rank part is drawn from it."""
-    config, _ = getattr(model, "rosa_injected", (None, None))
-    if config is None or config.method not in SUBSPACE_METHODS:
-        return {}
-    return {layer.weight_name: layer.weight for layer in adapted_layers(model).values()}
+    """Weight name -> the base's parameter, perhaps partitioned, of the layers whose low-rank part is a piece of it."""
+    return {layer.weight_name: layer.weight for layer in adapted_layers(model).values() if layer.drawn}
 
 
 def known_positions(model: nn.Module) -> dict[str, Tensor]:
@@ -72,7 +78,7 @@ def save_adapter(
     folder: str | Path,
     base: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
-    changes: Mapping[str, Tensor] | None = None,
+    base_files: Iterable[Path] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
@@ -81,26 +87,35 @@ def save_adapter(
     Args:
         base: where the base comes from (name, revision, hash); by default the name it was loaded by.
         tensors: float32 numbers of the trained parameters by name, where the model's own are only a 16-bit copy.
-        changes: the base weights that draws have changed, by name, and what a 16-bit one leaves out as ``NAME/residual``
-            (:func:`rosa_ds.adapters.subspace.split_bits`); by default the model's own.
+        base_files: safetensors files with the base weights that draws have changed, by name, and what a 16-bit one leaves
+            out as ``NAME/residual`` (:func:`rosa_ds.adapters.subspace.split_bits`): they are linked. By default the model's
+            own weights are written.
     """
     description = describe(model, base)
     shared = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
     read = distributed.read_to_owners if shared else dict
     tensors = read(trained_parameters(model)) if tensors is None else tensors
-    if changes is None:
-        changes = read(changed_weights(model))
+    changes = read(changed_weights(model)) if base_files is None else {}
     content = {f"trained.{name}": tensor.detach() for name, tensor in tensors.items()}
-    content |= {f"base.{name}": tensor.detach() for name, tensor in changes.items()}
     content |= {f"positions.{name}": positions for name, positions in read(known_positions(model)).items()}
     with distributed.together() if shared else contextlib.nullcontext():
         if distributed.is_main() or not shared:
-            _write(Path(folder), content, description)
+            _write(Path(folder), content, changes, base_files or (), description)
 
 
-def _write(folder: Path, content: Mapping[str, Tensor], description: AdapterDescription) -> None:
+def _write(
+    folder: Path,
+    content: Mapping[str, Tensor],
+    changes: Mapping[str, Tensor],
+    base_files: Iterable[Path],
+    description: AdapterDescription,
+) -> None:
     with written_folder(folder) as temporary:
         write_tensors(temporary / TENSOR_FILE, content, {"format": "pt"})
+        if changes:
+            write_tensors(temporary / f"{BASE_FILES}00000.safetensors", changes)
+        for number, path in enumerate(sorted(base_files)):
+            link_file(path, temporary / f"{BASE_FILES}{number:05d}.safetensors")
         write_json(
             temporary / CONFIG_FILE,
             {
@@ -151,35 +166,27 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
     check_without_engine(model)
     tensors = {name.removeprefix("trained."): t for name, t in content.items() if name.startswith("trained.")}
     mask = {name.removeprefix("positions."): t for name, t in content.items() if name.startswith("positions.")}
-    weights = changed_weights(model)
-    base = {name: join_bits(whole, content.get(f"base.{name}/residual")) for name, whole in _base(content).items()}
-    _check_fit(folder, tensors, parameters)
-    _check_fit(folder, base, weights)
+    layers = {layer.weight_name: layer for layer in adapted_layers(model).values() if layer.rank}
+    base = TensorFiles(sorted(Path(folder).glob(f"{BASE_FILES}*.safetensors")))
+    changed = {name: base.shape(name) for name in base if not name.endswith("/residual")}
+    _check_fit(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, parameters)
+    _check_fit(folder, changed, {name: layer.weight for name, layer in layers.items()} if changed else {})
     if mask:
         set_mask(model, mask)
     for name, tensor in tensors.items():
         distributed.write_whole(parameters[name], tensor)
-    for name, tensor in base.items():
-        distributed.write_whole(weights[name], tensor)
+    for name in changed:
+        distributed.write_whole(layers[name].weight, join_bits(base[name], base.get(f"{name}/residual")))
+        layers[name].drawn = True
+    base.close()
     return description
 
 
-def _base(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base weights that an adapter brings with it, by name."""
-    return {
-        name.removeprefix("base."): tensor
-        for name, tensor in content.items()
-        if name.startswith("base.") and not name.endswith("/residual")
-    }
-
-
-def _check_fit(folder: str | Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+def _check_fit(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the adapter has just these parameters, in their shapes."""
-    if wrong := sorted(set(tensors) ^ set(parameters)):
-        where = "model" if wrong[0] in tensors else "adapter"
+    if wrong := sorted(set(shapes) ^ set(parameters)):
+        where = "model" if wrong[0] in shapes else "adapter"
         raise ValueError(f"{folder}: {wrong[0]} is not in the {where}.{did_you_mean(wrong[0], parameters)}")
-    for name, tensor in tensors.items():
-        if tensor.shape != (shape := distributed.full_shape(parameters[name])):
-            raise ValueError(
-                f"{folder}: {name} is {tuple(tensor.shape)}, the model's is {tuple(shape)}: is it another base?"
-            )
+    for name, found in shapes.items():
+        if found != (shape := tuple(distributed.full_shape(parameters[name]))):
+            raise ValueError(f"{folder}: {name} is {found}, the model's is {shape}: is it another base?")

@@ -25,7 +25,7 @@ ORTHONORMAL = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What a draw makes of one weight: float32 factors ``A`` (R, M), ``B`` (N, R), and the base ``rest`` (N, M).
+    """What a draw makes of one weight: factors ``A`` (R, M), ``B`` (N, R), and ``rest`` (N, M), the new base.
 
     ``fallbacks``: factorisations that failed before the one that was used.
     """
@@ -34,6 +34,11 @@ class Drawn:
     B: Tensor
     rest: Tensor
     fallbacks: int
+
+    def error(self, stored: Tensor, weight: Tensor) -> float:
+        """What the function loses: ``stored + B A`` against the ``weight`` (N, M) that was drawn, relative."""
+        difference = torch.addmm(stored.to(weight.dtype), self.B, self.A).sub_(weight)
+        return float(difference.norm() / weight.norm())
 
 
 def choose(directions: Directions, count: int, rank: int, generator: torch.Generator) -> Tensor:
@@ -50,7 +55,8 @@ def choose(directions: Directions, count: int, rank: int, generator: torch.Gener
 
 
 def _solvers(weight: Tensor, method: Factorization) -> Iterator[tuple[Factorization, torch.dtype, torch.device]]:
-    """What to try, one after another: the method in the weight's precision, in float64, and float64 SVD on the CPU."""
+    """What to try, one after another: the method as it is, in float64, in float64 on the CPU, and SVD there."""
+    # an out-of-memory on the device goes this way, too: the CPU has more
     yield method, weight.dtype, weight.device
     yield method, torch.float64, weight.device
     if weight.device.type != "cpu":
@@ -87,7 +93,7 @@ def singular_directions(weight: Tensor, indices: Tensor, method: Factorization) 
         try:
             basis = _factorise(weight.to(device, dtype), indices.to(device), how)
             problem = None if (defect := _defect(basis)) <= ORTHONORMAL else f"vectors {defect:.1e} off orthonormal"
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:  # LinAlgError, and what cuSOLVER raises for other reasons
             problem = str(error).splitlines()[0]
         if problem is None:
             return basis.to(weight.device, weight.dtype), len(failed)
@@ -139,8 +145,11 @@ def split_off(
 
 
 def overlap(new: Tensor, old: Tensor) -> Tensor:
-    """The new directions in terms of the old ones, by least squares. Shapes: both (n, R) columns; result (R, R), float64."""
-    return torch.linalg.lstsq(old.double(), new.double()).solution.mT
+    """The new directions in terms of the old ones, by least squares. Shapes: both (n, R) columns; result (R, R), float64.
+
+    By the pseudo-inverse: least squares on a GPU would want old directions that are independent, which nobody promises.
+    """
+    return (torch.linalg.pinv(old.double()) @ new.double()).mT
 
 
 def project_moments(first: Tensor, second: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

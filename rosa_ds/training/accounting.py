@@ -19,7 +19,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, adapter_parts
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
-from rosa_ds.training.draw import Drawing, keeps_residual
+from rosa_ds.training.changed_base import ChangedBase, keeps_residual
 from rosa_ds.training.engine import PERSISTENCE
 from rosa_ds.training.trained_state import TrainedState
 
@@ -110,12 +110,14 @@ def predict(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig) -> Accou
     if stage == 3:
         memory["gathered at once"] = _gather_peak(model, parts, plan.config["zero_optimization"])
     if settings.draws:
-        sizes = [layer.weight_shape for layer in adapted_layers(model).values()]
+        sizes = [layer.weight_shape for layer in adapted_layers(model).values() if layer.rank]
         if keeps_residual(settings.draw, getattr(torch, plan.dtype)):
             total[RESIDUAL] = 2 * sum(rows * columns for rows, columns in sizes)
             memory[RESIDUAL] = 2 * sum(_share(rows * columns, ranks) for rows, columns in sizes)
-        # the weight, the fold, what is left of it and the check of the two; Gram matrix and eigenvectors
-        memory["draw, at once"] = 4 * max(4 * rows * columns + 2 * min(rows, columns) ** 2 for rows, columns in sizes)
+        # weight, fold, what is left of it, and the larger of a copy for the check, or Gram matrix, eigenvectors, workspace
+        memory["draw, at once"] = 4 * max(
+            3 * rows * columns + max(2 * rows * columns, 4 * min(rows, columns) ** 2) for rows, columns in sizes
+        )
     return Account(memory, _predict_traffic(parts, plan), total)
 
 
@@ -149,7 +151,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
 
 
-def measure_memory(model: nn.Module, state: TrainedState, drawing: Drawing | None) -> dict[str, int]:
+def measure_memory(model: nn.Module, state: TrainedState, base: ChangedBase | None) -> dict[str, int]:
     """The tensors of this rank, between two steps."""
     memory: Counter[str] = Counter()
     plans: list[Tensor] = []
@@ -163,8 +165,8 @@ def measure_memory(model: nn.Module, state: TrainedState, drawing: Drawing | Non
     if plans:
         memory["plans of masks"] = _bytes(plans)
     memory["optimizer"] = state.bytes()
-    if drawing is not None and drawing.bytes:
-        memory[RESIDUAL] = drawing.bytes
+    if base is not None and base.bytes:
+        memory[RESIDUAL] = base.bytes
     return dict(memory)
 
 

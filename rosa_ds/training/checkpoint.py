@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from rosa_ds.files import (
     Entries,
     TensorFiles,
     describe_files,
+    link_file,
     manifest_problem,
     read_manifest,
     sync_files,
@@ -35,6 +35,26 @@ from rosa_ds.training.step_folders import StepFolders
 
 FORMAT_VERSION = 2
 PARTS = ("trained", "moments", "positions", "collected", "base_changes")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedBase:
+    """A checkpoint's files of a base that training changed; ``files`` as its manifest has them."""
+
+    folder: Path
+    files: Entries
+
+    @classmethod
+    def of(cls, folder: Path) -> SavedBase:
+        """Raises: ValueError for a damaged manifest."""
+        return cls(folder, base_files(folder))
+
+    def is_there(self) -> bool:
+        """Whether these files are still those that the folder has: another run may have taken its name."""
+        try:
+            return base_files(self.folder) == self.files
+        except ValueError:
+            return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,33 +106,35 @@ def folders(run: Path) -> StepFolders:
     return StepFolders(run / "checkpoints", "step-", digits=6)
 
 
-def save(run: Path, checkpoint: Checkpoint, keep: int, same_base: Path | None = None) -> tuple[Path, int, float]:
+def save(run: Path, checkpoint: Checkpoint, keep: int, same_base: SavedBase | None = None) -> tuple[Path, int, float]:
     """Write a checkpoint together with all ranks, then delete all but the ``keep`` newest.
 
     Args:
-        same_base: another checkpoint, whose ``base_changes`` this one has, too: they are linked and not written again.
+        same_base: of another checkpoint, which this one has, too: its files are linked and not written again.
 
-    Returns: its folder, the bytes of what the manifest lists, and the seconds it took.
+    Returns: its folder, the bytes of what was written and the manifest lists, and the seconds it took.
     Raises: OSError on the rank where writing failed, RunError on the others; the run's older checkpoints are then as
         they were.
     """
     start = time.monotonic()
     steps, step = folders(run), checkpoint.step
     temporary, main = steps.partial(step), distributed.is_main()
-    linked: Entries = {}
+    linked: Entries = same_base.files if same_base is not None else {}
     try:
         with distributed.together():
             if main:
                 steps.clean()
                 temporary.mkdir(parents=True)
-                linked = _link(same_base, temporary) if same_base else {}
+                for name in linked:
+                    assert same_base is not None
+                    link_file(same_base.folder / name, temporary / name)
         with distributed.together():
             mine = _write_parts(temporary, checkpoint)
         distributed.progress(f"completing step {step}")
-        entries = {name: entry for part in distributed.gather_objects(mine) for name, entry in part.items()}
+        entries = {name: entry for part in distributed.gather_objects(mine) for name, entry in part.items()} | linked
         with distributed.together():
             if main:
-                _complete(temporary, checkpoint, entries | linked)
+                _complete(temporary, checkpoint, entries)
                 steps.complete(step)
     except BaseException:
         if main:
@@ -121,20 +143,13 @@ def save(run: Path, checkpoint: Checkpoint, keep: int, same_base: Path | None = 
     with distributed.together():
         if main:
             steps.prune(step, keep)
-    size = sum(entry["bytes"] for entry in entries.values())
+    size = sum(entry["bytes"] for name, entry in entries.items() if name not in linked)
     return steps.path(step), size, time.monotonic() - start
 
 
-def _link(source: Path, target: Path) -> Entries:
-    """Give a folder the files of another checkpoint's base, without a second copy where the file system can."""
-    entries = {name: entry for name, entry in read_manifest(source).items() if name.startswith("base_changes-")}
-    for name in entries:
-        try:
-            os.link(source / name, target / name)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source / name, target / name)
-            sync_files([target / name])
-    return entries
+def base_files(folder: Path) -> Entries:
+    """What a checkpoint's manifest says of the files of its changed base. Raises: ValueError for a damaged manifest."""
+    return {name: entry for name, entry in read_manifest(folder).items() if name.startswith("base_changes-")}
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:

@@ -22,7 +22,7 @@ from rosa_ds.errors import RunError
 from rosa_ds.files import write_json
 from rosa_ds.training import checkpoint
 from rosa_ds.training.accounting import measure_memory, measured_traffic, table
-from rosa_ds.training.checkpoint import Checkpoint
+from rosa_ds.training.checkpoint import Checkpoint, SavedBase
 from rosa_ds.training.context import Run, seed_step
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate_loss
@@ -135,7 +135,10 @@ class Loop:
         run = self.run
         with distributed.TrafficCounter() as counter:
             self._train_step(step)
-        memory, traffic = measure_memory(run.model, run.state, run.drawing), measured_traffic(counter)
+        memory, traffic = (
+            measure_memory(run.model, run.state, run.drawing.base if run.drawing else None),
+            measured_traffic(counter),
+        )
         logger.info("where memory and communication of rank 0 go:\n%s", table(run.account, memory, traffic))
         if distributed.is_main():
             content = {"predicted": dataclasses.asdict(run.account), "measured": {"memory": memory, "traffic": traffic}}
@@ -305,15 +308,13 @@ class Loop:
         assert self.run.drawing is not None
         fields = self.run.drawing.draw(number)
         self.log.write(step=self.step, event="draw", **fields)
-        reset = (
-            "no moments yet"
-            if fields["moments_reset"] is None
-            else f"{fields['moments_reset']:.0%} of the moments reset"
-        )
+        moments: str = self.run.settings.draw.moments
+        if moments == "reset" and fields["moments_reset"] is not None:
+            moments = f"{fields['moments_reset']:.0%} reset"
         logger.info(
-            "draw %d before step %d: %d layers, %s; base rounded by %.1e, drift %.1e, %s, %.1f s",
+            "draw %d before step %d: %d layers, %s; base rounded by %.1e, drift %.1e, moments: %s, %.1f s",
             *(number, self.step + 1, fields["layers"], fields["directions"], fields["rounding"], fields["drift"]),
-            *(reset, fields["seconds"]),
+            *(moments, fields["seconds"]),
         )
 
     def _evaluate(self) -> None:
@@ -353,7 +354,7 @@ class Loop:
         """Continue from a checkpoint in ``source``: the next step is the one that the interrupted run would have done."""
         run = self.run
         if run.drawing is not None and run.schedule.has_drawn(saved.step):
-            run.drawing.restore(saved.base_changes, saved.drift, source)
+            run.drawing.base.restore(saved.base_changes, saved.drift, SavedBase.of(source))
         if saved.positions:
             set_mask(run.model, saved.positions)
             with distributed.together():

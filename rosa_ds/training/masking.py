@@ -62,6 +62,12 @@ def _open(layers: Mapping[str, AdaptedLinear], path: str) -> Mapping[str, Tensor
     return mask
 
 
+def _read_base(layer: AdaptedLinear) -> Tensor:
+    """All of a layer's base, with what a draw has split off it. Collective."""
+    A, B = (None if part is None or not layer.drawn else distributed.read_whole(part) for part in (layer.A, layer.B))
+    return layer.undrawn(distributed.read_whole(layer.weight), A, B)
+
+
 def _choose(
     layers: Mapping[str, AdaptedLinear], settings: MaskSettings, seed: int, collector: MaskCollector | None
 ) -> Iterator[tuple[str, Tensor]]:
@@ -71,7 +77,7 @@ def _choose(
     error: Exception | None = None
     for name, layer in layers.items():
         distributed.progress(f"choosing the mask of {name}")
-        weight = distributed.read_whole(layer.weight) if settings.score in WEIGHT_SCORES else layer.weight
+        weight = _read_base(layer) if settings.score in WEIGHT_SCORES else layer.weight
         try:
             if owners[name] == distributed.rank() and error is None:
                 chosen = (

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
@@ -27,6 +27,7 @@ from rosa_ds.files import move_aside, write_json
 from rosa_ds.models.load import identify, load_tokenizer
 from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.accounting import Account, predict, table
+from rosa_ds.training.changed_base import ChangedBase
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.context import Run
 from rosa_ds.training.draw import Drawing
@@ -37,6 +38,7 @@ from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import build_model, divide_positions
 from rosa_ds.training.resume import check_resumable
 from rosa_ds.training.schedule import Schedule
+from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
 
@@ -132,12 +134,13 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """``adapter/`` in the run's folder: what training added to the base, in float32."""
     distributed.progress("saving the adapter")
     tensors = run.state.read()
-    drawing = run.drawing
-    changes = drawing.read_changes(dict.fromkeys(drawing.layers, 0)) if drawing is not None else None
+    # the last checkpoint has the base as the draws have left it; no rank need ever hold it
+    saved = run.drawing.base.saved if run.drawing is not None else None
+    base_files = [saved.folder / name for name in saved.files] if saved is not None else None
     partitioned = any(distributed.is_partitioned(parameter) for parameter in run.model.parameters())
     with distributed.together():
         if distributed.is_main() or partitioned:
-            save_adapter(run.model, run.folder / "adapter", run.base, tensors, changes)
+            save_adapter(run.model, run.folder / "adapter", run.base, tensors, base_files)
         if distributed.is_main():
             tokenizer.save_pretrained(run.folder / "tokenizer")
 
@@ -178,11 +181,23 @@ def _read_checkpoint(settings: RunConfig, wanted: str) -> tuple[Path, Checkpoint
 def _announce(settings: RunConfig, plan: DeepSpeedPlan, threads: int) -> None:
     for unused in settings.settings_without_effect():
         logger.warning("setting without effect: %s", unused)
+    if settings.draws and settings.training.weight_decay:
+        logger.warning(
+            "training.weight_decay %g shrinks what is drawn, which with method %s is a piece of the base",
+            *(settings.training.weight_decay, settings.method),
+        )
     ranks = distributed.world_size()
     logger.info(
         "%d ranks, %d threads each, ZeRO-%d, %s; a step: %d ranks × %d micro-batches × %d examples",
         *(ranks, threads, plan.stage, plan.dtype, ranks, plan.accumulation_steps, plan.micro_batch_size),
     )
+
+
+def _make_drawing(model: PreTrainedModel, state: TrainedState, settings: RunConfig) -> Drawing | None:
+    if not settings.draws:
+        return None
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.rank}
+    return Drawing(ChangedBase(layers, settings.draw), state, settings.draw, settings.training.seed)
 
 
 def _check_same_input(settings: RunConfig, base: Mapping[str, Any], data: str) -> None:
@@ -258,13 +273,18 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         sort_by_length=settings.data.batching == "sorted",
     )
     schedule = build_schedule(settings, batches.steps_per_epoch)
+    if schedule.draws and schedule.draw_every >= schedule.train_steps:
+        logger.warning(
+            "draw.every %s is no shorter than the %d steps of training: the low-rank part is drawn once, at the start",
+            *(settings.draw.every, schedule.train_steps),
+        )
     whole = parameter_groups(model).get("whole", {})
     restarts = schedule.restart and schedule.mask_steps > 0
     at_start = {name: distributed.own_numbers(p).float().cpu().clone() for name, p in whole.items()} if restarts else {}
     engine, state = build_engine(model, settings, plan)
     if settings.adapter.partition_positions and plan.stage < 3:
         divide_positions(model)
-    drawing = Drawing(adapted_layers(model), state, settings.draw, settings.training.seed) if settings.draws else None
+    drawing = _make_drawing(model, state, settings)
     account = predict(model, plan, settings)
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
     first_step = saved.step if saved else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from rosa_ds import distributed
 from rosa_ds.adapters.mask import MaskCollector
 from rosa_ds.adapters.state import known_positions
 from rosa_ds.errors import RunError
-from rosa_ds.files import MANIFEST
 from rosa_ds.training import checkpoint, deepspeed_format
-from rosa_ds.training.checkpoint import Checkpoint
+from rosa_ds.training.changed_base import ChangedBase
+from rosa_ds.training.checkpoint import Checkpoint, SavedBase
 from rosa_ds.training.context import Run
-from rosa_ds.training.draw import Drawing
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ def save_state(
     moments, scalars = run.state.read_optimizer(owners)
     total, drawing = run.schedule.total_steps, run.drawing
     changed = drawing is not None and run.schedule.has_drawn(step)
-    same_base = _saved_base(drawing) if drawing is not None and changed else None
+    same_base = _saved_base(drawing.base) if drawing is not None and changed else None
     state = Checkpoint(
         step=step,
         phase=run.schedule.at(step).phase if step < total else "done",
@@ -44,7 +42,7 @@ def save_state(
         moments=moments,
         positions=distributed.read_to_owners(positions, owners),
         collected=collector.totals if collector else {},
-        base_changes=drawing.read_changes() if drawing is not None and changed and same_base is None else {},
+        base_changes=drawing.base.read(drawing.owners) if drawing is not None and changed and same_base is None else {},
         collected_steps=collector.steps if collector else 0,
         optimizer_scalars=scalars,
         loss_scaler=run.state.read_scaler(),
@@ -54,22 +52,24 @@ def save_state(
         batch_size=run.batches.batch_size,
         base=run.base,
         data=run.data_digest,
-        drift=drawing.drift if drawing is not None else 0.0,
+        drift=drawing.base.drift if drawing is not None else 0.0,
     )
     _check_finite(run, state)
     folder, size, seconds = checkpoint.save(run.folder, state, run.settings.training.keep_checkpoints, same_base)
     if drawing is not None and changed:
-        drawing.saved_in = folder
+        with distributed.together():
+            drawing.base.saved = SavedBase.of(folder)
     logger.info("saved %s: %.1f MiB, %.1f s", folder, size / 2**20, seconds)
     if run.settings.checkpoint.format == "deepspeed":
         _save_for_deepspeed(run, state, positions, collector is not None)
     return {"folder": folder.name, "bytes": size, "seconds": seconds}
 
 
-def _saved_base(drawing: Drawing) -> Path | None:
+def _saved_base(base: ChangedBase) -> SavedBase | None:
     """The checkpoint that has the base as it is now, unless somebody has deleted it. Collective."""
-    gone = drawing.saved_in is not None and distributed.is_main() and not (drawing.saved_in / MANIFEST).is_file()
-    return None if distributed.any_rank(gone) else drawing.saved_in
+    saved = base.saved
+    gone = saved is not None and distributed.is_main() and not saved.is_there()
+    return None if distributed.any_rank(gone) else saved
 
 
 def _check_finite(run: Run, state: Checkpoint) -> None:

@@ -1,0 +1,62 @@
+"""Time of one draw beside the algorithm of ROSA's released code, in one process, in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rosa_ds.adapters.low_rank import keyed_generator
+from rosa_ds.adapters.subspace import split_off
+from rosa_ds.config import DrawSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawTime:
+    """Median seconds by candidate; ``released`` is the peer."""
+
+    shape: tuple[int, int]
+    seconds: dict[str, float]
+
+    def ratio(self, candidate: str) -> float:
+        """How many times as fast as the released algorithm."""
+        return self.seconds["released"] / self.seconds[candidate]
+
+
+def released_draw(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """What the released code does: SVD, a check of the whole product, a window of triplets, the fixed part from all others.
+
+    Returns: factors (N, R) and (R, M), and the fixed part (N, M). Source: marawangamal/rosa, its linear layer's factorisation.
+    """
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    left = S.reshape(1, -1) * U
+    if not torch.allclose(weight, left @ Vh, atol=1e-2):
+        raise AssertionError("the released algorithm does not give the weight back")
+    start = int(torch.randint(0, S.numel() - rank, (1,), generator=generator))
+    chosen = torch.zeros(S.numel(), dtype=torch.bool)
+    chosen[start : start + rank] = True
+    return left[:, chosen], Vh[chosen], left[:, ~chosen] @ Vh[~chosen]
+
+
+def measure_draws(shape: tuple[int, int], rank: int, repeats: int, directions: tuple[str, ...]) -> DrawTime:
+    """Median times on a random float32 weight; candidates take turns, after one round that does not count."""
+    weight = torch.randn(*shape, generator=keyed_generator(0, "draw time", *shape)) / shape[1] ** 0.5
+
+    def ours(settings: DrawSettings) -> Callable[[torch.Generator], object]:
+        return lambda generator: split_off(weight, rank, settings, generator, torch.float32)
+
+    candidates: dict[str, Callable[[torch.Generator], object]] = {
+        "released": lambda generator: released_draw(weight, rank, generator),
+        **{name: ours(DrawSettings(directions=name)) for name in directions},  # type: ignore[arg-type]
+    }
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(repeats + 1):
+        for name, run in candidates.items():
+            begun = time.perf_counter()
+            run(keyed_generator(turn, name))
+            times[name].append(time.perf_counter() - begun)
+    return DrawTime(shape, {name: statistics.median(found[1:]) for name, found in times.items()})
