@@ -14,10 +14,12 @@ from rosa_ds import distributed
 from rosa_ds.adapters.state import CONFIG_FILE
 from rosa_ds.config import DataSettings, ModelSettings
 from rosa_ds.evaluation.metrics import exact_match, perplexity
-from rosa_ds.export.merge import adapter_folder, load_merged, run_tokenizer
+from rosa_ds.export.merge import load_merged, run_tokenizer
+from rosa_ds.export.source import open_source
 from rosa_ds.files import write_json
 from rosa_ds.logs import run_program
 from rosa_ds.models.load import load_model, load_tokenizer
+from rosa_ds.training.checkpoint import is_checkpoint
 
 METRICS = ("exact_match", "perplexity")
 logger = logging.getLogger("rosa_ds.launch.eval")
@@ -25,7 +27,7 @@ logger = logging.getLogger("rosa_ds.launch.eval")
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
-    parser.add_argument("model", help="run folder, adapter folder, model folder, hub name, .gguf file or tiny")
+    parser.add_argument("model", help="run, checkpoint or adapter folder, model folder, hub name, .gguf file or tiny")
     parser.add_argument("--data", required=True, help="as data.train, e.g. rows.jsonl[700:800] or builtin:sql")
     parser.add_argument(
         "--metric", action="append", choices=METRICS, help="may be given more than once; default: exact_match"
@@ -44,10 +46,10 @@ def main(arguments: list[str]) -> None:
         prompt_column=options.prompt_column, completion_column=options.completion_column, max_length=options.max_length
     )
     path, dtype = Path(options.model), getattr(torch, options.dtype)
-    if (path / "adapter").is_dir() or (path / CONFIG_FILE).is_file() or (path / "metrics.jsonl").is_file():
-        folder = adapter_folder(path)
-        model, description = load_merged(folder, dtype)
-        tokenizer = run_tokenizer(folder, description)
+    ours = (path / "adapter", path / CONFIG_FILE, path / "metrics.jsonl")
+    if any(part.exists() for part in ours) or is_checkpoint(path):
+        source = open_source(path)
+        model, tokenizer = load_merged(source, dtype), run_tokenizer(source)
     else:
         base = ModelSettings(name_or_path=options.model)
         model, tokenizer = load_model(base, dtype), load_tokenizer(base)

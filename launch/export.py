@@ -18,11 +18,11 @@ logger = logging.getLogger("rosa_ds.launch.export")
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__)
-    parser.add_argument("run", help="run folder or adapter folder")
+    parser.add_argument("run", help="run, checkpoint or adapter folder")
     parser.add_argument("out", help="folder to write; an earlier export in it is replaced")
     parser.add_argument("--format", choices=("merged", "adapter"), default="merged", help="default: merged")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="auto", help="of the merged weights; auto: as the base stores them"
+        "--dtype", choices=tuple(DTYPES), default="auto", help="of the merged weights; auto: each as the base stores it"
     )
     parser.add_argument(
         "--verify",

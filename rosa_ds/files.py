@@ -181,6 +181,7 @@ class TensorFiles(Mapping[str, Tensor]):
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
+        self._names: dict[str, str] = {}
         self._readers: dict[str, Any] = {}
         self.metadata: dict[str, str] = {}
         for path in paths:
@@ -195,24 +196,35 @@ class TensorFiles(Mapping[str, Tensor]):
                 if name in self._readers:
                     raise ValueError(f"{path}: {name} is in another file, too")
                 self._readers[name] = reader
+                self._names[name] = name
 
     def __getitem__(self, name: str) -> Tensor:
+        name = self._names[name]
         tensor: Tensor = self._readers[name].get_tensor(name)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
+        name = self._names[name]
         return tuple(self._readers[name].get_slice(name).get_shape())
 
     def close(self) -> None:
         """Give the files back; nothing can be read any more. A mapped file cannot be deleted for good on a network disk."""
         self._readers.clear()
+        self._names.clear()
+
+    def under(self, prefix: str) -> TensorFiles:
+        """The tensors whose names begin with a prefix, by the rest of their names; the files stay this object's."""
+        part = TensorFiles(())
+        part._names = {n.removeprefix(prefix): self._names[n] for n in self if n.startswith(prefix)}
+        part._readers = self._readers
+        return part
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self._names)
 
 
 def move_aside(folder: Path) -> Path:

@@ -20,8 +20,10 @@ from transformers import LlamaForCausalLM
 
 from rosa_ds.config import RunConfig
 from rosa_ds.data.prepare import prepare
-from rosa_ds.export.merge import adapter_folder, load_adapted, load_merged
+from rosa_ds.export.merge import load_adapted, load_merged
+from rosa_ds.export.source import open_source
 from rosa_ds.files import manifest_problem, write_manifest
+from rosa_ds.training.evaluate import evaluate_loss
 
 SUBSPACE = ("--method", "subspace", *faults.DRAWS)
 Losses = list[tuple[int, str, float]]
@@ -69,10 +71,10 @@ def test_what_a_run_leaves(straight: tuple[Path, Losses]) -> None:
 @pytest.mark.ranks
 def test_the_saved_adapter_is_the_trained_model(straight: tuple[Path, Losses], tokenizer: Any) -> None:
     """On the plain base, merged and not, it has the run's last evaluation loss."""
-    folder = adapter_folder(straight[0])
+    source = open_source(straight[0])
     data = prepare("builtin:sql[:16]", "eval", tokenizer, RunConfig().data)
     last = [line["loss"] for line in metrics(straight[0]) if line.get("event") == "eval"][-1]
-    for model, _ in (load_adapted(folder, torch.float32), load_merged(folder, torch.float32)):
+    for model in (load_adapted(source, torch.float32), load_merged(source, torch.float32)):
         assert evaluate_loss(model, data, 8, tokenizer.pad_token_id, True) == pytest.approx(last, rel=1e-5)
 
 

@@ -19,6 +19,7 @@ from rosa_ds.config import DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, Batch, BatchPlan, load_batch
 from rosa_ds.data.prepare import prepare
 from rosa_ds.export.merge import export_adapter, export_merged, load_adapted
+from rosa_ds.export.source import open_source
 from rosa_ds.export.verify import verify
 from rosa_ds.models.load import TINY_FOLDER, load_tokenizer
 from rosa_ds.training.schedule import lr_factor
@@ -413,7 +414,7 @@ def test_a_wrong_export_is_seen(straight: Path, tmp_path: Path, dtype: str) -> N
     export_merged(straight, tmp_path / "out", kind)
     result = verify(straight, tmp_path / "out")
     assert result.passed, str(result)
-    layer = load_adapted(straight / "adapter", torch.float32)[0].model.layers[0].mlp.up_proj
+    layer = load_adapted(open_source(straight), torch.float32).model.layers[0].mlp.up_proj
     layer.mask_known = False
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=kind)
     model.model.layers[0].mlp.up_proj.weight.data.copy_(layer.merged_weight())

@@ -20,7 +20,6 @@ from rosa_ds.config import AdapterConfig
 from rosa_ds.files import (
     TensorFiles,
     link_file,
-    read_tensors,
     write_json,
     write_manifest,
     write_tensors,
@@ -154,39 +153,54 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
             then unchanged.
     """
     description = read_description(folder)
-    content, _ = read_tensors(Path(folder) / TENSOR_FILE)
+    content = TensorFiles([Path(folder) / TENSOR_FILE])
+    base = TensorFiles(sorted(Path(folder).glob(f"{BASE_FILES}*.safetensors")))
+    fill_adapter(model, folder, description, content.under("trained."), content.under("positions."), base)
+    for files in (content, base):
+        files.close()
+    return description
+
+
+@torch.no_grad()
+def fill_adapter(
+    model: nn.Module,
+    where: str | Path,
+    description: AdapterDescription,
+    trained: TensorFiles,
+    positions: TensorFiles,
+    base: TensorFiles,
+) -> None:
+    """Inject a model where it has no adapter yet, and give it trained numbers, positions and a changed base.
+
+    Errors as :func:`load_adapter`, which name ``where``.
+    """
     if not adapted_layers(model):
         inject(model, description.config, description.seed, draw=None)
     elif _shape_of(describe(model).config) != _shape_of(description.config):
         raise ValueError(
-            f"{folder} was made with {_shape_of(description.config)}, the model was injected with "
+            f"{where} was made with {_shape_of(description.config)}, the model was injected with "
             f"{_shape_of(describe(model).config)}: load it into the plain base model"
         )
     parameters = trained_parameters(model)
     check_without_engine(model)
-    tensors = {name.removeprefix("trained."): t for name, t in content.items() if name.startswith("trained.")}
-    mask = {name.removeprefix("positions."): t for name, t in content.items() if name.startswith("positions.")}
     layers = {layer.weight_name: layer for layer in adapted_layers(model).values() if layer.rank}
-    base = TensorFiles(sorted(Path(folder).glob(f"{BASE_FILES}*.safetensors")))
-    changed = {name: base.shape(name) for name in base if not name.endswith("/residual")}
-    _check_fit(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, parameters)
-    _check_fit(folder, changed, {name: layer.weight for name, layer in layers.items()} if changed else {})
-    if mask:
-        set_mask(model, mask)
-    for name, tensor in tensors.items():
-        distributed.write_whole(parameters[name], tensor)
+    changed = [name for name in base if not name.endswith("/residual")]
+    _check_fit(where, trained, list(trained), parameters)
+    _check_fit(where, base, changed, {name: layer.weight for name, layer in layers.items()} if changed else {})
+    if positions:
+        set_mask(model, positions)
+    for name in trained:
+        distributed.write_whole(parameters[name], trained[name])
     for name in changed:
         distributed.write_whole(layers[name].weight, join_bits(base[name], base.get(f"{name}/residual")))
         layers[name].drawn = True
-    base.close()
-    return description
 
 
-def _check_fit(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Tensor]) -> None:
+def _check_fit(where: str | Path, files: TensorFiles, names: list[str], parameters: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the adapter has just these parameters, in their shapes."""
-    if wrong := sorted(set(shapes) ^ set(parameters)):
-        where = "model" if wrong[0] in shapes else "adapter"
-        raise ValueError(f"{folder}: {wrong[0]} is not in the {where}.{did_you_mean(wrong[0], parameters)}")
-    for name, found in shapes.items():
-        if found != (shape := tuple(distributed.full_shape(parameters[name]))):
-            raise ValueError(f"{folder}: {name} is {found}, the model's is {shape}: is it another base?")
+    if wrong := sorted(set(names) ^ set(parameters)):
+        place = "model" if wrong[0] in names else "adapter"
+        raise ValueError(f"{where}: {wrong[0]} is not in the {place}.{did_you_mean(wrong[0], parameters)}")
+    for name in names:
+        if (found := files.shape(name)) != (shape := tuple(distributed.full_shape(parameters[name]))):
+            raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: is it another base?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,30 +11,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rosa_ds.adapters.inject import merge
-from rosa_ds.adapters.state import CONFIG_FILE, AdapterDescription, load_adapter, read_description
+from rosa_ds.adapters.inject import inject, merge
+from rosa_ds.adapters.state import CONFIG_FILE, AdapterDescription, fill_adapter
 from rosa_ds.config import ModelSettings
-from rosa_ds.files import manifest_problem, write_json, written_folder
+from rosa_ds.export.source import Source, open_source
+from rosa_ds.export.stream import MergedRows, write_merged
+from rosa_ds.files import write_json, written_folder
 from rosa_ds.models.load import identify, load_model, load_tokenizer, stored_dtype
+from rosa_ds.models.stream import NotStreamableError, stream_base
 
+logger = logging.getLogger(__name__)
 EXPORT_FILE = "rosa_ds.json"
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """The adapter of a run folder, or the folder itself if it is one.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    path = Path(path)
-    for folder in (path / "adapter", path):
-        if (folder / CONFIG_FILE).is_file():
-            if problem := manifest_problem(folder):
-                raise ValueError(f"{folder}: {problem}")
-            return folder
-    if not path.exists():
-        raise ValueError(f"{path}: no such folder")
-    raise ValueError(f"{path} holds no adapter (adapter/{CONFIG_FILE}): did the run finish? Resume it with --resume")
 
 
 def base_settings(description: AdapterDescription) -> ModelSettings:
@@ -42,79 +30,110 @@ def base_settings(description: AdapterDescription) -> ModelSettings:
     return ModelSettings(name_or_path=base["name_or_path"], revision=base.get("revision"))
 
 
-def load_adapted(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, AdapterDescription]:
+def _check_base(source: Source) -> ModelSettings:
+    """Settings that load the base of a trained state. Raises: ValueError if its weights are others now."""
+    description = source.description
+    settings = base_settings(description)
+    if description.base.get("hash") not in (None, identify(settings)["hash"]):
+        raise ValueError(
+            f"{source.folder} was trained on other weights than {settings.name_or_path} has now: restore the base, or give its "
+            f"path in {CONFIG_FILE}"
+        )
+    return settings
+
+
+def load_adapted(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The base with its adapter, not merged, in ``dtype`` with a float32 adapter.
 
     Raises:
         ValueError: the base's weights are not those that the adapter was trained on.
     """
-    description = read_description(folder)
-    settings = base_settings(description)
-    found = identify(settings)
-    if description.base.get("hash") not in (None, found["hash"]):
-        raise ValueError(
-            f"{folder} was trained on other weights than {settings.name_or_path} has now: restore the base, or give its "
-            f"path in {CONFIG_FILE}"
-        )
-    model = load_model(settings, dtype)
-    load_adapter(model, folder)
-    return model.eval(), description
+    model = load_model(_check_base(source), dtype)
+    fill_adapter(model, source.folder, source.description, source.trained, source.positions, source.base)
+    return model.eval()
 
 
-def load_merged(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, AdapterDescription]:
+def load_merged(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The base in float32 with its adapter folded in, then rounded once to ``dtype``."""
-    model, description = load_adapted(folder, torch.float32)
+    model = load_adapted(source, torch.float32)
     merge(model)
     for (
         parameter
     ) in model.parameters():  # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    return model, description
+    return model
 
 
-def run_tokenizer(folder: Path, description: AdapterDescription) -> PreTrainedTokenizerBase:
+def run_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer that the run trained with, else the base's."""
-    saved = folder.parent / "tokenizer"
-    return AutoTokenizer.from_pretrained(saved) if saved.is_dir() else load_tokenizer(base_settings(description))
+    if source.tokenizer is not None:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer)
+        return tokenizer
+    return load_tokenizer(base_settings(source.description))
 
 
-def export_merged(source: str | Path, out: str | Path, dtype: torch.dtype | None) -> Path:
-    """Write the merged model as a Hugging Face folder: sharded safetensors, configurations, tokenizer.
+def export_merged(path: str | Path, out: str | Path, dtype: torch.dtype | None) -> Path:
+    """Write the merged model as a Hugging Face folder: safetensors like the base's, configurations, tokenizer.
+
+    A base in safetensors is merged as it is read, some rows at a time, without building the model; another one (a ``.gguf``
+    file) is loaded whole.
 
     Args:
-        source: run or adapter folder.
+        path: run folder, checkpoint or adapter.
         out: folder to write; an earlier export in it is replaced.
-        dtype: of the weights; ``None`` as the base stores them.
+        dtype: of the weights; ``None`` each as the base stores it.
 
     Raises:
-        ValueError: no adapter there, or ``out`` holds anything but an earlier export.
+        ValueError: no trained state there, or ``out`` holds anything but an earlier export.
     """
-    folder = adapter_folder(source)
-    out = _free_folder(out, Path(source))
-    description = read_description(folder)
-    dtype = dtype or stored_dtype(base_settings(description))
-    model, _ = load_merged(folder, dtype)
+    source = open_source(path)
+    out = _free_folder(out, Path(path))
+    settings = _check_base(source)
+    description = source.description
+    origin = {
+        "base": description.base,
+        "method": description.config.method,
+        "run": str(path),
+        "state": source.folder.name,
+        "dtype": "stored" if dtype is None else str(dtype).removeprefix("torch."),
+    }
     with written_folder(out) as temporary:
-        model.save_pretrained(temporary)
-        run_tokenizer(folder, description).save_pretrained(temporary)
-        origin = {
-            "base": description.base,
-            "method": description.config.method,
-            "run": str(source),
-            "dtype": str(dtype),
-        }
+        try:
+            model, base = stream_base(settings, dtype or stored_dtype(settings))
+        except NotStreamableError as reason:
+            logger.warning("%s is loaded whole to be merged: %s", settings.name_or_path, reason)
+            model = load_merged(source, dtype or stored_dtype(settings))
+            model.save_pretrained(temporary)
+        else:
+            inject(model, description.config, description.seed, draw=None)
+            metadata = {"format": "pt", "rosa_ds": json.dumps(origin)}
+            write_merged(MergedRows(model, base, source, dtype), temporary, metadata)
+            _write_configs(model, settings, dtype, temporary)
+        run_tokenizer(source).save_pretrained(temporary)
         _sign(temporary, origin)
     return out
 
 
-def export_adapter(source: str | Path, out: str | Path) -> Path:
-    """Copy the adapter alone. Arguments and errors as :func:`export_merged`."""
-    folder = adapter_folder(source)
-    out = _free_folder(out, Path(source))
+def _write_configs(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype | None, folder: Path) -> None:
+    model.config.dtype = dtype or stored_dtype(settings)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def export_adapter(path: str | Path, out: str | Path) -> Path:
+    """Copy the adapter of a finished run alone. Arguments and errors as :func:`export_merged`."""
+    source = open_source(path)
+    if not (source.folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{path} has no finished adapter, only checkpoints: finish the run with --resume, or export it merged"
+        )
+    out = _free_folder(out, Path(path))
     with written_folder(out) as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
-        _sign(temporary, {"run": str(source), "format": "adapter"})
+        shutil.copytree(source.folder, temporary, dirs_exist_ok=True)
+        _sign(temporary, {"run": str(path), "format": "adapter"})
     return out
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.targets import linear_layers
-from rosa_ds.export.merge import adapter_folder, load_adapted
+from rosa_ds.export.merge import load_adapted
+from rosa_ds.export.source import open_source
 
 PROMPTS = (
     "The capital of France is",
@@ -93,7 +94,7 @@ def verify(source: str | Path, exported: str | Path) -> Verification:
     """Compare the adapter model with the merged model reloaded from disk, both computed in float32."""
     tokenizer = AutoTokenizer.from_pretrained(exported)
     prompts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in PROMPTS]
-    adapted, _ = load_adapted(adapter_folder(source), torch.float32)
+    adapted = load_adapted(open_source(source), torch.float32)
     expected = _logits(adapted, prompts)
     linear = len(linear_layers(adapted)) + len(adapted_layers(adapted))
     merged = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)

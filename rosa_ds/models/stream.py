@@ -153,11 +153,8 @@ def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedMo
 
     Raises: ValueError as :func:`rosa_ds.models.load.load_model`.
     """
-    name, arguments = resolve(settings.name_or_path)
     try:
-        if "gguf_file" in arguments:
-            raise NotStreamableError("it is a .gguf file")
-        return _open(settings, name, dtype)
+        return stream_base(settings, dtype)
     except NotStreamableError as reason:
         model = load_model(settings, dtype)
         size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
@@ -169,7 +166,11 @@ def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedMo
         return model, None
 
 
-def _open(settings: ModelSettings, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Base]:
+def stream_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedModel, Base]:
+    """As :func:`open_base`, but NotStreamableError for a checkpoint that cannot be read tensor by tensor."""
+    name, arguments = resolve(settings.name_or_path)
+    if "gguf_file" in arguments:
+        raise NotStreamableError("it is a .gguf file")
     revision = settings.revision or "main"
     more = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
     try:

@@ -1,0 +1,99 @@
+"""What an export reads: a finished adapter, or a checkpoint of any step, ranks and stage, as named tensors on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from rosa_ds.adapters.state import BASE_FILES, CONFIG_FILE, TENSOR_FILE, AdapterDescription, read_description
+from rosa_ds.config import AdapterConfig
+from rosa_ds.files import TensorFiles, manifest_problem
+from rosa_ds.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A trained state.
+
+    Attributes:
+        folder: where it was found.
+        trained: float32 numbers by parameter name; positions: by weight name.
+        base: weights that draws have changed, by name, and ``NAME/residual``.
+        tokenizer: folder of the run's tokenizer, if it is there.
+    """
+
+    folder: Path
+    description: AdapterDescription
+    trained: TensorFiles
+    positions: TensorFiles
+    base: TensorFiles
+    tokenizer: Path | None
+
+
+def _check(folder: Path) -> Path:
+    if problem := manifest_problem(folder):
+        raise ValueError(f"{folder}: {problem}")
+    return folder
+
+
+def _open_adapter(folder: Path) -> Source:
+    _check(folder)
+    tensors = TensorFiles([folder / TENSOR_FILE])
+    base = TensorFiles(sorted(folder.glob(f"{BASE_FILES}*.safetensors")))
+    tokenizer = folder.parent / "tokenizer"
+    return Source(
+        folder,
+        read_description(folder),
+        tensors.under("trained."),
+        tensors.under("positions."),
+        base,
+        tokenizer if tokenizer.is_dir() else None,
+    )
+
+
+def _files(part: object) -> TensorFiles:
+    assert isinstance(part, TensorFiles)
+    return part
+
+
+def _open_checkpoint(folder: Path) -> Source:
+    _check(folder)
+    saved = checkpoint.load(folder)
+    config, run = saved.config, folder.parent.parent
+    description = AdapterDescription(
+        AdapterConfig(method=config["method"], **config["adapter"]), config["training"]["seed"], dict(saved.base)
+    )
+    tokenizer = run / "tokenizer"
+    return Source(
+        folder,
+        description,
+        _files(saved.trained),
+        _files(saved.positions),
+        _files(saved.base_changes),
+        tokenizer if tokenizer.is_dir() else None,
+    )
+
+
+def open_source(path: str | Path) -> Source:
+    """A run's adapter, or where it has none yet its newest good checkpoint; or the adapter or checkpoint ``path`` itself.
+
+    Raises: ValueError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such folder")
+    for folder in (path / "adapter", path):
+        if (folder / CONFIG_FILE).is_file() and _is_ours(folder):
+            return _open_adapter(folder)
+    if checkpoint.is_checkpoint(path):
+        return _open_checkpoint(path)
+    newest = checkpoint.folders(path).newest_good()
+    if newest is None:
+        raise ValueError(f"{path} holds no adapter (adapter/{CONFIG_FILE}) and no whole checkpoint")
+    return _open_checkpoint(newest)
+
+
+def _is_ours(folder: Path) -> bool:
+    """PEFT's folders have a file of the same name."""
+    return "format" in json.loads((folder / CONFIG_FILE).read_text())

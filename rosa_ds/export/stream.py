@@ -1,0 +1,192 @@
+"""A merged model written as it is read: some rows of one tensor at a time, into files laid out like the base's.
+
+No more of the model is in memory than one block of rows, the adapter of one layer, and the pages of one mapped file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.adapters.layer import AdaptedLinear
+from rosa_ds.adapters.low_rank import low_rank_delta
+from rosa_ds.adapters.subspace import join_bits
+from rosa_ds.export.source import Source
+from rosa_ds.models.stream import INDEX, SINGLE, Base
+
+BLOCK_BYTES = 64 * 2**20
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+class MergedRows:
+    """Rows of every tensor of a checkpoint with a trained state folded in.
+
+    Args:
+        model: injected, without numbers; says which tensor belongs to which layer, and which are tied.
+        base: the checkpoint.
+        dtype: of floating-point tensors; ``None``: each as it is stored.
+
+    Raises: ValueError if the state does not fit the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: Base, source: Source, dtype: torch.dtype | None) -> None:
+        self.base, self.source, self.dtype = base, source, dtype
+        self.layers = {layer.weight_name: layer for layer in adapted_layers(model).values()}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.trained_name = {name: first[id(parameter)] for name, parameter in named.items()}
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if wrong := sorted(wanted ^ set(source.trained)):
+            raise ValueError(
+                f"{source.folder}: {wrong[0]} is not in the {'adapter' if wrong[0] in wanted else 'model'}"
+            )
+        self._part: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of a tensor as the base has it."""
+        rows = slice(0, 1) if self.base.shape(name) else slice(None)
+        return self.base.rows(name, rows).dtype
+
+    def out_dtype(self, name: str) -> torch.dtype:
+        stored = self.stored_dtype(name)
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """A tensor, rows after rows, in its type; what training did not touch comes as it is stored."""
+        shape, dtype = self.base.shape(name), self.out_dtype(name)
+        if not shape:
+            yield self._rows(name, slice(None)).to(dtype)
+            return
+        height = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
+        for start in range(0, shape[0], height):
+            yield self._rows(name, slice(start, min(start + height, shape[0]))).to(dtype)
+
+    def _rows(self, name: str, rows: slice) -> Tensor:
+        whole = self.trained_name.get(name, name)
+        if whole in self.source.trained:
+            tensor = self._parts(whole, {"": whole})[""]
+            return tensor[rows] if tensor.ndim else tensor
+        layer = self.layers.get(name)
+        return self.base.rows(name, rows) if layer is None else self._merged(layer, rows)
+
+    def _merged(self, layer: AdaptedLinear, rows: slice) -> Tensor:
+        """``W + scale · B A + S`` in float32."""
+        parts = self._parts(layer.name, {part: f"{layer.name}.{part}" for part in ("A", "B", "values")})
+        weight = self._base_rows(layer.weight_name, rows).float()
+        if "A" in parts:
+            A, B = (parts["A"][:, rows], parts["B"]) if layer.transposed else (parts["A"], parts["B"][rows])
+            delta = low_rank_delta(A, B, layer.scale)
+            weight = weight + (delta.T if layer.transposed else delta)
+        if "values" in parts and layer.weight_name in self.source.positions:
+            weight = weight.contiguous()
+            width = layer.weight_shape[1]
+            positions = self._parts_of_positions(layer)
+            ends = torch.tensor([rows.start * width, rows.stop * width], dtype=positions.dtype)
+            first, last = torch.searchsorted(positions, ends).tolist()
+            inside = (positions[first:last].long() - rows.start * width).clamp_min(0)
+            weight.view(-1).index_add_(0, inside, parts["values"][first:last].float())
+        return weight
+
+    def _parts_of_positions(self, layer: AdaptedLinear) -> Tensor:
+        parts = self._part[1]
+        if "positions" not in parts:
+            parts["positions"] = self.source.positions[layer.weight_name].long()
+        return parts["positions"]
+
+    def _parts(self, key: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """The adapter of one layer, kept until another one is asked for."""
+        if self._part[0] != key:
+            self._part = (key, {p: self.source.trained[n] for p, n in names.items() if n in self.source.trained})
+        return self._part[1]
+
+    def _base_rows(self, name: str, rows: slice) -> Tensor:
+        if name not in self.source.base:
+            return self.base.rows(name, rows)
+        parts = self._part[1]
+        if "base" not in parts:
+            parts["base"] = join_bits(self.source.base[name], self.source.base.get(f"{name}/residual"))
+        return parts["base"][rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    key: str
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _write_file(stream: BinaryIO, entries: list[_Entry], rows: MergedRows, metadata: dict[str, str], bar: tqdm) -> None:
+    """One safetensors file: a header that says where everything will be, then everything. Format: huggingface/safetensors."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for entry in entries:
+        header[entry.key] = {
+            "dtype": _DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for entry in entries:
+        before = stream.tell()
+        for block in rows.blocks(entry.name):
+            content = _bytes_of(block)
+            stream.write(content)
+            bar.update(len(content))
+        assert stream.tell() - before == entry.bytes, f"{entry.name}: another size than its header says"
+
+
+def write_merged(rows: MergedRows, folder: Path, metadata: dict[str, str]) -> None:
+    """The merged model as safetensors files, one for each of the base's, with their names and an index like theirs."""
+    files: dict[str, list[_Entry]] = {}
+    names = {key: name for name, key in rows.base.names.items()}
+    for key, path in rows.base.files.items():
+        if key in names:
+            name = names[key]
+            entry = _Entry(key, name, rows.out_dtype(name), tuple(rows.base.shape(name)))
+            files.setdefault(path.name, []).append(entry)
+    files = dict(sorted(files.items()))
+    total = sum(entry.bytes for entries in files.values() for entry in entries)
+    single = len(files) == 1
+    with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
+        for number, entries in enumerate(files.values(), start=1):
+            # as safetensors sorts them, so that every number is aligned
+            entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.key))
+            target = SINGLE if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            with (folder / target).open("wb") as stream:
+                _write_file(stream, entries, rows, metadata, bar)
+    if not single:
+        index = {
+            entry.key: f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            for number, entries in enumerate(files.values(), start=1)
+            for entry in entries
+        }
+        content = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(index.items()))}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+    rows.base.close()
