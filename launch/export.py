@@ -1,4 +1,4 @@
-"""Export a run: ``python launch/export.py RUN_DIR OUT_DIR [--format merged|adapter] [--dtype bfloat16] [--verify]``."""
+"""Export a run: ``python launch/export.py RUN_DIR OUT_DIR [--format merged|peft|adapter] [--dtype bfloat16] [--verify]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from rosa_ds.export.merge import export_adapter, export_merged
+from rosa_ds.export.merge import export_adapter, export_merged, export_peft
 from rosa_ds.export.verify import verify
 from rosa_ds.logs import run_program
 
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__)
     parser.add_argument("run", help="run, checkpoint or adapter folder")
     parser.add_argument("out", help="folder to write; an earlier export in it is replaced")
-    parser.add_argument("--format", choices=("merged", "adapter"), default="merged", help="default: merged")
+    parser.add_argument("--format", choices=("merged", "peft", "adapter"), default="merged", help="default: merged")
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="auto", help="of the merged weights; auto: each as the base stores it"
     )
@@ -29,11 +29,17 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="reload the merged model and compare its logits; exit status 1 if they differ",
     )
+    parser.add_argument("--rank", type=int, help="with --format peft, of the LoRA that stands for a subspace run")
     options = parser.parse_args(arguments)
+    if options.format != "merged" and (options.verify or options.dtype != "auto"):
+        raise ValueError("--verify and --dtype belong to --format merged: an adapter's numbers are float32 as they are")
+    if options.format != "peft" and options.rank is not None:
+        raise ValueError("--rank belongs to --format peft")
     if options.format == "adapter":
-        if options.verify or options.dtype != "auto":
-            raise ValueError("--verify and --dtype belong to --format merged: an adapter is copied as it is")
         logger.info("wrote %s", export_adapter(options.run, options.out))
+        return
+    if options.format == "peft":
+        logger.info("wrote %s", export_peft(options.run, options.out, options.rank))
         return
     logger.info("wrote %s", export_merged(options.run, options.out, DTYPES[options.dtype]))
     if options.verify:

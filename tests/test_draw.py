@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import time
@@ -79,13 +78,12 @@ def test_the_saved_adapter_is_the_trained_model(straight: tuple[Path, Losses], t
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("step", [3, 4])
-def test_resumed_draws_are_the_same_draws(straight: tuple[Path, Losses], tmp_path: Path, step: int) -> None:
-    """After a draw, and right before one: bit for bit on as many ranks, to 1e-5 on one at another stage."""
-    copy = go_on(straight[0], tmp_path / "two", step)
+def test_resumed_draws_are_the_same_draws(straight: tuple[Path, Losses], tmp_path: Path) -> None:
+    """Right before a draw, bit for bit on as many ranks; after one, to 1e-5 on one rank at another stage."""
+    copy = go_on(straight[0], tmp_path / "two", 4)
     faults.finish(tmp_path / "two", *SUBSPACE)
     assert losses(copy) == straight[1]
-    copy = go_on(straight[0], tmp_path / "one", step)
+    copy = go_on(straight[0], tmp_path / "one", 3)
     zero3 = ("--config", str(ROOT / "ds_configs" / "zero3.json"), *faults.STEPS[2:])
     run("python", 1, TRAIN, *zero3, *SUBSPACE, "--resume", cwd=tmp_path / "one")
     assert [entry[2] for entry in losses(copy)] == pytest.approx([entry[2] for entry in straight[1]], rel=1e-5)
@@ -149,13 +147,6 @@ def test_a_signal_at_a_draw(straight: tuple[Path, Losses], tmp_path: Path) -> No
     assert json.loads((folder / "interrupted.json").read_text())["step"] in (2, 3)
     faults.finish(tmp_path, *SUBSPACE)
     assert losses(folder) == straight[1]
-
-
-@pytest.mark.ranks
-def test_kills(straight: tuple[Path, Losses], tmp_path: Path) -> None:
-    seed = int(time.time())
-    fell = faults.trial(tmp_path, straight[1], 2, random.Random(seed), SUBSPACE)
-    assert fell.total() > 0, f"nothing was killed with seed {seed}"
 
 
 @pytest.mark.ranks

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -17,8 +18,9 @@ import rosa_ds
 from rosa_ds.adapters.state import trained_parameters
 from rosa_ds.config import AdapterConfig
 from rosa_ds.export import merge, stream
-from rosa_ds.export.merge import export_merged
+from rosa_ds.export.merge import export_merged, export_peft
 from rosa_ds.models.load import load_tokenizer
+from rosa_kernels.testing import relative_rms
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("llama", {"method": "full"}),
@@ -151,3 +153,49 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was trained on other weights"):
         export_merged(tmp_path / "adapter", tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
+
+
+PEFT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": (
+        "llama",
+        {"method": "lora", "rank_pattern": {"k_proj": 2, r"0\.mlp": 5}, "modules_to_save": ["lm_head", "norm"]},
+    ),
+    "lora on Conv1D": ("gpt2", {"method": "lora", "alpha": 5.0}),
+    "robust": ("llama", {"method": "robust", "alpha": 7.0, "density": 0.0123}),
+    "sparse": ("llama", {"method": "sparse", "density": 0.031}),
+    "subspace": ("gpt2", {"method": "subspace"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT 0.21 calls it
+@pytest.mark.parametrize(("base", "settings"), PEFT_CASES.values(), indirect=["base"], ids=PEFT_CASES)
+def test_peft_computes_the_same(base: Path, settings: dict[str, Any], batch: dict[str, Tensor], tmp_path: Path) -> None:
+    model = trained(base, settings).float()
+    rosa_ds.save_adapter(model, tmp_path / "adapter", base={"name_or_path": str(base)})
+    rank = 6 if settings["method"] == "subspace" else None  # one draw: what was split off, and what was trained
+    out = export_peft(tmp_path / "adapter", tmp_path / "peft", rank)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    difference = relative_rms(plain(**batch).logits, model(**batch).logits)
+    loaded = PeftModel.from_pretrained(plain, out).eval()
+    assert difference > 1e-2
+    assert relative_rms(loaded(**batch).logits, model(**batch).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "rank", "message"),
+    [
+        ("llama", {"method": "robust-subspace"}, 4, "method robust-subspace cannot be written in PEFT's format"),
+        ("llama", {"method": "subspace"}, None, "give --rank"),
+        ("gpt2", {"method": "robust"}, None, "SUPERTUNING knows nn.Linear alone"),
+        ("llama", {"method": "robust", "rank_pattern": {"k_proj": 2}}, None, "adapter.rank_pattern cannot be written"),
+        ("tied", {"method": "lora", "modules_to_save": ["embed_tokens"]}, None, "it is tied to lm_head.weight"),
+    ],
+    indirect=["base"],
+)
+def test_what_peft_has_no_format_for(
+    base: Path, settings: dict[str, Any], rank: int | None, message: str, tmp_path: Path
+) -> None:
+    rosa_ds.save_adapter(trained(base, settings), tmp_path / "adapter", base={"name_or_path": str(base)})
+    with pytest.raises(ValueError, match=message):
+        export_peft(tmp_path / "adapter", tmp_path / "peft", rank)
+    assert not (tmp_path / "peft").exists()

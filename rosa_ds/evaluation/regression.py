@@ -153,7 +153,7 @@ def _recover(settings: DrawSettings, rank: int, base: Tensor, target: Tensor, se
 
 
 def draws_to_recover(
-    directions: Directions, rank: int, error: float = 1e-3, limit: int = 2000, seed: int = 0
+    directions: Directions, rank: int, error: float = 1e-3, limit: int = 500, seed: int = 0
 ) -> int | None:
     """How many draws, each trained to convergence, until the update of rank 24 is found to a relative error.
 

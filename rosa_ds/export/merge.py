@@ -14,11 +14,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from rosa_ds.adapters.inject import inject, merge
 from rosa_ds.adapters.state import CONFIG_FILE, AdapterDescription, fill_adapter
 from rosa_ds.config import ModelSettings
+from rosa_ds.export.peft import write_peft
 from rosa_ds.export.source import Source, open_source
 from rosa_ds.export.stream import MergedRows, write_merged
 from rosa_ds.files import write_json, written_folder
 from rosa_ds.models.load import identify, load_model, load_tokenizer, stored_dtype
-from rosa_ds.models.stream import NotStreamableError, stream_base
+from rosa_ds.models.stream import NotStreamableError, open_base, stream_base
 
 logger = logging.getLogger(__name__)
 EXPORT_FILE = "rosa_ds.json"
@@ -134,6 +135,23 @@ def export_adapter(path: str | Path, out: str | Path) -> Path:
     with written_folder(out) as temporary:
         shutil.copytree(source.folder, temporary, dirs_exist_ok=True)
         _sign(temporary, {"run": str(path), "format": "adapter"})
+    return out
+
+
+def export_peft(path: str | Path, out: str | Path, rank: int | None) -> Path:
+    """Write a folder that PEFT loads, see :mod:`rosa_ds.export.peft`. Arguments and errors as there and for merging."""
+    source = open_source(path)
+    out = _free_folder(out, Path(path))
+    settings, description = _check_base(source), source.description
+    model, base = open_base(settings, stored_dtype(settings))
+    inject(model, description.config, description.seed, draw=None)
+    with written_folder(out) as temporary:
+        write_peft(model, base, source, temporary, rank)
+        run_tokenizer(source).save_pretrained(temporary)
+        _sign(
+            temporary,
+            {"base": description.base, "method": description.config.method, "run": str(path), "format": "peft"},
+        )
     return out
 
 
