@@ -193,7 +193,7 @@ def plot(curves: dict[str, dict[str, list[float]]], bounds: dict[str, dict[str, 
         for name, bound in bounds.get(task, {}).items():
             panel.axhline(bound, color=f"C{ranks.index(name.partition(' ')[2])}", linewidth=0.5)
         panel.set(title=task, xlabel="epoch", ylabel="validation loss", yscale="log")
-        panel.legend(fontsize="small", ncols=2)
+        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

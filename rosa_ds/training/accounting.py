@@ -20,6 +20,7 @@ from rosa_ds.adapters.inject import adapted_layers, adapter_parts
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.training.changed_base import ChangedBase, keeps_residual
+from rosa_ds.training.draw import BATCH_BYTES
 from rosa_ds.training.engine import PERSISTENCE
 from rosa_ds.training.trained_state import TrainedState
 
@@ -115,9 +116,11 @@ def predict(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig) -> Accou
             total[RESIDUAL] = 2 * sum(rows * columns for rows, columns in sizes)
             memory[RESIDUAL] = 2 * sum(_share(rows * columns, ranks) for rows, columns in sizes)
         # weight, fold, what is left of it, and the larger of a copy for the check, or Gram matrix, eigenvectors, workspace
-        memory["draw, at once"] = 4 * max(
+        at_once = max(
             3 * rows * columns + max(2 * rows * columns, 4 * min(rows, columns) ** 2) for rows, columns in sizes
         )
+        waiting = min(BATCH_BYTES, 4 * sum(rows * columns for rows, columns in sizes) // ranks)
+        memory["draw, at once"] = 4 * at_once + waiting
     return Account(memory, _predict_traffic(parts, plan), total)
 
 

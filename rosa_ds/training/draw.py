@@ -1,6 +1,6 @@
 """The draws of a distributed run: each layer is factorised by its owner, and all ranks take the owner's numbers.
 
-As many layers as there are ranks are worked on at once, each whole on its owner only. What a draw makes of a weight is
+All ranks work on layers at once, each whole on its owner only. What a draw makes of a weight is
 sent to all, so that every rank has the same bits whatever its hardware; ZeRO-3 keeps its share of them.
 """
 
@@ -28,6 +28,8 @@ from rosa_ds.training.trained_state import TrainedState
 logger = logging.getLogger(__name__)
 GROUP = "low_rank"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BATCH_BYTES = 64 * 2**20
+"""Of float32 weights that a rank holds at once: one large layer, or several small ones, so that ranks wait less often."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +89,10 @@ class Drawing:
         with tqdm(total=len(self.layers), desc=f"draw {number}", unit="layer", leave=False, disable=hidden) as bar:
             for batch in self._batches():
                 distributed.progress(f"draw {number}, {batch[0]}")
-                result = self._work_on(batch, number, keys)
+                results = self._work_on(batch, number, keys)
+                done += [dataclasses.replace(result, tensors={}) for result in results.values()]
                 for name in batch:
-                    self._take(name, result if self.owners[name] == distributed.rank() else None, keys)
-                if result is not None:
-                    done.append(dataclasses.replace(result, tensors={}))
+                    self._take(name, results.pop(name, None), keys)
                 bar.update(len(batch))
         found = [result for part in distributed.gather_objects(done) for result in part]
         rounding = max(result.rounding for result in found)
@@ -109,28 +110,35 @@ class Drawing:
         }
 
     def _batches(self) -> Iterator[list[str]]:
-        """Layers that are worked on at once: one of each rank that has one left, all about as large."""
-        queues: list[list[str]] = [[] for _ in range(distributed.world_size())]
+        """Layers that are worked on at once: of each rank as many as a little memory holds, all ranks' about as costly."""
+        queues: list[list[list[str]]] = [[] for _ in range(distributed.world_size())]
+        room = [0] * len(queues)
         for name in sorted(self.layers, key=lambda name: (-self._cost(self.layers[name]), name)):
-            queues[self.owners[name]].append(name)
-        for turn in range(max(map(len, queues))):
-            yield [queue[turn] for queue in queues if turn < len(queue)]
+            owner, size = self.owners[name], 4 * self.layers[name].weight_numel
+            if size > room[owner]:
+                queues[owner].append([])
+                room[owner] = BATCH_BYTES
+            queues[owner][-1].append(name)
+            room[owner] -= size
+        for turn in itertools.zip_longest(*queues, fillvalue=[]):
+            yield [name for names in turn for name in names]
 
-    def _work_on(self, batch: list[str], number: int, keys: list[str]) -> _Result | None:
+    def _work_on(self, batch: list[str], number: int, keys: list[str]) -> dict[str, _Result]:
         """Gather the layers of a batch one after another; each rank draws its own. An error is raised on all ranks."""
-        mine: _Layer | None = None
-        for name in batch:
-            mine = self._read(name, keys) or mine
-        result: _Result | None = None
+        mine = [layer for wanted in batch if (layer := self._read(wanted, keys)) is not None]
+        results: dict[str, _Result] = {}
         problem: Exception | None = None
+        name = ""
         try:
-            result = self._split(mine, number) if mine is not None else None
+            while mine:
+                name = mine[0].name
+                results[name] = self._split(mine.pop(0), number)
         except ValueError as error:
-            problem = ValueError(f"{mine.name if mine else ''}: {error}")
+            problem = ValueError(f"{name}: {error}")
         except Exception as error:
             problem = error
         distributed.raise_everywhere(problem)
-        return result
+        return results
 
     def _read(self, name: str, keys: list[str]) -> _Layer | None:
         """A layer on its owner; collective."""

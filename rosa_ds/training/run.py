@@ -47,7 +47,7 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
     """The run's steps. A method without a low-rank part has nothing to warm up."""
     training, mask = settings.training, settings.mask
     warms_up = settings.collects_gradients and settings.method in LOW_RANK_METHODS
-    return Schedule(
+    schedule = Schedule(
         train_steps=training.max_steps or training.epochs * steps_per_epoch,
         mask_warmup=mask.warmup_steps if warms_up else 0,
         mask_steps=mask.steps if settings.collects_gradients else 0,
@@ -58,6 +58,12 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
         draw_every=settings.draw.steps(steps_per_epoch) if settings.draws else 0,
         draw_warmup=settings.draw.warmup_steps if settings.draws else 0,
     )
+    if schedule.draws and schedule.draw_every >= schedule.train_steps:
+        logger.warning(
+            "draw.every %s is no shorter than the %d steps of training: the low-rank part is drawn once, at the start",
+            *(settings.draw.every, schedule.train_steps),
+        )
+    return schedule
 
 
 def _prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSet, TokenSet | None]:
@@ -197,6 +203,8 @@ def _make_drawing(model: PreTrainedModel, state: TrainedState, settings: RunConf
     if not settings.draws:
         return None
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.rank}
+    if not layers:
+        raise ValueError(f"method {settings.method} has nothing to draw: adapter.rank_pattern gives every layer rank 0")
     return Drawing(ChangedBase(layers, settings.draw), state, settings.draw, settings.training.seed)
 
 
@@ -273,11 +281,6 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         sort_by_length=settings.data.batching == "sorted",
     )
     schedule = build_schedule(settings, batches.steps_per_epoch)
-    if schedule.draws and schedule.draw_every >= schedule.train_steps:
-        logger.warning(
-            "draw.every %s is no shorter than the %d steps of training: the low-rank part is drawn once, at the start",
-            *(settings.draw.every, schedule.train_steps),
-        )
     whole = parameter_groups(model).get("whole", {})
     restarts = schedule.restart and schedule.mask_steps > 0
     at_start = {name: distributed.own_numbers(p).float().cpu().clone() for name, p in whole.items()} if restarts else {}
