@@ -13,7 +13,7 @@ import rosa_ds
 from rosa_ds import distributed
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.training.accounting import predict, table
+from rosa_ds.training.accounting import RESIDUAL, predict, table
 from rosa_ds.training.engine import PERSISTENCE, keep_vectors_everywhere
 
 
@@ -43,7 +43,7 @@ def test_one_rank_sends_nothing_and_keeps_all(llama: LlamaForCausalLM) -> None:
     plan, _ = plan_deepspeed({}, RunConfig(), 1, gpu_has_bfloat16=False)
     base = 4 * sum(parameter.numel() for parameter in model.parameters())
     rosa_ds.inject(model, rosa_ds.AdapterConfig(rank=2, density=0.01))
-    account = predict(model, plan)
+    account = predict(model, plan, RunConfig())
     assert account.traffic == {}
     assert account.memory["base"] == base
     # stage 0 in float32: moments alone
@@ -52,6 +52,19 @@ def test_one_rank_sends_nothing_and_keeps_all(llama: LlamaForCausalLM) -> None:
     assert account.memory["positions"] == account.memory["values"] > 0
     text = table(account, account.memory, {})
     assert len(text.splitlines()) == 1 + len([size for size in account.memory.values() if size])
+
+
+def test_draws_have_their_place_in_the_account(llama: LlamaForCausalLM) -> None:
+    settings = RunConfig(method="subspace", adapter={"rank": 2}, model={"dtype": "bfloat16"})
+    plan, settings = plan_deepspeed({}, settings, 1, gpu_has_bfloat16=False)
+    model = llama.bfloat16()
+    rosa_ds.inject(model, settings.adapter_config(), draw=None)
+    numbers = sum(layer.weight_numel for layer in rosa_ds.adapted_layers(model).values())
+    account = predict(model, plan, settings)
+    assert account.memory[RESIDUAL] == account.total[RESIDUAL] == 2 * numbers
+    assert account.memory["draw, at once"] > 4 * 5 * 32 * 48  # five float32 matrices of the largest layer
+    without = RunConfig(method="subspace", adapter={"rank": 2}, draw={"residual": False}, model={"dtype": "bfloat16"})
+    assert RESIDUAL not in predict(model, plan, without).memory
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
