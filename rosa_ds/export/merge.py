@@ -108,7 +108,9 @@ def export_merged(path: str | Path, out: str | Path, dtype: torch.dtype | None) 
             model.save_pretrained(temporary)
         else:
             inject(model, description.config, description.seed, draw=None)
-            metadata = {"format": "pt", "rosa_ds": json.dumps(origin)}
+            # not where it was found: the same state gives the same bytes
+            said = {key: origin[key] for key in ("base", "method", "dtype")}
+            metadata = {"format": "pt", "rosa_ds": json.dumps(said)}
             write_merged(MergedRows(model, base, source, dtype), temporary, metadata)
             _write_configs(model, settings, dtype, temporary)
         run_tokenizer(source).save_pretrained(temporary)
