@@ -11,9 +11,9 @@ import torch
 
 from rosa_ds.config import RunConfig
 from rosa_ds.files import (
+    TensorFiles,
     manifest_problem,
     move_aside,
-    read_tensors,
     write_json,
     write_manifest,
     write_tensors,
@@ -211,6 +211,6 @@ def test_moved_aside(tmp_path: Path) -> None:
 def test_unreadable_tensors(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        read_tensors(tmp_path / "x.safetensors")
+        TensorFiles([tmp_path / "x.safetensors"])
     with pytest.raises(OSError, match="cannot be written"):
         write_tensors(tmp_path / "missing" / "x.safetensors", {"a": torch.ones(1)})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -163,12 +163,10 @@ def draws_to_recover(
     base = task.base[0].weight.detach().double()  # type: ignore[operator]
     x, y = (tensor.double() for tensor in task.train)
     target = torch.linalg.lstsq(x, y).solution.T
-    for number, found in enumerate(_recover(DrawSettings(directions=directions), rank, base, target, seed), start=1):
-        if found <= error:
-            return number
-        if number == limit:
-            return None
-    raise AssertionError
+    errors = _recover(DrawSettings(directions=directions), rank, base, target, seed)
+    return next(
+        (number for number, found in enumerate(itertools.islice(errors, limit), start=1) if found <= error), None
+    )
 
 
 def plot(curves: dict[str, dict[str, list[float]]], bounds: dict[str, dict[str, float]], path: Any) -> None:
@@ -179,17 +177,13 @@ def plot(curves: dict[str, dict[str, list[float]]], bounds: dict[str, dict[str, 
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(curves), figsize=(7 * len(curves), 5), squeeze=False)
-    style: dict[str, Callable[[str], str]] = {
-        "lora": lambda rank: "--",
-        "subspace": lambda rank: "-",
-        "full": lambda rank: ":",
-    }
+    style = {"lora": "--", "subspace": "-", "full": ":"}
     for panel, (task, lines) in zip(panels[0], curves.items(), strict=True):
         ranks = sorted({name.partition(" ")[2] for name in lines})
         for name, curve in lines.items():
             method, _, rank = name.partition(" ")
             color = "black" if method == "full" else f"C{ranks.index(rank)}"
-            panel.plot(range(1, len(curve) + 1), curve, style[method](rank), color=color, label=name)
+            panel.plot(range(1, len(curve) + 1), curve, style[method], color=color, label=name)
         for name, bound in bounds.get(task, {}).items():
             panel.axhline(bound, color=f"C{ranks.index(name.partition(' ')[2])}", linewidth=0.5)
         panel.set(title=task, xlabel="epoch", ylabel="validation loss", yscale="log")
