@@ -29,10 +29,17 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="reload the merged model and compare its logits; exit status 1 if they differ",
     )
+    parser.add_argument(
+        "--merge-base",
+        choices=("dequantized", "original"),
+        help="of a quantised base: the weights as training saw them (default), or as they were before",
+    )
     parser.add_argument("--rank", type=int, help="with --format peft, of the LoRA that stands for a subspace run")
     options = parser.parse_args(arguments)
-    if options.format != "merged" and (options.verify or options.dtype != "auto"):
-        raise ValueError("--verify and --dtype belong to --format merged: an adapter's numbers are float32 as they are")
+    if options.format != "merged" and (options.verify or options.dtype != "auto" or options.merge_base):
+        raise ValueError(
+            "--verify, --dtype and --merge-base belong to --format merged: an adapter's numbers are float32 as they are"
+        )
     if options.format != "peft" and options.rank is not None:
         raise ValueError("--rank belongs to --format peft")
     if options.format == "adapter":
@@ -41,9 +48,9 @@ def main(arguments: list[str]) -> None:
     if options.format == "peft":
         logger.info("wrote %s", export_peft(options.run, options.out, options.rank))
         return
-    logger.info("wrote %s", export_merged(options.run, options.out, DTYPES[options.dtype]))
+    logger.info("wrote %s", export_merged(options.run, options.out, DTYPES[options.dtype], options.merge_base))
     if options.verify:
-        result = verify(options.run, options.out)
+        result = verify(options.run, options.out, options.merge_base or "dequantized")
         logger.info("verification %s", result)
         if not result.passed:
             sys.exit(1)

@@ -2,6 +2,7 @@
 
 from rosa_ds.adapters.inject import adapted_layers, draw, inject, merge, merged
 from rosa_ds.adapters.mask import compute_mask, load_mask, save_mask, set_mask
+from rosa_ds.adapters.quantize import quantize
 from rosa_ds.adapters.state import AdapterDescription, load_adapter, save_adapter
 from rosa_ds.config import AdapterConfig, RunConfig
 
@@ -18,6 +19,7 @@ __all__ = [
     "load_mask",
     "merge",
     "merged",
+    "quantize",
     "save_adapter",
     "save_mask",
     "set_mask",

@@ -39,6 +39,10 @@ class ModelSettings(Section):
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. auto: as the DeepSpeed file says (bf16/fp16), else bfloat16 on GPUs that have it, else float32."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the frozen linear layers are kept, but for the output head: as they are, or with bitsandbytes in 4 bits (nf4) or 8 (int8); they compute in model.dtype."""
+    double_quantization: bool = True
+    """With nf4: the scales of its blocks in 8 bits, too (4.13 bits a number instead of 4.5)."""
     attn_implementation: str | None = None
     """Attention of transformers: eager, sdpa, flash_attention_2, ... (its own choice where not given)."""
 
@@ -241,6 +245,11 @@ class RunConfig(Section):
         self.adapter_config()
         if (self.data.prompt_column is None) != (self.data.completion_column is None):
             raise ValueError("data.prompt_column and data.completion_column belong together: give both or neither")
+        if self.method == "full" and self.model.quantization != "none":
+            raise ValueError(
+                f"method full trains the base itself, which model.quantization {self.model.quantization} freezes: set it to none, "
+                "or use an adapter"
+            )
         if self.draws and self.checkpoint.format == "deepspeed":
             raise ValueError(
                 f"checkpoint.format deepspeed leaves out the base, which method {self.method} changes: use rosa, whose "
@@ -296,9 +305,11 @@ class RunConfig(Section):
             unused["draw.factorization"] = "draw.directions projection factorises nothing"
         if self.draws and self.draw.every == "never":
             unused |= {f"draw.{name}": "draw.every is never" for name in ("moments", "warmup_steps")}
+        if self.model.quantization != "nf4":
+            unused["model.double_quantization"] = f"model.quantization is {self.model.quantization}"
         if self.training.max_steps is not None:
             unused["training.epochs"] = "training.max_steps is given"
-        sections = ("adapter", "mask", "draw", "training")
+        sections = ("model", "adapter", "mask", "draw", "training")
         given = {f"{section}.{key}" for section in sections for key in getattr(self, section).model_fields_set}
         return [f"{name} ({reason})" for name, reason in unused.items() if name in given]
 

@@ -80,7 +80,7 @@ def _base_product(
 
 
 class _AdapterLinear(torch.autograd.Function):
-    """See :func:`adapter_linear`. Saves x and, for B's gradient, ``drop(x) Aᵀ`` of R columns.
+    """See :func:`adapter_linear`. Saves x where something is trained and, for B's gradient, ``drop(x) Aᵀ`` of R columns.
 
     Parameters are kept on ``ctx`` and not in ``save_for_backward``: under ZeRO-3 their storage is released after
     forward and gathered again before backward, and only the Parameter object finds the gathered data.
@@ -105,7 +105,8 @@ class _AdapterLinear(torch.autograd.Function):
         if A_RM is not None and B_NR is not None:
             h_TR = _primitives().down(x_TM, A_RM.to(x_TM.dtype), o.dropout, seed)
             y_TN.addmm_(h_TR, B_NR.to(x_TM.dtype).T, alpha=o.scale)
-        ctx.save_for_backward(x_TM, h_TR)
+        needs_input = A_RM is not None or values_Z is not None or o.collect is not None
+        ctx.save_for_backward(x_TM if needs_input else None, h_TR)
         ctx.parameters = (weight, bias_N, A_RM, B_NR, values_Z, positions_Z)
         ctx.seed, ctx.options = seed, o
         return y_TN

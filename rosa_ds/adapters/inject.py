@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rosa_ds import distributed
-from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear
+from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
 from rosa_ds.config import (
@@ -23,6 +23,7 @@ from rosa_ds.config import (
     DrawSettings,
     Factorization,
 )
+from rosa_ds.models.quantized import QuantizedLinear
 
 _DRAW = DrawSettings()
 
@@ -69,13 +70,13 @@ def adapter_parts(model: nn.Module) -> dict[int, str]:
     return {id(parameter): part for parameter, part in pairs if parameter is not None}
 
 
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that has this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, child, module)
 
 
-def _count_entries(name: str, weight: Tensor, density: float) -> int:
-    numel = distributed.full_numel(weight)
+def _count_entries(name: str, numel: int, density: float) -> int:
     if density > 0 and numel > MAX_POSITIONS:
         raise ValueError(
             f"{name}.weight has {numel:,} entries, int32 positions reach {MAX_POSITIONS:,}: leave it out "
@@ -99,14 +100,14 @@ def _plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> _Plan:
     draws = config.method in SUBSPACE_METHODS
     rank = by_pattern(name, config.rank_pattern, config.rank) if config.method in LOW_RANK_METHODS else 0
     density = by_pattern(name, config.density_pattern, config.density) if config.method in SPARSE_METHODS else 0.0
-    weight: Any = layer.weight
-    if draws and rank >= (smaller := min(distributed.full_shape(weight))):
+    shape = stored_shape(layer)
+    if draws and rank >= (smaller := min(shape)):
         raise ValueError(
             f"rank {rank} of {name} takes all {smaller} directions of its weight: lower adapter.rank (or adapter.rank_pattern "
             "for this layer), or train it whole with adapter.modules_to_save"
         )
     scale = config.alpha / rank if rank and not draws else 1.0
-    return _Plan(rank, _count_entries(name, weight, density), scale, 0.0 if draws else config.dropout)
+    return _Plan(rank, _count_entries(name, shape.numel(), density), scale, 0.0 if draws else config.dropout)
 
 
 def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSettings | None = _DRAW) -> InjectReport:
@@ -128,6 +129,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
     if adapted_layers(model):
         raise ValueError("this model has adapters already: rosa_ds.merge(model) folds them in first")
     if config.method == "full":
+        _check_trainable(model, [""])
         model.requires_grad_(True)
         model.rosa_injected = (config, seed)  # type: ignore[assignment]
         return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
@@ -140,6 +142,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
     if both:
         raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
 
+    _check_trainable(model, whole)
     plans = {name: _plan_layer(name, layer, config) for name, layer in targets.items()}
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:
@@ -150,15 +153,30 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
         if plan.rank or plan.entries:
             old = targets[name]
             adapted = AdaptedLinear(
-                old, name, plan.rank, plan.scale, plan.dropout, plan.entries, seed, config.sparse_product
+                old,
+                name,
+                *(plan.rank, plan.scale, plan.dropout, plan.entries),
+                seed,
+                config.sparse_product,
+                config.method in SUBSPACE_METHODS,
             )
-            _set_submodule(model, name, adapted.train(old.training))
+            set_submodule(model, name, adapted.train(old.training))
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
     model.rosa_injected = (config, seed)  # type: ignore[assignment]
     if draw is not None:
         _draw(model, draw, seed, 0)
     return _report(model, tuple(whole))
+
+
+def _check_trainable(model: nn.Module, modules: list[str]) -> None:
+    """Raise ValueError for a quantised layer in modules that are to be trained whole."""
+    for name, module in ((name, model.get_submodule(name)) for name in modules):
+        for inner, layer in module.named_modules(prefix=name):
+            if isinstance(layer, QuantizedLinear):
+                raise ValueError(
+                    f"{inner} is quantised, so it cannot be trained whole: leave it out of rosa_ds.quantize (skip=...)"
+                )
 
 
 def check_without_engine(model: nn.Module) -> None:
@@ -223,12 +241,24 @@ def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
     layers = adapted_layers(model)
     count = {"A": 0, "B": 0, "values": 0, "whole": 0, "frozen": 0}
     own = adapter_parts(model)
+    numbers = _quantized_numbers(model)
     for parameter in model.parameters():
         key = own.get(id(parameter), "whole" if parameter.requires_grad else "frozen")
         if key != "positions":
-            count[key] += distributed.full_numel(parameter)
+            count[key] += numbers.get(id(parameter), distributed.full_numel(parameter))
     low_rank = count["A"] + count["B"]
     return InjectReport(tuple(layers), whole, low_rank, count["values"], count["whole"], count["frozen"])
+
+
+def _quantized_numbers(model: nn.Module) -> dict[int, int]:
+    """``id`` of the parameters that stand for a quantised weight -> how many of its numbers they count for."""
+    numbers: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, (AdaptedLinear, QuantizedLinear)) and module.form is not None:
+            numbers |= {id(module.weight): module.form.numel, id(module.weight_scales): 0}
+            if isinstance(module, AdaptedLinear) and module.change is not None:
+                numbers[id(module.change)] = 0
+    return numbers
 
 
 def _check_whole(model: nn.Module) -> None:
@@ -243,29 +273,43 @@ def _check_whole(model: nn.Module) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """Fold all adapters into the base weights and put plain layers back: an ordinary transformers model again.
 
-    The sum is formed in float32 and rounded once to the weight's dtype. Returns the same model, changed.
+    The sum is formed in float32 and rounded once to the weight's dtype. A quantised base becomes dense, in the type that it was
+    used in: the sum has more values than 4 or 8 bits. Returns the same model, changed.
     Raises: ValueError for a model that ZeRO-3 has partitioned, whose layers cannot be exchanged.
     """
     _check_whole(model)
-    for name, layer in adapted_layers(model).items():
-        layer.weight.data.copy_(layer.merged_weight())
-        _set_submodule(model, name, layer.plain())
+    for name, layer in _mergeable(model).items():
+        if layer.form is None:
+            assert isinstance(layer, AdaptedLinear)
+            layer.weight.data.copy_(layer.merged_weight())
+            dense = layer.weight
+        else:
+            whole = layer.merged_weight() if isinstance(layer, AdaptedLinear) else layer.dense(layer.weight)
+            dense = nn.Parameter(whole.to(layer.form.dtype), requires_grad=False)
+        set_submodule(model, name, plain_layer(layer, dense))
     return model
+
+
+def _mergeable(model: nn.Module) -> dict[str, AdaptedLinear | QuantizedLinear]:
+    """The layers that are not plain ones, by name."""
+    kinds = (AdaptedLinear, QuantizedLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 @contextlib.contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its adapters folded in, for evaluation or generation; after the block as before, bit for bit.
 
-    Keeps a copy of the adapted base weights meanwhile.
+    Keeps a copy of the adapted base weights meanwhile, or of a quantised base the dense one.
     """
     _check_whole(model)
-    layers = adapted_layers(model)
-    backup = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    layers = _mergeable(model)
+    backup = {name: layer.weight.detach().clone() for name, layer in layers.items() if layer.form is None}
     try:
         merge(model)
         yield model
     finally:
         for name, layer in layers.items():
-            layer.weight.data.copy_(backup[name])
-            _set_submodule(model, name, layer)
+            if name in backup:
+                layer.weight.data.copy_(backup[name])
+            set_submodule(model, name, layer)

@@ -14,6 +14,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
 from rosa_ds.adapters.subspace import split_off
 from rosa_ds.config import DrawSettings
+from rosa_ds.models.quantized import QuantizedLinear, to_dtype
 from rosa_kernels.adapter_linear.op import Around, Collect, SparseProduct
 from rosa_kernels.pattern.plan import needs_tiles
 
@@ -21,28 +22,31 @@ MAX_POSITIONS = 2**31 - 1
 
 
 class AdaptedLinear(nn.Module):
-    """``y = x (W + S)ᵀ + scale · drop(x) Aᵀ Bᵀ + bias`` in place of an ``nn.Linear`` or transformers' ``Conv1D``.
+    """``y = x (W + S)ᵀ + scale · drop(x) Aᵀ Bᵀ + bias`` in place of an ``nn.Linear``, transformers' ``Conv1D`` or a quantised one.
 
     Parameters keep the base layer's names (``weight``, ``bias``), so the names of the base model do not change;
     the trainable ones are ``A`` (R, M), ``B`` (N, R) and ``values`` (Z,), with ``positions`` (Z,) frozen int32.
     The sparse part sleeps until :meth:`set_positions`; ``values`` then has a zero gradient. Under ZeRO-3 all of them are
     partitioned and whole only inside forward and backward, so shapes come from ``in_features`` and ``out_features``.
 
-    The subspace methods' ``A`` and ``B`` are split off the base, ``W`` being what is left of it.
+    The subspace methods' ``A`` and ``B`` are split off the base, ``W`` being what is left of it. A quantised ``weight`` stays as it
+    is: what draws make of it is ``W`` = its numbers + ``change``, a frozen parameter in the shape of the dense weight.
 
     Source: RoSA, arXiv 2401.04679; ROSA, arXiv 2407.07802.
     """
 
     in_features: int
     out_features: int
+    weight: nn.Parameter
     A: nn.Parameter | None
     B: nn.Parameter | None
     values: nn.Parameter | None
     positions: nn.Parameter | None
+    change: nn.Parameter | None
 
     def __init__(
         self,
-        base: nn.Linear | Conv1D,
+        base: nn.Linear | Conv1D | QuantizedLinear,
         name: str,
         rank: int,
         scale: float,
@@ -50,13 +54,17 @@ class AdaptedLinear(nn.Module):
         entries: int,
         seed: int,
         sparse_product: SparseProduct = "scatter",
+        draws: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
-        self.transposed = isinstance(base, Conv1D)
+        self.form = base.form if isinstance(base, QuantizedLinear) else None
+        self.transposed = base.transposed if isinstance(base, QuantizedLinear) else isinstance(base, Conv1D)
+        assert isinstance(base.weight, nn.Parameter)
         self.weight = base.weight
+        self.weight_scales = base.weight_scales if isinstance(base, QuantizedLinear) else None
         self.bias = base.bias
-        shape = distributed.full_shape(base.weight)
+        shape = stored_shape(base)
         self.in_features, self.out_features = shape if self.transposed else shape[::-1]
         self.rank, self.scale, self.dropout, self.entries, self.seed = rank, scale, dropout, entries, seed
         self.sparse_product: SparseProduct = sparse_product
@@ -76,6 +84,16 @@ class AdaptedLinear(nn.Module):
             self.positions = nn.Parameter(torch.zeros(entries, dtype=torch.int32, device=device), requires_grad=False)
         else:
             self.values = self.positions = None
+        if draws and rank and self.form is not None:
+            change = torch.zeros(self.form.shape, dtype=self.form.dtype, device=device)
+            self.change = nn.Parameter(change, requires_grad=False)
+        else:
+            self.change = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which forward sees the weight."""
+        return self.weight.dtype if self.form is None else self.form.dtype
 
     @property
     def weight_name(self) -> str:
@@ -89,6 +107,18 @@ class AdaptedLinear(nn.Module):
         return sizes[::-1] if self.transposed else sizes
 
     @property
+    def drawn_name(self) -> str:
+        """Name of :attr:`drawn_parameter` in the model."""
+        return self.weight_name if self.form is None else f"{self.name}.change"
+
+    @property
+    def drawn_parameter(self) -> nn.Parameter:
+        """What draws write: the weight, or of a quantised one the change beside it."""
+        parameter = self.weight if self.form is None else self.change
+        assert parameter is not None
+        return parameter
+
+    @property
     def weight_numel(self) -> int:
         """Numbers of the whole ``weight``."""
         return self.in_features * self.out_features
@@ -96,7 +126,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., M); result (..., N), of x's dtype."""
         return rosa_kernels.adapter_linear(
-            x,
+            x if self.form is None else to_dtype(x, self.form.dtype),
             self.weight,
             self.bias,
             self.A,
@@ -108,9 +138,35 @@ class AdaptedLinear(nn.Module):
             transposed=self.transposed,
             plan=self._current_plan(),
             sparse_product=self.sparse_product,
+            dequantize=None if self.form is None else self._dense,
             collect=self.collect,
             around=self.around if self.mask_known else None,
         )
+
+    def _dense(self, packed: Tensor) -> Tensor:
+        """A quantised weight as forward sees it, a new tensor. Of a layer whose parameters are whole."""
+        assert self.form is not None
+        assert self.weight_scales is not None
+        dense = self.form.unpack(packed, self.weight_scales)
+        return dense if self.change is None else dense.add_(self.change)
+
+    def whole_weight(self) -> Tensor:
+        """All of the base as forward sees it, in the layout of ``weight``; of a quantised one in float32. Collective if partitioned."""
+        frozen = self.frozen_weight()
+        if frozen is None:
+            return distributed.read_whole(self.weight)
+        return frozen if self.change is None else frozen.add_(distributed.read_whole(self.change).float())
+
+    def frozen_weight(self) -> Tensor | None:
+        """What no draw changes: the numbers of a quantised weight in float32; of a dense one nothing. Collective if partitioned."""
+        if self.form is None or self.weight_scales is None:
+            return None
+        packed, scales = (distributed.read_whole(part) for part in (self.weight, self.weight_scales))
+        return self.form.unpack(packed, scales, torch.float32)
+
+    def weight_rows(self, rows: slice) -> Tensor:
+        """Rows of the weight as it is stored densely. Of a layer whose parameters are whole."""
+        return (self.weight if self.form is None else self._dense(self.weight))[rows]
 
     def _current_plan(self) -> rosa_kernels.Plan | None:
         """The mask's plan, made when the mask is set, or here after the layer was moved, loaded or copied.
@@ -125,7 +181,7 @@ class AdaptedLinear(nn.Module):
     def _make_plan(self, positions: Tensor) -> None:
         divided = self.positions is not None and distributed.is_partitioned(self.positions)
         if positions.numel() == self.entries and (not divided or needs_tiles(positions.device)):
-            self.plan = rosa_kernels.make_plan(positions, *self.weight_shape, self.weight.dtype)
+            self.plan = rosa_kernels.make_plan(positions, *self.weight_shape, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         super()._apply(fn, recurse)
@@ -177,8 +233,8 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def folded_weight(self) -> Tensor:
         """``W + scale · B A`` in float32 or wider, in the layout of ``weight``."""
-        wide = torch.promote_types(torch.float32, self.weight.dtype)
-        folded = self.weight.detach().to(wide, copy=True)
+        wide = torch.promote_types(torch.float32, self.dtype)
+        folded = self.whole_weight().to(wide, copy=self.form is None)
         if self.A is not None and self.B is not None:
             delta = low_rank_delta(self.A, self.B, self.scale)
             folded += delta.T if self.transposed else delta
@@ -205,11 +261,13 @@ class AdaptedLinear(nn.Module):
         if A is None or B is None:
             raise ValueError("it has no low-rank part")
         folded = self.folded_weight()
-        narrow = min(self.weight.dtype, A.dtype, key=lambda dtype: dtype.itemsize)
+        narrow = min(self.dtype, A.dtype, key=lambda dtype: dtype.itemsize)
         drawn = split_off(folded.T if self.transposed else folded, self.rank, settings, generator, narrow)
         A.copy_(drawn.A)
         B.copy_(drawn.B)
-        self.weight.copy_(drawn.rest.T if self.transposed else drawn.rest)
+        rest = drawn.rest.T if self.transposed else drawn.rest
+        frozen = self.frozen_weight()
+        self.drawn_parameter.copy_(rest if frozen is None else rest - frozen)
         self.drawn = True
 
     @torch.no_grad()
@@ -220,17 +278,28 @@ class AdaptedLinear(nn.Module):
             merged.view(-1).index_add_(0, self.positions, self.values.detach().to(merged.dtype))
         return merged
 
-    def plain(self) -> nn.Linear | Conv1D:
-        """The base layer again, with this layer's ``weight`` and ``bias`` Parameters and without the adapter."""
-        layer: nn.Linear | Conv1D
-        with torch.device("meta"):
-            if self.transposed:
-                layer = Conv1D(self.out_features, self.in_features)
-            else:
-                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        layer.weight = self.weight
-        layer.bias = self.bias
-        return layer.train(self.training)
-
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, entries={self.entries}"
+        kept = "" if self.form is None else f", {self.form.kind}"
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, entries={self.entries}{kept}"
+
+
+def stored_shape(layer: nn.Module) -> torch.Size:
+    """Of a linear layer's weight as it is stored, or if it is quantised as it was before. Without gathering it."""
+    if isinstance(layer, QuantizedLinear):
+        return torch.Size(layer.form.shape)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return distributed.full_shape(weight)
+
+
+def plain_layer(layer: AdaptedLinear | QuantizedLinear, weight: nn.Parameter) -> nn.Linear | Conv1D:
+    """An ordinary layer with this ``weight``, which is dense, and the layer's ``bias`` Parameter."""
+    plain: nn.Linear | Conv1D
+    with torch.device("meta"):
+        if layer.transposed:
+            plain = Conv1D(layer.out_features, layer.in_features)
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    plain.weight = weight
+    plain.bias = layer.bias
+    return plain.train(layer.training)

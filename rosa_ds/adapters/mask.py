@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import keyed_generator
-from rosa_ds.config import GRADIENT_SCORES, Score
+from rosa_ds.config import GRADIENT_SCORES, WEIGHT_SCORES, Score
 from rosa_ds.files import TensorFiles, sync_files, write_tensors
 from rosa_ds.suggest import did_you_mean
 from rosa_kernels.collect.op import RunningTopK, gradient_blocks
@@ -56,7 +56,7 @@ def _whole(layer: AdaptedLinear, rows: slice = slice(None)) -> Tensor:
     A, B = layer.A, layer.B
     if A is not None and B is not None:
         A, B = (A[:, rows], B) if layer.transposed else (A, B[rows])  # type: ignore[assignment]
-    return layer.undrawn(layer.weight[rows], A, B)
+    return layer.undrawn(layer.weight_rows(rows), A, B)
 
 
 def static_positions(kind: Score, layer: AdaptedLinear, weight: Tensor, seed: int) -> Tensor:
@@ -119,7 +119,7 @@ class MaskCollector:
         for name, layer in self.layers.items():
             if self.owners[name] != self.rank:
                 continue
-            wide = torch.promote_types(torch.float32, layer.weight.dtype).itemsize
+            wide = torch.promote_types(torch.float32, layer.dtype).itemsize
             # scores and positions of the best candidates, old and new, or whole matrices
             size = 4 * 8 * layer.entries if self.single else matrices * wide * layer.weight_numel
             fits = self.single or device_bytes is None or kept["device"] + size <= device_bytes
@@ -159,7 +159,8 @@ class MaskCollector:
         layer, rows = self.layers[name], slice(first, first + len(block))
         if self.single:
             term = block.square_() if self.score == "mean_squared" else block
-            score = gradient_score(self.score, term, _whole(layer, rows))
+            weight = _whole(layer, rows) if self.score in WEIGHT_SCORES else layer.weight
+            score = gradient_score(self.score, term, weight)
             self._largest[name].add(score, first * layer.weight_shape[1])
         else:
             if name not in self._current:

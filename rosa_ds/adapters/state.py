@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject
+from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import set_mask
 from rosa_ds.adapters.subspace import join_bits
 from rosa_ds.config import AdapterConfig
@@ -48,8 +49,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def changed_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weight name -> the base's parameter, perhaps partitioned, of the layers whose low-rank part is a piece of it."""
-    return {layer.weight_name: layer.weight for layer in adapted_layers(model).values() if layer.drawn}
+    """Name -> the parameter of the base that draws write, perhaps partitioned, of the layers whose low-rank part is a piece of it."""
+    return {layer.drawn_name: layer.drawn_parameter for layer in adapted_layers(model).values() if layer.drawn}
 
 
 def known_positions(model: nn.Module) -> dict[str, Tensor]:
@@ -183,17 +184,28 @@ def fill_adapter(
         )
     parameters = trained_parameters(model)
     check_without_engine(model)
-    layers = {layer.weight_name: layer for layer in adapted_layers(model).values() if layer.rank}
     changed = [name for name in base if not name.endswith("/residual")]
+    layers = {layer.drawn_name: layer for layer in adapted_layers(model).values() if layer.rank and changed}
+    _check_quantized(where, changed, layers)
     _check_fit(where, trained, list(trained), parameters)
-    _check_fit(where, base, changed, {name: layer.weight for name, layer in layers.items()} if changed else {})
+    _check_fit(where, base, changed, {name: layer.drawn_parameter for name, layer in layers.items()})
     if positions:
         set_mask(model, positions)
     for name in trained:
         distributed.write_whole(parameters[name], trained[name])
     for name in changed:
-        distributed.write_whole(layers[name].weight, join_bits(base[name], base.get(f"{name}/residual")))
+        distributed.write_whole(layers[name].drawn_parameter, join_bits(base[name], base.get(f"{name}/residual")))
         layers[name].drawn = True
+
+
+def _check_quantized(where: str | Path, changed: list[str], layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise ValueError for a changed base of the other kind than the model's, dense or quantised."""
+    if changed and not layers.keys() & set(changed):
+        quantized = changed[0].endswith(".change")
+        kinds = ("a quantised base", "dense") if quantized else ("a dense base", "quantised")
+        raise ValueError(
+            f"{where} was drawn from {kinds[0]}, and the model's is {kinds[1]}: give the base that it was trained on"
+        )
 
 
 def _check_fit(where: str | Path, files: TensorFiles, names: list[str], parameters: Mapping[str, Tensor]) -> None:

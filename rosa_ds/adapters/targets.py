@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.suggest import did_you_mean
 
 Value = TypeVar("Value", int, float)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """All ``nn.Linear`` and ``Conv1D`` layers by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+Linear: TypeAlias = nn.Linear | Conv1D | QuantizedLinear
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """All ``nn.Linear`` and ``Conv1D`` layers, quantised or not, by name, in the model's order."""
+    kinds = (nn.Linear, Conv1D, QuantizedLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def head_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
@@ -56,7 +61,7 @@ def match_names(wanted: Iterable[str], names: Iterable[str], setting: str) -> li
     return [name for name in names if name in found]
 
 
-def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, nn.Linear | Conv1D]:
+def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, Linear]:
     """The layers to adapt, by name, in the model's order.
 
     Args:

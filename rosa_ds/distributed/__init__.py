@@ -27,6 +27,7 @@ from rosa_ds.distributed.group import (
     world_size,
 )
 from rosa_ds.distributed.partitioned import (
+    Fill,
     divide,
     full_numel,
     full_shape,
@@ -46,6 +47,7 @@ from rosa_ds.distributed.traffic import TrafficCounter
 from rosa_ds.distributed.watch import describe_ranks, lost_contact, progress, start_watch, stop_watch
 
 __all__ = [
+    "Fill",
     "GatherAhead",
     "TrafficCounter",
     "any_rank",

@@ -11,30 +11,25 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rosa_ds.adapters.inject import inject, merge
-from rosa_ds.adapters.state import CONFIG_FILE, AdapterDescription, fill_adapter
+from rosa_ds.adapters.inject import adapted_layers, inject, merge
+from rosa_ds.adapters.quantize import load_quantized, open_quantized, quantize
+from rosa_ds.adapters.state import CONFIG_FILE, fill_adapter
 from rosa_ds.config import ModelSettings
 from rosa_ds.export.peft import write_peft
-from rosa_ds.export.source import Source, open_source
+from rosa_ds.export.source import MergeBase, Source, open_source
 from rosa_ds.export.stream import MergedRows, write_merged
-from rosa_ds.files import write_json, written_folder
-from rosa_ds.models.load import identify, load_model, load_tokenizer, stored_dtype
+from rosa_ds.files import TensorFiles, write_json, written_folder
+from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import NotStreamableError, open_base, stream_base
 
 logger = logging.getLogger(__name__)
 EXPORT_FILE = "rosa_ds.json"
 
 
-def base_settings(description: AdapterDescription) -> ModelSettings:
-    """Settings that load an adapter's base."""
-    base = description.base
-    return ModelSettings(name_or_path=base["name_or_path"], revision=base.get("revision"))
-
-
 def _check_base(source: Source) -> ModelSettings:
     """Settings that load the base of a trained state. Raises: ValueError if its weights are others now."""
     description = source.description
-    settings = base_settings(description)
+    settings = identified(description.base)
     if description.base.get("hash") not in (None, identify(settings)["hash"]):
         raise ValueError(
             f"{source.folder} was trained on other weights than {settings.name_or_path} has now: restore the base, or give its "
@@ -43,20 +38,41 @@ def _check_base(source: Source) -> ModelSettings:
     return settings
 
 
-def load_adapted(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+def load_adapted(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
     """The base with its adapter, not merged, in ``dtype`` with a float32 adapter.
+
+    Args:
+        merge_base: a base that was quantised, quantised again, or as it was before.
 
     Raises:
         ValueError: the base's weights are not those that the adapter was trained on.
     """
-    model = load_model(_check_base(source), dtype)
-    fill_adapter(model, source.folder, source.description, source.trained, source.positions, source.base)
+    settings, description = _check_base(source), source.description
+    if settings.quantization == "none":
+        model = load_model(settings, dtype)
+    elif merge_base == "dequantized":
+        model = load_quantized(settings, dtype, description.config.modules_to_save)
+    else:
+        return _load_on_original(source, load_model(settings, dtype))
+    fill_adapter(model, source.folder, description, source.trained, source.positions, source.base)
     return model.eval()
 
 
-def load_merged(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+@torch.no_grad()
+def _load_on_original(source: Source, model: PreTrainedModel) -> PreTrainedModel:
+    """What a quantised run has trained, on the dense base."""
+    changes = TensorFiles([])
+    fill_adapter(model, source.folder, source.description, source.trained, source.positions, changes)
+    for name, layer in adapted_layers(model).items():
+        if (change := source.changed(f"{name}.change")) is not None:
+            layer.weight.add_(change)
+            layer.drawn = True
+    return model.eval()
+
+
+def load_merged(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
     """The base in float32 with its adapter folded in, then rounded once to ``dtype``."""
-    model = load_adapted(source, torch.float32)
+    model = load_adapted(source, torch.float32, merge_base)
     merge(model)
     for (
         parameter
@@ -71,10 +87,26 @@ def run_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if source.tokenizer is not None:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer)
         return tokenizer
-    return load_tokenizer(base_settings(source.description))
+    return load_tokenizer(identified(source.description.base))
 
 
-def export_merged(path: str | Path, out: str | Path, dtype: torch.dtype | None) -> Path:
+def _choose_base(settings: ModelSettings, wanted: MergeBase | None) -> MergeBase | None:
+    """What is merged into; ``None`` for a base that was never quantised. Raises: ValueError for what there is not."""
+    gguf = settings.name_or_path.endswith(".gguf")
+    if wanted is not None and settings.quantization == "none" and not gguf:
+        raise ValueError(
+            f"--merge-base is for quantised bases, {settings.name_or_path} was used as it is: leave it out"
+        )
+    if wanted == "original" and gguf:
+        raise ValueError(
+            f"--merge-base original: {settings.name_or_path} has no other weights than its quantised ones: use dequantized"
+        )
+    return (wanted or "dequantized") if gguf or settings.quantization != "none" else None
+
+
+def export_merged(
+    path: str | Path, out: str | Path, dtype: torch.dtype | None, merge_base: MergeBase | None = None
+) -> Path:
     """Write the merged model as a Hugging Face folder: safetensors like the base's, configurations, tokenizer.
 
     A base in safetensors is merged as it is read, some rows at a time, without building the model; another one (a ``.gguf``
@@ -84,38 +116,57 @@ def export_merged(path: str | Path, out: str | Path, dtype: torch.dtype | None) 
         path: run folder, checkpoint or adapter.
         out: folder to write; an earlier export in it is replaced.
         dtype: of the weights; ``None`` each as the base stores it.
+        merge_base: of a quantised base; by default ``dequantized``, the numbers that training saw.
 
     Raises:
-        ValueError: no trained state there, or ``out`` holds anything but an earlier export.
+        ValueError: no trained state there, a ``merge_base`` that is not there, or ``out`` holds anything but an earlier export.
     """
     source = open_source(path)
     out = _free_folder(out, Path(path))
     settings = _check_base(source)
     description = source.description
-    origin = {
+    chosen = _choose_base(settings, merge_base)
+    origin: dict[str, Any] = {
         "base": description.base,
         "method": description.config.method,
         "run": str(path),
         "state": source.folder.name,
         "dtype": "stored" if dtype is None else str(dtype).removeprefix("torch."),
+        **({} if chosen is None else {"merge_base": chosen}),
     }
     with written_folder(out) as temporary:
         try:
             model, base = stream_base(settings, dtype or stored_dtype(settings))
         except NotStreamableError as reason:
             logger.warning("%s is loaded whole to be merged: %s", settings.name_or_path, reason)
-            model = load_merged(source, dtype or stored_dtype(settings))
+            model = load_merged(source, dtype or stored_dtype(settings), chosen or "dequantized")
             model.save_pretrained(temporary)
         else:
+            if settings.quantization != "none":
+                quantize(
+                    model,
+                    *(settings.quantization, settings.double_quantization, torch.float32),
+                    description.config.modules_to_save,
+                )
             inject(model, description.config, description.seed, draw=None)
             # not where it was found: the same state gives the same bytes
-            said = {key: origin[key] for key in ("base", "method", "dtype")}
+            said = {key: origin[key] for key in ("base", "method", "dtype", "merge_base") if key in origin}
             metadata = {"format": "pt", "rosa_ds": json.dumps(said)}
-            write_merged(MergedRows(model, base, source, dtype), temporary, metadata)
+            rows = MergedRows(model, base, source, dtype, chosen or "dequantized")
+            write_merged(rows, temporary, metadata)
+            if rows.quantization_error:
+                origin["quantization_error"] = rows.quantization_error
+                _tell_errors(settings, rows.quantization_error)
             _write_configs(model, settings, dtype, temporary)
         run_tokenizer(source).save_pretrained(temporary)
         _sign(temporary, origin)
     return out
+
+
+def _tell_errors(settings: ModelSettings, errors: dict[str, float]) -> None:
+    width = max(map(len, errors))
+    lines = "\n".join(f"{name:{width}}  {error:.2%}" for name, error in errors.items())
+    logger.info("what %s loses of each weight, ‖W − Q‖ / ‖W‖:\n%s", settings.quantization, lines)
 
 
 def _write_configs(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype | None, folder: Path) -> None:
@@ -145,7 +196,10 @@ def export_peft(path: str | Path, out: str | Path, rank: int | None) -> Path:
     source = open_source(path)
     out = _free_folder(out, Path(path))
     settings, description = _check_base(source), source.description
-    model, base = open_base(settings, stored_dtype(settings))
+    if settings.quantization == "none":
+        model, base = open_base(settings, stored_dtype(settings))
+    else:
+        model, base = open_quantized(settings, torch.float32, description.config.modules_to_save)
     inject(model, description.config, description.seed, draw=None)
     with written_folder(out) as temporary:
         write_peft(model, base, source, temporary, rank)

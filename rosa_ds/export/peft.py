@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.subspace import join_bits, singular_directions
+from rosa_ds.adapters.subspace import singular_directions
 from rosa_ds.export.source import Source
 from rosa_ds.files import write_tensors
 from rosa_ds.models.stream import Base
@@ -147,13 +147,7 @@ def _difference(
     tensors, ranks, left = {}, {}, 0.0
     total = 0.0
     for name, layer in adapted_layers(model).items():
-        before = layer.weight.detach() if base is None else base.rows(layer.weight_name, slice(None))
-        before = before.float()
-        after = before
-        if layer.weight_name in source.base:
-            low = source.base.get(f"{layer.weight_name}/residual")
-            after = join_bits(source.base[layer.weight_name], low).float()
-        difference = (after - before).T if layer.transposed else after - before
+        difference = _changed_by_draws(layer, source, base)
         A, B = source.trained[f"{name}.A"].float(), source.trained[f"{name}.B"].float()
         difference = torch.addmm(difference, B, A, alpha=layer.scale)
         ranks[name] = min(rank, *difference.shape)
@@ -169,6 +163,19 @@ def _difference(
     # scale 1 in every layer, also where the rank is smaller
     patterns = {f"^{name}": float(own) for name, own in ranks.items() if own != rank}
     return _Peft({**config, "alpha_pattern": patterns, "lora_dropout": 0.0}, tensors)
+
+
+def _changed_by_draws(layer: AdaptedLinear, source: Source, base: Base | None) -> Tensor:
+    """``W_fixed − W`` of a layer, (N, M) float32."""
+    changed = source.changed(layer.drawn_name)
+    if changed is None:
+        difference = torch.zeros(layer.weight_shape)
+    elif layer.form is not None:
+        difference = changed.float()
+    else:
+        before = layer.weight.detach() if base is None else base.rows(layer.weight_name, slice(None))
+        difference = changed.float() - before.float()
+    return difference.T if layer.transposed else difference
 
 
 def write_peft(model: PreTrainedModel, base: Base | None, source: Source, folder: Path, rank: int | None) -> None:

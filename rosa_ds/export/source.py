@@ -5,11 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
 
 from rosa_ds.adapters.state import BASE_FILES, CONFIG_FILE, TENSOR_FILE, AdapterDescription, read_description
+from rosa_ds.adapters.subspace import join_bits
 from rosa_ds.config import AdapterConfig
 from rosa_ds.files import TensorFiles, manifest_problem
 from rosa_ds.training import checkpoint
+
+MergeBase = Literal["dequantized", "original"]
+"""Of a quantised base: merge into the numbers that training saw, or into those that they were made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +26,7 @@ class Source:
     Attributes:
         folder: where it was found.
         trained: float32 numbers by parameter name; positions: by weight name.
-        base: weights that draws have changed, by name, and ``NAME/residual``.
+        base: weights that draws have changed, or the change of quantised ones, by name, and ``NAME/residual``.
         tokenizer: folder of the run's tokenizer, if it is there.
     """
 
@@ -29,6 +36,12 @@ class Source:
     positions: TensorFiles
     base: TensorFiles
     tokenizer: Path | None
+
+    def changed(self, name: str) -> Tensor | None:
+        """What draws have written to a parameter, in float32 where its residual is there; ``None`` if nothing."""
+        if name not in self.base:
+            return None
+        return join_bits(self.base[name], self.base.get(f"{name}/residual"))
 
 
 def _check(folder: Path) -> Path:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import low_rank_delta
-from rosa_ds.adapters.subspace import join_bits
-from rosa_ds.export.source import Source
+from rosa_ds.adapters.quantize import quantized_forms
+from rosa_ds.export.source import MergeBase, Source
+from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import INDEX, SINGLE, Base
 
 BLOCK_BYTES = 64 * 2**20
@@ -39,12 +40,25 @@ class MergedRows:
         model: injected, without numbers; says which tensor belongs to which layer, and which are tied.
         base: the checkpoint.
         dtype: of floating-point tensors; ``None``: each as it is stored.
+        merge_base: of quantised layers; their matrices are whole in memory, one at a time.
+
+    Attributes:
+        quantization_error: what quantising loses of each layer's weight, ‖W − Q‖ / ‖W‖, of those written so far.
 
     Raises: ValueError if the state does not fit the model.
     """
 
-    def __init__(self, model: PreTrainedModel, base: Base, source: Source, dtype: torch.dtype | None) -> None:
-        self.base, self.source, self.dtype = base, source, dtype
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        base: Base,
+        source: Source,
+        dtype: torch.dtype | None,
+        merge_base: MergeBase = "dequantized",
+    ) -> None:
+        self.base, self.source, self.dtype, self.merge_base = base, source, dtype, merge_base
+        self.forms = {f"{name}.{PACKED}": form for name, form in quantized_forms(model).items()}
+        self.quantization_error: dict[str, float] = {}
         self.layers = {layer.weight_name: layer for layer in adapted_layers(model).values()}
         named = dict(model.named_parameters(remove_duplicate=False))
         first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -81,7 +95,12 @@ class MergedRows:
             tensor = self._parts(whole, {"": whole})[""]
             return tensor[rows] if tensor.ndim else tensor
         layer = self.layers.get(name)
-        return self.base.rows(name, rows) if layer is None else self._merged(layer, rows)
+        if layer is not None:
+            return self._merged(layer, rows)
+        if name in self.forms:
+            self._parts(name, {})
+            return self._base_rows(name, rows)
+        return self.base.rows(name, rows)
 
     def _merged(self, layer: AdaptedLinear, rows: slice) -> Tensor:
         """``W + scale · B A + S`` in float32."""
@@ -114,12 +133,29 @@ class MergedRows:
         return self._part[1]
 
     def _base_rows(self, name: str, rows: slice) -> Tensor:
-        if name not in self.source.base:
-            return self.base.rows(name, rows)
+        """Of the layer whose parts are kept."""
         parts = self._part[1]
+        if name in self.forms:
+            if "base" not in parts:
+                parts["base"] = self._quantized_base(name)
+            return parts["base"][rows]
         if "base" not in parts:
-            parts["base"] = join_bits(self.source.base[name], self.source.base.get(f"{name}/residual"))
+            if (changed := self.source.changed(name)) is None:
+                return self.base.rows(name, rows)
+            parts["base"] = changed
         return parts["base"][rows]
+
+    def _quantized_base(self, name: str) -> Tensor:
+        """The base of a quantised layer in float32, with what draws have changed."""
+        layer = name.removesuffix(f".{PACKED}")
+        original = self.base.rows(name, slice(None)).float()
+        packed = self.forms[name].pack(original)
+        base = self.forms[name].unpack(packed[PACKED], packed[SCALES], torch.float32)
+        self.quantization_error[layer] = float((base - original).norm() / original.norm().clamp_min(1e-30))
+        if self.merge_base == "original":
+            base = original
+        change = self.source.changed(f"{layer}.change")
+        return base if change is None else base + change.float()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.targets import linear_layers
 from rosa_ds.export.merge import load_adapted
-from rosa_ds.export.source import open_source
+from rosa_ds.export.source import MergeBase, open_source
 
 PROMPTS = (
     "The capital of France is",
@@ -90,11 +90,14 @@ def _logits(model: nn.Module, prompts: list[Tensor]) -> Tensor:
     return torch.cat([model(input_ids=ids).logits[0].double() for ids in prompts])
 
 
-def verify(source: str | Path, exported: str | Path) -> Verification:
-    """Compare the adapter model with the merged model reloaded from disk, both computed in float32."""
+def verify(source: str | Path, exported: str | Path, merge_base: MergeBase = "dequantized") -> Verification:
+    """Compare the adapter model with the merged model reloaded from disk, both computed in float32.
+
+    ``merge_base``: what was merged into, if the base was quantised.
+    """
     tokenizer = AutoTokenizer.from_pretrained(exported)
     prompts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in PROMPTS]
-    adapted = load_adapted(open_source(source), torch.float32)
+    adapted = load_adapted(open_source(source), torch.float32, merge_base)
     expected = _logits(adapted, prompts)
     linear = len(linear_layers(adapted)) + len(adapted_layers(adapted))
     merged = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    if "gguf_file" not in arguments and getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r} is stored quantised: give the dense model, and model.quantization nf4 or int8"
+        )
     if "gguf_file" in arguments:
         # The weights are dense now; forget the quantised file so that the model can be trained and saved.
         model.config.__dict__.pop("quantization_config", None)
@@ -98,7 +103,7 @@ def _content_hash(path: Path) -> str:
 
 
 def identify(settings: ModelSettings) -> dict[str, Any]:
-    """Name, revision and a hash of the weight files: what an adapter or a checkpoint belongs to.
+    """Name, revision, a hash of the weight files, and how they are quantised: what an adapter or a checkpoint belongs to.
 
     Large files are sampled, so that it takes seconds for any model. Of a hub model the files that were downloaded count, so
     it is loaded first.
@@ -115,4 +120,13 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
             f"model.name_or_path {settings.name_or_path!r}: no weights ({', '.join(WEIGHT_SUFFIXES)}) are there"
         )
     digest = hashlib.sha256("".join(_content_hash(path) for path in files).encode()).hexdigest()
-    return {"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest}
+    base = {"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest}
+    if settings.quantization == "none":
+        return base
+    return {**base, "quantization": settings.quantization, "double_quantization": settings.double_quantization}
+
+
+def identified(base: Mapping[str, Any]) -> ModelSettings:
+    """Settings that load what :func:`identify` described."""
+    keys = ("name_or_path", "revision", "quantization", "double_quantization")
+    return ModelSettings(**{key: base[key] for key in keys if key in base})

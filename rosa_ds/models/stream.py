@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from rosa_ds import distributed
 from rosa_ds.config import ModelSettings
 from rosa_ds.models.load import load_model, resolve
 
@@ -159,7 +160,7 @@ def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedMo
         model = load_model(settings, dtype)
         size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
         logger.warning(
-            "%s is loaded whole on every rank before it is divided, %.2f GiB each (%s): save it once with transformers' "
+            "%s is loaded whole on every rank first, %.2f GiB each (%s): save it once with transformers' "
             "save_pretrained(folder, save_original_format=False) to avoid that",
             *(settings.name_or_path, size / 2**30, reason),
         )
@@ -189,3 +190,21 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrained
     with contextlib.suppress(OSError):  # a base without one uses its config's
         model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
     return model.eval(), base
+
+
+@torch.no_grad()
+def allocate(model: nn.Module, fill: distributed.Fill) -> None:
+    """Give all parameters that are on the meta device memory on this rank's device, and ``fill`` their numbers.
+
+    Shared parameters stay shared.
+    """
+    done: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(prefix, recurse=False, remove_duplicate=False)):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in done:
+                numbers = torch.empty_like(parameter, device=distributed.device())
+                fill(name, parameter, numbers, slice(None))
+                done[id(parameter)] = nn.Parameter(numbers, requires_grad=parameter.requires_grad)
+            module._parameters[name.rpartition(".")[2]] = done[id(parameter)]

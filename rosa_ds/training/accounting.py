@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, adapter_parts
+from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.training.changed_base import ChangedBase, keeps_residual
@@ -108,6 +109,8 @@ def predict(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig) -> Accou
     memory["gradients"] = sum(
         (part.numel if stage < 2 else _share(part.numel, ranks)) * part.itemsize for part in trained
     )
+    if forms := quantized_forms(model):
+        memory["dequantised at once"] = max(form.numel * form.dtype.itemsize for form in forms.values())
     if stage == 3:
         memory["gathered at once"] = _gather_peak(model, parts, plan.config["zero_optimization"])
     if settings.draws:

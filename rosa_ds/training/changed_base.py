@@ -19,8 +19,14 @@ def keeps_residual(settings: DrawSettings, dtype: torch.dtype) -> bool:
     return settings.residual and dtype == torch.bfloat16
 
 
+Packed = tuple[Tensor, Tensor]
+"""A quantised weight and its scales, whole."""
+
+
 class ChangedBase:
     """The weights of some layers, which training changes, and what a 16-bit weight leaves out of them.
+
+    A quantised weight stays as it is: what changes is the matrix beside it (:attr:`AdaptedLinear.drawn_parameter`), their difference.
 
     With ``draw.residual`` and a bfloat16 model the lower 16 bits of a float32 base are kept here, divided over the ranks at
     every stage and gathered a layer at a time: then storing the base rounds no more than float32 does.
@@ -36,9 +42,9 @@ class ChangedBase:
         self.saved: SavedBase | None = None
         self.residuals: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            if keeps_residual(settings, layer.weight.dtype):
+            if keeps_residual(settings, layer.dtype):
                 # where the base is, which may be offloaded; as bytes, since NCCL sends no 16-bit integers
-                place = distributed.own_numbers(layer.weight).device
+                place = distributed.own_numbers(layer.drawn_parameter).device
                 self.residuals[name] = torch.zeros(layer.weight_numel, 2, dtype=torch.uint8, device=place)
                 distributed.divide(self.residuals[name])
 
@@ -47,55 +53,73 @@ class ChangedBase:
         """Of the residuals on this rank."""
         return sum(distributed.own_numbers(residual).nbytes for residual in self.residuals.values())
 
-    def read_weight(self, name: str, owner: int) -> Tensor | None:
-        """A layer's base (N, M) in float32, with its residual, on its owner's device; ``None`` on others. Collective."""
+    def read_weight(self, name: str, owner: int) -> tuple[Tensor, Packed | None] | None:
+        """A layer's base (N, M) in float32, with its residual, on its owner's device, and what of it is quantised; ``None`` on
+        others. Collective.
+        """
         layer = self.layers[name]
-        weight = distributed.read_whole(layer.weight)
+        weight = distributed.read_whole(layer.drawn_parameter)
         low = distributed.read_whole(self.residuals[name]) if name in self.residuals else None
+        packed = None
+        if layer.weight_scales is not None:
+            packed = distributed.read_whole(layer.weight), distributed.read_whole(layer.weight_scales)
         if owner != distributed.rank():
             return None
         weight = weight.to(distributed.device())
         if low is not None:
             weight = join_bits(weight, low.to(weight.device).view(torch.int16).view(layer.weight_shape))
         weight = weight.float().view(layer.weight_shape)
-        return weight.T if layer.transposed else weight
+        if layer.form is not None and packed is not None:
+            packed = packed[0].to(weight.device), packed[1].to(weight.device)
+            weight = weight + layer.form.unpack(*packed, torch.float32)
+        return weight.T if layer.transposed else weight, packed
 
     def shapes(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Of what :meth:`pack` makes."""
         layer = self.layers[name]
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": (layer.weight_shape, layer.weight.dtype)}
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": (layer.weight_shape, layer.dtype)}
         return shapes | ({"residual": ((layer.weight_numel, 2), torch.uint8)} if name in self.residuals else {})
 
-    def pack(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """A float32 base (N, M) as it is stored and sent."""
+    def pack(self, name: str, weight: Tensor, packed: Packed | None) -> dict[str, Tensor]:
+        """A float32 base (N, M) as it is stored and sent, beside what is ``packed`` of it."""
         layer = self.layers[name]
         weight = (weight.T if layer.transposed else weight).contiguous()
+        if layer.form is not None and packed is not None:
+            weight = weight - layer.form.unpack(*packed, torch.float32)
         if name not in self.residuals:
-            return {"weight": weight.to(layer.weight.dtype)}
+            return {"weight": weight.to(layer.dtype)}
         high, low = split_bits(weight)
         return {"weight": high, "residual": low.view(torch.uint8).view(-1, 2)}
+
+    def seen(self, name: str, stored: Mapping[str, Tensor], packed: Packed | None) -> Tensor:
+        """The base (N, M) that forward makes of what :meth:`pack` made."""
+        layer = self.layers[name]
+        weight = stored["weight"]
+        if layer.form is not None and packed is not None:
+            weight = layer.form.unpack(*packed) + weight
+        return weight.T if layer.transposed else weight
 
     def write(self, name: str, packed: Mapping[str, Tensor]) -> None:
         """Keep what :meth:`pack` made, each rank its share. The same on every rank."""
         layer = self.layers[name]
-        distributed.write_whole(layer.weight, packed["weight"])
+        distributed.write_whole(layer.drawn_parameter, packed["weight"])
         if name in self.residuals:
             distributed.write_whole(self.residuals[name], packed["residual"])
         layer.drawn = True
         self.saved = None
 
     def read(self, owners: Mapping[str, int]) -> dict[str, Tensor]:
-        """All of it by weight name, whole, on the CPU of the layers' owners; residuals, int16, as ``NAME/residual``. Collective."""
+        """All of it by name, whole, on the CPU of the layers' owners; residuals, int16, as ``NAME/residual``. Collective."""
         changes: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             distributed.progress(f"reading the base of {name}")
             mine = owners[name] == distributed.rank()
-            weight = distributed.read_whole(layer.weight)
+            weight = distributed.read_whole(layer.drawn_parameter)
             low = distributed.read_whole(self.residuals[name]) if name in self.residuals else None
             if mine:
-                changes[layer.weight_name] = weight.cpu()
+                changes[layer.drawn_name] = weight.cpu()
                 if low is not None:
-                    changes[f"{layer.weight_name}/residual"] = low.cpu().view(torch.int16).view(layer.weight_shape)
+                    changes[f"{layer.drawn_name}/residual"] = low.cpu().view(torch.int16).view(layer.weight_shape)
         return changes
 
     def restore(self, changes: Mapping[str, Tensor], drift: float, saved: SavedBase | None) -> None:
@@ -104,9 +128,9 @@ class ChangedBase:
         Raises: ValueError if a layer is missing, of another shape, or stored in another type.
         """
         for name, layer in self.layers.items():
-            parts = {layer.weight_name: layer.weight.dtype}
+            parts = {layer.drawn_name: layer.dtype}
             if name in self.residuals:
-                parts[f"{layer.weight_name}/residual"] = torch.int16
+                parts[f"{layer.drawn_name}/residual"] = torch.int16
             for key, dtype in parts.items():
                 if key not in changes:
                     raise ValueError(f"--resume: the checkpoint lacks {key}, which a draw has changed: use another one")
@@ -116,9 +140,9 @@ class ChangedBase:
                         f"--resume: {key} of the checkpoint is {tuple(tensor.shape)} of {tensor.dtype}, and {layer.weight_shape} "
                         f"of {dtype} in this run: set model.dtype and draw.residual back"
                     )
-            packed = {"weight": changes[layer.weight_name]}
+            packed = {"weight": changes[layer.drawn_name]}
             if name in self.residuals:
-                low = changes[f"{layer.weight_name}/residual"].contiguous()
+                low = changes[f"{layer.drawn_name}/residual"].contiguous()
                 packed["residual"] = low.view(torch.uint8).view(-1, 2)
             self.write(name, packed)
         self.drift, self.saved = drift, saved

@@ -22,7 +22,7 @@ from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.subspace import Drawn, project_moments, split_off
 from rosa_ds.config import DrawSettings
-from rosa_ds.training.changed_base import ChangedBase
+from rosa_ds.training.changed_base import ChangedBase, Packed
 from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,12 @@ BATCH_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A layer as its owner gathers it: its base (N, M) in float32, its masters, and their moments where they are moved."""
+    """A layer as its owner gathers it: its base (N, M) in float32 and what of it is quantised, its masters, and their moments where
+    they are moved."""
 
     name: str
     weight: Tensor
+    packed: Packed | None
     A: Tensor
     B: Tensor
     moments: dict[str, Tensor]
@@ -144,20 +146,18 @@ class Drawing:
         """A layer on its owner; collective."""
         parts = {part: self.state.read_one(f"{name}.{part}") for part in ("A", "B")}
         moments = {f"{part}/{key}": self.state.read_one(f"{name}.{part}", key) for part in parts for key in keys}
-        weight = self.base.read_weight(name, self.owners[name])
-        if weight is None:
+        base = self.base.read_weight(name, self.owners[name])
+        if base is None:
             return None
-        return _Layer(name, weight, parts["A"].to(weight), parts["B"].to(weight), moments)
+        weight, packed = base
+        return _Layer(name, weight, packed, parts["A"].to(weight), parts["B"].to(weight), moments)
 
     def _split(self, mine: _Layer, number: int) -> _Result:
         name, layer = mine.name, self.layers[mine.name]
         folded = torch.addmm(mine.weight, mine.B, mine.A, alpha=layer.scale)
-        drawn = split_off(
-            folded, layer.rank, self.settings, draw_generator(self.seed, name, number), layer.weight.dtype
-        )
-        tensors = {"A": drawn.A, "B": drawn.B, **self.base.pack(name, drawn.rest)}
-        stored = tensors["weight"].T if layer.transposed else tensors["weight"]
-        compute_rounding = drawn.error(stored, folded)
+        drawn = split_off(folded, layer.rank, self.settings, draw_generator(self.seed, name, number), layer.dtype)
+        tensors = {"A": drawn.A, "B": drawn.B, **self.base.pack(name, drawn.rest, mine.packed)}
+        compute_rounding = drawn.error(self.base.seen(name, tensors, mine.packed), folded)
         rounding = drawn.error(drawn.rest, folded) if "residual" in tensors else compute_rounding
         if mine.moments:
             tensors |= _project(mine, drawn)

@@ -65,7 +65,7 @@ def _open(layers: Mapping[str, AdaptedLinear], path: str) -> Mapping[str, Tensor
 def _read_base(layer: AdaptedLinear) -> Tensor:
     """All of a layer's base, with what a draw has split off it. Collective."""
     A, B = (None if part is None or not layer.drawn else distributed.read_whole(part) for part in (layer.A, layer.B))
-    return layer.undrawn(distributed.read_whole(layer.weight), A, B)
+    return layer.undrawn(layer.whole_weight(), A, B)
 
 
 def _choose(

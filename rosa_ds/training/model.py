@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 import rosa_kernels
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, inject
+from rosa_ds.adapters.quantize import QuantizedNumbers, allocate_quantized, open_quantized, quantized_forms
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.models.load import load_model
+from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base, open_base
 
 logger = logging.getLogger(__name__)
@@ -23,13 +25,25 @@ logger = logging.getLogger(__name__)
 def _load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel, Base | None]:
     """The base; at stage 3 its shape alone, where possible, and where its numbers are."""
     dtype = getattr(torch, plan.dtype)
+    quantized = settings.model.quantization != "none"
+    base: Base | None = None
     with distributed.main_first():
-        return open_base(settings.model, dtype) if plan.stage == 3 else (load_model(settings.model, dtype), None)
+        if quantized:
+            model, base = open_quantized(settings.model, dtype, settings.adapter.modules_to_save)
+        elif plan.stage == 3:
+            model, base = open_base(settings.model, dtype)
+        else:
+            model = load_model(settings.model, dtype)
+    if quantized and base is not None and plan.stage < 3:
+        allocate_quantized(model, base)
+        base = None
+    return model, base
 
 
 def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -> None:
     """Divide base and adapters over the ranks, one parameter at a time."""
     layers = adapted_layers(model)
+    quantized = None if base is None else QuantizedNumbers(quantized_forms(model), base)
 
     def fill(name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
         module, _, part = name.rpartition(".")
@@ -37,8 +51,10 @@ def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -
             target.copy_(layers[module].initial_parameters()[part])
         elif not parameter.is_meta:
             distributed.keep_numbers(name, parameter, target, rows)
-        elif module in layers and part == "positions":
-            target.zero_()  # before a mask is known
+        elif module in layers and part in ("positions", "change"):
+            target.zero_()  # before a mask is known, or a draw made
+        elif quantized is not None and module in quantized.forms and part in (PACKED, SCALES):
+            target.copy_(quantized.read(module, part))
         else:
             assert base is not None, f"nothing to fill {name} with"
             base.fill(name, parameter, target, rows)

@@ -1,0 +1,168 @@
+"""Quantise a base: which layers, and one after another, so that the dense base is never there as a whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rosa_ds import distributed
+from rosa_ds.adapters.inject import adapted_layers, set_submodule
+from rosa_ds.adapters.targets import head_names, linear_layers, match_names
+from rosa_ds.config import ModelSettings
+from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear
+from rosa_ds.models.stream import Base, allocate, open_base
+
+logger = logging.getLogger(__name__)
+AT_ONCE = 8
+"""Layers that the ranks quantise at the same time, one each."""
+
+
+def quantize(
+    model: nn.Module,
+    kind: Kind,
+    double: bool = True,
+    dtype: torch.dtype | None = None,
+    skip: Iterable[str] = (),
+    device: torch.device | None = None,
+) -> nn.Module:
+    """Keep the linear layers' weights in 4 or 8 bits, but for the output head's. Before :func:`rosa_ds.inject`.
+
+    Args:
+        model: changed in place, one layer after another; those on the meta device become quantised layers on the meta device.
+        kind: ``nf4`` or ``int8``; ``double``: of ``nf4``, the blocks' scales in 8 bits, too.
+        dtype: in which the layers compute; by default the model's.
+        skip: modules that stay dense with all that is in them, by name or name ending: what is trained whole.
+        device: to quantise on and to keep the layers on; by default where each is.
+
+    Returns: the same model.
+    Raises: ValueError without bitsandbytes, for an injected model, a type that it does not know, or a module to skip that is not there.
+    """
+    require_bitsandbytes()
+    if kind not in get_args(Kind):
+        raise ValueError(f"{kind!r} is no way to quantise: {' and '.join(get_args(Kind))} are")
+    if adapted_layers(model):
+        raise ValueError("this model has adapters already: quantise the base first, then inject")
+    dense = _stay_dense(model, skip)
+    for name, layer in linear_layers(model).items():
+        if name in dense or isinstance(layer, QuantizedLinear):
+            continue
+        computes = layer.weight.dtype if dtype is None else dtype
+        if computes not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name} would compute in {computes}: bitsandbytes makes float32, bfloat16 and float16 of its bits"
+            )
+        new = QuantizedLinear(layer, kind, double, computes)
+        if not layer.weight.is_meta:
+            new.take(new.form.pack(layer.weight.detach().to(device)))
+        set_submodule(model, name, new.train(layer.training))
+    return model
+
+
+def _stay_dense(model: nn.Module, skip: Iterable[str]) -> set[str]:
+    """Linear layers that are not quantised: the head, and those in modules that are trained whole."""
+    layers = linear_layers(model)
+    whole = match_names(skip, [name for name, _ in model.named_modules() if name], "adapter.modules_to_save")
+    inside = {name for name in layers for module in whole if f"{name}.".startswith(f"{module}.")}
+    return head_names(model, layers) | inside
+
+
+def require_bitsandbytes() -> None:
+    """Raise ValueError where it is not installed."""
+    # its CPU part warns of a kernel for products with 4-bit weights, which is never used here
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"model.quantization needs bitsandbytes: pip install bitsandbytes ({error})") from error
+
+
+class QuantizedNumbers:
+    """The arrays of quantised layers, made from a checkpoint: a layer is read and quantised by one rank and sent to all.
+
+    Layers are asked for in the order of ``forms``, the same on all ranks; each array once.
+    """
+
+    def __init__(self, forms: Mapping[str, Form], base: Base) -> None:
+        self.forms, self.base = forms, base
+        self._order = list(forms)
+        self._ready: dict[str, dict[str, Tensor]] = {}
+
+    def read(self, name: str, part: str) -> Tensor:
+        """``weight`` or ``weight_scales`` of a layer, whole, on this rank's device. Collective."""
+        if name not in self._ready:
+            self._make(self._order.index(name))
+        arrays = self._ready[name]
+        tensor = arrays.pop(part)
+        if not arrays:
+            del self._ready[name]
+        return tensor
+
+    def _make(self, first: int) -> None:
+        """Each rank quantises one of the next layers, then all send theirs."""
+        ranks = min(distributed.world_size(), AT_ONCE)
+        owners = dict(zip(self._order[first : first + ranks], range(ranks), strict=False))
+        mine: dict[str, Tensor] = {}
+        with distributed.together():
+            for name, owner in owners.items():
+                if owner == distributed.rank():
+                    weight = self.base.rows(f"{name}.weight", slice(None))
+                    mine = self.forms[name].pack(weight.to(distributed.device()))
+        for name, owner in owners.items():
+            self._ready[name] = {}
+            for part, (shape, dtype) in self.forms[name].sizes().items():
+                own = owner == distributed.rank()
+                array = mine[part] if own else torch.empty(shape, dtype=dtype, device=distributed.device())
+                assert (tuple(array.shape), array.dtype) == (shape, dtype), f"{name}: {part} is {array.shape}"
+                self._ready[name][part] = distributed.broadcast(array.contiguous(), owner)
+
+
+def quantized_forms(model: nn.Module) -> dict[str, Form]:
+    """How the quantised layers of a model are kept, by name, in the model's order."""
+    return {
+        name: form for name, module in model.named_modules() if isinstance(form := getattr(module, "form", None), Form)
+    }
+
+
+def open_quantized(
+    settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str]
+) -> tuple[PreTrainedModel, Base | None]:
+    """As :func:`rosa_ds.models.stream.open_base`, with the layers quantised that ``settings`` want to be.
+
+    Raises: ValueError as :func:`quantize`.
+    """
+    assert settings.quantization != "none"
+    require_bitsandbytes()  # before anything is downloaded
+    model, base = open_base(settings, dtype)
+    quantize(model, settings.quantization, settings.double_quantization, dtype, skip, distributed.device())
+    return model, base
+
+
+def allocate_quantized(model: PreTrainedModel, base: Base) -> None:
+    """Give a model of :func:`open_quantized` all its numbers, on this rank's device. Collective."""
+    numbers = QuantizedNumbers(quantized_forms(model), base)
+
+    def fill(name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
+        module, _, part = name.rpartition(".")
+        if module in numbers.forms and part in (PACKED, SCALES):
+            target.copy_(numbers.read(module, part))
+        else:
+            base.fill(name, parameter, target, rows)
+
+    allocate(model, fill)
+    base.close()
+
+
+def load_quantized(settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str]) -> PreTrainedModel:
+    """The base with quantised layers, which compute in ``dtype``, on this rank's device. Collective.
+
+    Raises: ValueError as :func:`open_quantized`.
+    """
+    model, base = open_quantized(settings, dtype, skip)
+    if base is not None:
+        allocate_quantized(model, base)
+    return model.eval()
