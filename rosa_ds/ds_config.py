@@ -60,6 +60,8 @@ _REFUSED_KEYS = (
     "amp",
     "torch_autocast",
 )
+BITSANDBYTES = frozenset({"Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"})
+_OPTIMIZERS = ("Adam", "AdamW", *sorted(BITSANDBYTES), "DeepSpeedCPUAdam")
 _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -176,24 +178,37 @@ def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> tuple[Optimi
     The section's ``lr`` is ``training.learning_rate`` and its ``weight_decay`` ``training.weight_decay``.
     """
     section = config.pop("optimizer", None) or {"type": "AdamW"}
-    if not isinstance(section, dict) or str(section.get("type")).lower() not in ("adam", "adamw"):
-        given = section.get("type") if isinstance(section, dict) else section
-        raise ValueError(f"optimizer type {given!r} of the DeepSpeed file is not supported: use AdamW or Adam")
+    given = section.get("type") if isinstance(section, dict) else section
+    names = {name.lower(): name for name in _OPTIMIZERS}
+    if not isinstance(section, dict) or str(given).lower() not in names:
+        raise ValueError(
+            f"optimizer type {given!r} of the DeepSpeed file is not supported: {', '.join(_OPTIMIZERS[:-1])} and {_OPTIMIZERS[-1]} are."
+            f"{did_you_mean(str(given), _OPTIMIZERS)}"
+        )
+    name = names[section["type"].lower()]
     arguments = {key: value for key, value in (section.get("params") or {}).items() if value != "auto"}
     ours = {"lr": "learning_rate", "weight_decay": "weight_decay"}
     given = {name: float(arguments.pop(key)) for key, name in ours.items() if key in arguments}
     settings = _merge_training(settings, given, "optimizer.params")
     # DeepSpeed reads Adam as AdamW unless adam_w_mode is false, and torch_adam chooses what is used here anyway.
-    decoupled = arguments.pop("adam_w_mode", True) or section["type"].lower() == "adamw"
+    decoupled = arguments.pop("adam_w_mode", True) or "AdamW" in name
     arguments.pop("torch_adam", None)
-    if unknown := sorted(set(arguments) - {"betas", "eps", "amsgrad"}):
+    known = ("betas", "eps", "amsgrad") if name in ("Adam", "AdamW") else ("betas", "eps")
+    if unknown := sorted(set(arguments) - set(known)):
         raise ValueError(
-            f"optimizer.params.{unknown[0]} of the DeepSpeed file is not known: betas, eps and amsgrad are"
+            f"optimizer.params.{unknown[0]} of the DeepSpeed file is not known: {name} has {', '.join(known)}"
         )
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     arguments["weight_decay"] = settings.training.weight_decay
-    return OptimizerChoice("AdamW" if decoupled else "Adam", arguments), settings
+    if name == "DeepSpeedCPUAdam":
+        arguments["adamw_mode"] = decoupled
+    elif name in BITSANDBYTES:
+        if not decoupled and settings.training.weight_decay:
+            raise ValueError(f"optimizer {name} decays weights as AdamW does: leave adam_w_mode out, or use Adam")
+    else:
+        name = "AdamW" if decoupled else "Adam"
+    return OptimizerChoice(name, arguments), settings
 
 
 def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
@@ -282,6 +297,12 @@ def plan_deepspeed(
         )
     _check_zero(config, zero, stage)
     optimizer, settings = _take_optimizer(config, _take_scheduler(config, settings))
+    if optimizer.name in BITSANDBYTES:
+        config["zero_allow_untested_optimizer"] = True  # tested here
+        if settings.checkpoint.format == "deepspeed":
+            raise ValueError(
+                f"checkpoint.format deepspeed keeps the moments of {optimizer.name} in a form that nothing reads back: use rosa"
+            )
     dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)
     total, micro, steps = resolve_batch(config, world_size)
     config.update(zip(_BATCH_KEYS, (total, micro, steps), strict=True))

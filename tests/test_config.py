@@ -184,7 +184,7 @@ def test_batch_sizes(given: tuple[Any, ...], world: int, expected: tuple[int, in
         (
             {"optimizer": {"params": {}}},
             1,
-            "optimizer type None of the DeepSpeed file is not supported: use AdamW or Adam",
+            "optimizer type None of the DeepSpeed file is not supported: Adam, AdamW, ",
         ),
         ({"optimizer": {"type": "Lion"}}, 1, "optimizer type 'Lion'"),
         (

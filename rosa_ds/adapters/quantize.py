@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import get_args
 
@@ -14,10 +13,9 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, set_submodule
 from rosa_ds.adapters.targets import head_names, linear_layers, match_names
 from rosa_ds.config import ModelSettings
-from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear
+from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear, require_bitsandbytes
 from rosa_ds.models.stream import Base, allocate, open_base
 
-logger = logging.getLogger(__name__)
 AT_ONCE = 8
 """Layers that the ranks quantise at the same time, one each."""
 
@@ -42,7 +40,7 @@ def quantize(
     Returns: the same model.
     Raises: ValueError without bitsandbytes, for an injected model, a type that it does not know, or a module to skip that is not there.
     """
-    require_bitsandbytes()
+    require_bitsandbytes("model.quantization")
     if kind not in get_args(Kind):
         raise ValueError(f"{kind!r} is no way to quantise: {' and '.join(get_args(Kind))} are")
     if adapted_layers(model):
@@ -69,16 +67,6 @@ def _stay_dense(model: nn.Module, skip: Iterable[str]) -> set[str]:
     whole = match_names(skip, [name for name, _ in model.named_modules() if name], "adapter.modules_to_save")
     inside = {name for name in layers for module in whole if f"{name}.".startswith(f"{module}.")}
     return head_names(model, layers) | inside
-
-
-def require_bitsandbytes() -> None:
-    """Raise ValueError where it is not installed."""
-    # its CPU part warns of a kernel for products with 4-bit weights, which is never used here
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"model.quantization needs bitsandbytes: pip install bitsandbytes ({error})") from error
 
 
 class QuantizedNumbers:
@@ -136,7 +124,7 @@ def open_quantized(
     Raises: ValueError as :func:`quantize`.
     """
     assert settings.quantization != "none"
-    require_bitsandbytes()  # before anything is downloaded
+    require_bitsandbytes("model.quantization")  # before anything is downloaded
     model, base = open_base(settings, dtype)
     quantize(model, settings.quantization, settings.double_quantization, dtype, skip, distributed.device())
     return model, base

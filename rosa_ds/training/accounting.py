@@ -19,7 +19,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, adapter_parts
 from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import DeepSpeedPlan
+from rosa_ds.ds_config import BITSANDBYTES, DeepSpeedPlan
 from rosa_ds.training.changed_base import ChangedBase, keeps_residual
 from rosa_ds.training.draw import BATCH_BYTES
 from rosa_ds.training.engine import PERSISTENCE
@@ -101,11 +101,14 @@ def predict(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig) -> Accou
     trained = [part for part in parts if part.trains]
     numbers = sum(part.numel for part in trained)
     own = numbers if stage == 0 else sum(_share(part.numel, ranks) for part in trained)
-    kept = 8 + (4 if stage or plan.dtype != "float32" else 0)  # stage 0 in float32 steps the parameters themselves
+    moments = 2 + 8 / 256 if plan.optimizer.name in BITSANDBYTES else 8
+    kept = moments + (
+        4 if stage or plan.dtype != "float32" else 0
+    )  # stage 0 in float32 steps the parameters themselves
     total = _sum((part.name, part.bytes) for part in parts)
-    total |= {"optimizer": kept * numbers, "gradients": sum(part.bytes for part in trained)}
+    total |= {"optimizer": round(kept * numbers), "gradients": sum(part.bytes for part in trained)}
     memory = _sum((part.name, part.resident(ranks) * part.itemsize) for part in parts)
-    memory["optimizer"] = kept * own
+    memory["optimizer"] = round(kept * own)
     memory["gradients"] = sum(
         (part.numel if stage < 2 else _share(part.numel, ranks)) * part.itemsize for part in trained
     )

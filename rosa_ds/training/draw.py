@@ -84,6 +84,10 @@ class Drawing:
         ``compute_rounding`` that of the 16-bit base alone, which forward uses.
         Raises: ValueError for a weight that cannot be factorised, RuntimeError if moments are not what was asked for.
         """
+        with self.state.float32_moments():
+            return self._draw(number)
+
+    def _draw(self, number: int) -> dict[str, Any]:
         begun = time.monotonic()
         keys = self.state.moment_keys(GROUP) if self.settings.moments == "project" and number else []
         done: list[_Result] = []

@@ -11,7 +11,8 @@ from torch import nn
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapter_parts
 from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import DeepSpeedPlan
+from rosa_ds.ds_config import BITSANDBYTES, DeepSpeedPlan
+from rosa_ds.models.quantized import require_bitsandbytes
 from rosa_ds.training.trained_state import TrainedState
 
 ParameterGroups = dict[str, dict[str, nn.Parameter]]
@@ -56,6 +57,29 @@ def keep_vectors_everywhere(model: nn.Module, config: dict[str, Any]) -> None:
     config["zero_optimization"].setdefault(PERSISTENCE, min([max(vectors), *(size - 1 for size in adapters)]))
 
 
+def optimizer_class(plan: DeepSpeedPlan) -> Any:
+    """Torch's, bitsandbytes' or DeepSpeed's. Raises: ValueError where it cannot run."""
+    name, zero = plan.optimizer.name, plan.config["zero_optimization"]
+    if name == "DeepSpeedCPUAdam":
+        if distributed.device().type != "cpu" and (zero.get("offload_optimizer") or {}).get("device") != "cpu":
+            raise ValueError(
+                "optimizer DeepSpeedCPUAdam steps on the CPU: use it with zero_optimization.offload_optimizer to cpu, or AdamW"
+            )
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles at its first use
+
+        return DeepSpeedCPUAdam
+    if name in BITSANDBYTES:
+        require_bitsandbytes(f"optimizer {name}")
+        if name.startswith("Paged") and distributed.device().type == "cpu":
+            raise ValueError(
+                f"optimizer {name} moves its state between a GPU and host memory, and there is no GPU: use {name[5:]}"
+            )
+        import bitsandbytes
+
+        return getattr(bitsandbytes.optim, name)
+    return getattr(torch.optim, name)
+
+
 def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> tuple[Any, TrainedState]:
     """Wrap an injected model in a DeepSpeed engine with one parameter group per learning rate.
 
@@ -71,10 +95,8 @@ def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> 
     if plan.stage == 3:
         keep_vectors_everywhere(model, plan.config)
     rates = learning_rates(settings)
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, plan.optimizer.name)(
-        [{"params": list(group.values()), "lr": rates[name], "name": name} for name, group in groups.items()],
-        **plan.optimizer.arguments,
-    )
+    parameters = [{"params": list(group.values()), "lr": rates[name], "name": name} for name, group in groups.items()]
+    optimizer = optimizer_class(plan)(parameters, **plan.optimizer.arguments)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.config)
     state = TrainedState(engine.optimizer, groups)
     state.reset_optimizer(groups)  # some of DeepSpeed's optimizers count a step while they are built

@@ -9,7 +9,8 @@ All methods are collective: every rank calls them in the same order. What they r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_fu
 from torch import Tensor
 
 from rosa_ds import distributed
+from rosa_ds.training.eight_bit import MOMENTS, collapse, expand, is_bitsandbytes
 from rosa_ds.training.masters import Groups, find_masters
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -37,6 +39,26 @@ class TrainedState:
         self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
         assert len(self.inner.param_groups) == len(groups), "DeepSpeed changed the parameter groups"
         self.masters = find_masters(optimizer, groups)
+        self._expands = is_bitsandbytes(self.inner)
+
+    @contextlib.contextmanager
+    def float32_moments(self) -> Iterator[None]:
+        """In the block an optimizer's 8-bit moments are float32; others always are. Everything here that needs it enters it; who
+        does many of these things does better to enter it once.
+        """
+        if not self._expands:
+            yield
+            return
+        tensors = [(index, tensor) for index in range(len(self.groups)) for tensor in self.masters.stepped(index)]
+        expand(self.inner, tensors)
+        self.masters.link()
+        self._expands = False
+        try:
+            yield
+        finally:
+            self._expands = True
+            collapse(self.inner, tensors)
+            self.masters.link()
 
     @torch.no_grad()
     def read(self, owners: Mapping[str, int] | None = None) -> dict[str, Tensor]:
@@ -52,14 +74,17 @@ class TrainedState:
     @torch.no_grad()
     def read_one(self, name: str, key: str | None = None) -> Tensor:
         """A float32 master, or with ``key`` one of :meth:`moment_keys`, whole, on every rank's device."""
-        found = self.masters.read(name, key)
-        assert found is not None, f"{name} has no {key or 'master'}"
-        return found.detach().to(distributed.device())
+        with self.float32_moments() if key else contextlib.nullcontext():
+            found = self.masters.read(name, key)
+            assert found is not None, f"{name} has no {key or 'master'}"
+            return found.detach().to(distributed.device())
 
     def moment_keys(self, group: str) -> list[str]:
         """The moments that the optimizer keeps of a parameter group; none before it has stepped."""
         self.masters.link()
         state = next(iter(self._states(list(self.groups).index(group))), {})
+        if state and self._expands:
+            return sorted(MOMENTS)
         return sorted(key for key, value in state.items() if not _is_scalar(value))
 
     @torch.no_grad()
@@ -98,6 +123,12 @@ class TrainedState:
         """Moments as ``"parameter name/key"`` -> float32 tensor on the CPU of the parameter's owner, and scalars as group
         -> key -> number on every rank.
         """
+        with self.float32_moments():
+            return self._read_optimizer(owners)
+
+    def _read_optimizer(
+        self, owners: Mapping[str, int] | None
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
         self.masters.link()
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, dict[str, float]] = {}
@@ -114,6 +145,10 @@ class TrainedState:
     @torch.no_grad()
     def write_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, float]]) -> None:
         """Restore what :meth:`read_optimizer` gave, into an optimizer that has not stepped yet."""
+        with self.float32_moments():
+            self._write_optimizer(tensors, scalars)
+
+    def _write_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, float]]) -> None:
         for index, (group, members) in enumerate(self.groups.items()):
             # sorted: each rank has another order of a set's strings, and reading is collective in the order of the state
             keys = sorted({key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] in members})
@@ -131,6 +166,10 @@ class TrainedState:
 
         Returns: how many numbers were reset on this rank.
         """
+        with self.float32_moments():
+            return self._reset_optimizer(groups)
+
+    def _reset_optimizer(self, groups: Iterable[str]) -> int:
         count = 0
         for index, group in enumerate(self.groups):
             for state in self._states(index) if group in groups else ():
