@@ -16,7 +16,7 @@ from rosa_ds.adapters.mask import load_mask
 from rosa_ds.cli import parse_command_line
 from rosa_ds.config import ModelSettings, RunConfig
 from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.evaluation.step_time import OURS, PEERS, StepCase, measure_steps
+from rosa_ds.evaluation.step_time import OURS, PEERS, QUANTIZED, StepCase, measure_steps
 from rosa_ds.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.step_time")
@@ -28,8 +28,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--candidate",
         action="append",
-        choices=(*OURS, *PEERS),
-        help="repeatable; ratios are to the first; default: all",
+        choices=(*OURS, *PEERS, *QUANTIZED),
+        help="repeatable; ratios are to the first; default: all on a dense base",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--mask", type=Path, help="mask.safetensors of a run; default: from a gradient of the batch")

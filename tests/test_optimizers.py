@@ -95,7 +95,9 @@ def test_the_class(name: str, expected: type) -> None:
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"'AdamW8' of the DeepSpeed file is not supported: .* Did you mean AdamW or AdamW8bit"):
+    with pytest.raises(
+        ValueError, match=r"'AdamW8' of the DeepSpeed file is not supported: .* Did you mean AdamW or AdamW8bit"
+    ):
         choose("AdamW8")
     with pytest.raises(
         ValueError, match=r"params.amsgrad of the DeepSpeed file is not known: AdamW8bit has betas, eps"

@@ -13,8 +13,10 @@ CASE = StepCase(ModelSettings(), torch.float32, rank=2, density=0.01, batch=1, l
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 def test_all_candidates_train_and_are_compared() -> None:
-    rows = {row.name: row for row in measure_steps(CASE, [*PEERS, *OURS])}
-    assert list(rows) == [*PEERS, *OURS]
+    names = [*PEERS, *OURS, "robust-nf4"]
+    rows = {row.name: row for row in measure_steps(CASE, names)}
+    assert list(rows) == names
+    assert rows["robust-nf4"].trained == rows["robust"].trained
     assert rows["peft-lora"].ratio == 1.0
     assert rows["lora"].trained == rows["peft-lora"].trained
     assert rows["robust"].trained == rows["lora"].trained + rows["sparse"].trained

@@ -8,7 +8,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,19 @@ from torch import Tensor, nn
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import inject
 from rosa_ds.adapters.mask import Mask, compute_mask, set_mask
+from rosa_ds.adapters.quantize import quantize
 from rosa_ds.config import SPARSE_METHODS, AdapterConfig, Method, ModelSettings
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.models.load import load_model
+from rosa_ds.models.quantized import Kind
 from rosa_ds.training.engine import keep_vectors_everywhere
 
 PEERS = ("peft-lora", "peft-supertuning")
 OURS: tuple[Method, ...] = ("robust", "sparse", "lora")
+QUANTIZED: dict[str, tuple[Method, Kind]] = {
+    f"{method}-{kind}": (method, kind) for kind in get_args(Kind) for method in OURS
+}
+"""The same on a base in 4 or 8 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +115,10 @@ def _build(case: StepCase, name: str, mask: Callable[[], Mask]) -> _Candidate:
     if name in PEERS:
         model = _peer(model, case, name)
     else:
-        config = _adapter(case, name)  # type: ignore[arg-type]
-        inject(model, config, case.seed)
+        if name in QUANTIZED:
+            name, kind = QUANTIZED[name]
+            quantize(model, kind)
+        inject(model, _adapter(case, name), case.seed)  # type: ignore[arg-type]
     candidate = _on_deepspeed(case, model) if case.deepspeed else _plain(model)
     if name in SPARSE_METHODS:
         set_mask(model, mask())
@@ -152,8 +160,8 @@ def measure_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None
 
     Raises: ValueError for an unknown name, or a peer that is not installed.
     """
-    if unknown := [name for name in names if name not in (*OURS, *PEERS)]:
-        raise ValueError(f"no candidate {unknown[0]!r}: choose from {', '.join((*OURS, *PEERS))}")
+    if unknown := [name for name in names if name not in (*OURS, *PEERS, *QUANTIZED)]:
+        raise ValueError(f"no candidate {unknown[0]!r}: choose from {', '.join((*OURS, *PEERS, *QUANTIZED))}")
     ids = torch.randint(0, 256, (case.batch, case.length), generator=torch.Generator().manual_seed(case.seed))
     ids = ids.to(distributed.device())
     kept: list[Mask] = [mask] if mask is not None else []
