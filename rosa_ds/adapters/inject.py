@@ -85,8 +85,8 @@ def _count_entries(name: str, weight: Tensor, density: float) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What one layer is given."""
+class LayerPlan:
+    """What one layer is given: ``rank``, ``entries`` of the sparse part, ``scale`` of ``B A``, ``dropout``."""
 
     rank: int
     entries: int
@@ -94,8 +94,8 @@ class _Plan:
     dropout: float
 
 
-def _plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> _Plan:
-    """By the settings. Raises: ValueError for more entries or directions than can be."""
+def plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> LayerPlan:
+    """What the settings give a layer. Raises: ValueError for more entries or directions than can be."""
     draws = config.method in SUBSPACE_METHODS
     rank = by_pattern(name, config.rank_pattern, config.rank) if config.method in LOW_RANK_METHODS else 0
     density = by_pattern(name, config.density_pattern, config.density) if config.method in SPARSE_METHODS else 0.0
@@ -105,8 +105,9 @@ def _plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> _Plan:
             f"rank {rank} of {name} takes all {smaller} directions of its weight: lower adapter.rank (or adapter.rank_pattern "
             "for this layer), or train it whole with adapter.modules_to_save"
         )
-    scale = config.alpha / rank if rank and not draws else 1.0
-    return _Plan(rank, _count_entries(name, weight, density), scale, 0.0 if draws else config.dropout)
+    alpha = by_pattern(name, config.alpha_pattern, config.alpha)
+    scale = alpha / rank if rank and not draws else 1.0
+    return LayerPlan(rank, _count_entries(name, weight, density), scale, 0.0 if draws else config.dropout)
 
 
 def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSettings | None = _DRAW) -> InjectReport:
@@ -133,6 +134,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
         return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
     targets = find_targets(model, config.target_modules)
     check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
+    check_patterns(config.alpha_pattern, targets, "adapter.alpha_pattern")
     check_patterns(config.density_pattern, targets, "adapter.density_pattern")
     all_names = [name for name, _ in model.named_modules() if name]
     whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
@@ -140,7 +142,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
     if both:
         raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
 
-    plans = {name: _plan_layer(name, layer, config) for name, layer in targets.items()}
+    plans = {name: plan_layer(name, layer, config) for name, layer in targets.items()}
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:
         _check_drawable(model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject
 from rosa_ds.adapters.mask import set_mask
+from rosa_ds.adapters.peft_folder import is_peft, read_peft
 from rosa_ds.adapters.subspace import join_bits
 from rosa_ds.config import AdapterConfig
 from rosa_ds.files import (
@@ -129,14 +130,51 @@ def _write(
 
 
 def read_description(folder: str | Path) -> AdapterDescription:
-    """What ``adapter_config.json`` says. Raises ValueError if the folder holds no adapter of ours."""
+    """What ``adapter_config.json`` says. Raises ValueError if the folder holds no adapter of ours, or a newer one."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}")
     content = json.loads(path.read_text())
-    if content.get("format") != "rosa_ds adapter" or content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} is not an adapter of rosa_ds, format version {FORMAT_VERSION}")
+    if content.get("format") != "rosa_ds adapter":
+        raise ValueError(f"{path} is not an adapter of rosa_ds")
+    version = content.get("format_version")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(
+            f"{path} has format version {version!r}, this rosa_ds reads up to {FORMAT_VERSION}: it was written by a newer one, "
+            "update this one (pip install -U rosa-ds), or export the adapter merged where it was made"
+        )
     return AdapterDescription(AdapterConfig(**content["config"]), content["seed"], content["base"])
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter on the disk: ``trained`` by parameter name, ``positions`` and changed ``base`` by weight name."""
+
+    description: AdapterDescription
+    trained: Mapping[str, Tensor]
+    positions: Mapping[str, Tensor]
+    base: Mapping[str, Tensor]
+
+    def close(self) -> None:
+        """Give back what is read only when it is asked for."""
+        for part in (self.trained, self.positions, self.base):
+            if isinstance(part, TensorFiles):
+                part.close()
+
+
+def open_adapter(folder: str | Path, model: nn.Module) -> StoredAdapter:
+    """A folder of ours or of PEFT, for a base ``model`` (which says what PEFT leaves unsaid).
+
+    Raises: ValueError if it is none, or one of PEFT's that no adapter here can be.
+    """
+    folder = Path(folder)
+    if is_peft(folder):
+        found = read_peft(folder, model)
+        return StoredAdapter(AdapterDescription(found.config, 42, found.base), found.trained, found.positions, {})
+    description = read_description(folder)
+    content = TensorFiles([folder / TENSOR_FILE])
+    base = TensorFiles(sorted(folder.glob(f"{BASE_FILES}*.safetensors")))
+    return StoredAdapter(description, content.under("trained."), content.under("positions."), base)
 
 
 def _shape_of(config: AdapterConfig) -> dict[str, Any]:
@@ -146,19 +184,16 @@ def _shape_of(config: AdapterConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
-    """Give a base model the adapter of a folder (injecting it where the model has none yet).
+    """Give a base model the adapter of a folder, of ours or of PEFT (injecting it where the model has none yet).
 
     Raises:
         ValueError: the folder is no adapter, or its tensors do not fit the model (named); the model's numbers are
             then unchanged.
     """
-    description = read_description(folder)
-    content = TensorFiles([Path(folder) / TENSOR_FILE])
-    base = TensorFiles(sorted(Path(folder).glob(f"{BASE_FILES}*.safetensors")))
-    fill_adapter(model, folder, description, content.under("trained."), content.under("positions."), base)
-    for files in (content, base):
-        files.close()
-    return description
+    stored = open_adapter(folder, model)
+    fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
+    stored.close()
+    return stored.description
 
 
 @torch.no_grad()
@@ -166,9 +201,9 @@ def fill_adapter(
     model: nn.Module,
     where: str | Path,
     description: AdapterDescription,
-    trained: TensorFiles,
-    positions: TensorFiles,
-    base: TensorFiles,
+    trained: Mapping[str, Tensor],
+    positions: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
 ) -> None:
     """Inject a model where it has no adapter yet, and give it trained numbers, positions and a changed base.
 
@@ -185,8 +220,8 @@ def fill_adapter(
     check_without_engine(model)
     layers = {layer.weight_name: layer for layer in adapted_layers(model).values() if layer.rank}
     changed = [name for name in base if not name.endswith("/residual")]
-    _check_fit(where, trained, list(trained), parameters)
-    _check_fit(where, base, changed, {name: layer.weight for name, layer in layers.items()} if changed else {})
+    check_fit(where, trained, list(trained), parameters)
+    check_fit(where, base, changed, {name: layer.weight for name, layer in layers.items()} if changed else {})
     if positions:
         set_mask(model, positions)
     for name in trained:
@@ -196,11 +231,14 @@ def fill_adapter(
         layers[name].drawn = True
 
 
-def _check_fit(where: str | Path, files: TensorFiles, names: list[str], parameters: Mapping[str, Tensor]) -> None:
+def check_fit(
+    where: str | Path, tensors: Mapping[str, Tensor], names: list[str], parameters: Mapping[str, Tensor]
+) -> None:
     """Raise ValueError unless the adapter has just these parameters, in their shapes."""
     if wrong := sorted(set(names) ^ set(parameters)):
         place = "model" if wrong[0] in names else "adapter"
         raise ValueError(f"{where}: {wrong[0]} is not in the {place}.{did_you_mean(wrong[0], parameters)}")
     for name in names:
-        if (found := files.shape(name)) != (shape := tuple(distributed.full_shape(parameters[name]))):
+        found = tensors.shape(name) if isinstance(tensors, TensorFiles) else tuple(tensors[name].shape)
+        if found != (shape := tuple(distributed.full_shape(parameters[name]))):
             raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: is it another base?")

@@ -20,7 +20,7 @@ from rosa_ds.models.stream import Base, open_base
 logger = logging.getLogger(__name__)
 
 
-def _load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel, Base | None]:
+def load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel, Base | None]:
     """The base; at stage 3 its shape alone, where possible, and where its numbers are."""
     dtype = getattr(torch, plan.dtype)
     with distributed.main_first():
@@ -53,7 +53,11 @@ def build_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
 
     Raises: ValueError for a base that cannot be loaded or targets that match nothing.
     """
-    model, base = _load_base(settings, plan)
+    return adapt(*load_base(settings, plan), settings, plan)
+
+
+def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
+    """Give a base, as :func:`load_base` makes it, its adapters, and at stage 3 divide it. Errors as :func:`build_model`."""
     report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
     if report.adapted:
