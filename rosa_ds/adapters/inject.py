@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear
 from rosa_ds.adapters.low_rank import draw_generator
+from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, keep
 from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
 from rosa_ds.config import (
     LOW_RANK_METHODS,
@@ -69,7 +70,16 @@ def adapter_parts(model: nn.Module) -> dict[int, str]:
     return {id(parameter): part for parameter, part in pairs if parameter is not None}
 
 
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+def changed_parameters(model: nn.Module, planned: bool = False) -> list[str]:
+    """Names of the base's parameters that the adapter has changed, or with ``planned`` that it will change."""
+    injected: Any = model.rosa_injected
+    draws = planned and injected[0].method in SUBSPACE_METHODS
+    layers = adapted_layers(model).values()
+    drawn = [layer.weight_name for layer in layers if layer.drawn or (draws and layer.rank)]
+    return drawn + adapters_of(model).whole
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, child, module)
 
@@ -110,7 +120,13 @@ def plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> LayerPlan:
     return LayerPlan(rank, _count_entries(name, weight, density), scale, 0.0 if draws else config.dropout)
 
 
-def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSettings | None = _DRAW) -> InjectReport:
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    seed: int = 42,
+    draw: DrawSettings | None = _DRAW,
+    keep_base: bool = False,
+) -> InjectReport:
     """Freeze a model and give it trainable parts; the function it computes does not change.
 
     The subspace methods make their first draw here, which changes the base.
@@ -121,6 +137,9 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
         config: method, ranks, densities, targets. ``full`` makes everything trainable instead.
         seed: of the initial ``A`` or the first draw, per layer.
         draw: how the subspace methods draw; ``None``: not here, :func:`draw` or a run does it. ``A`` and ``B`` are then LoRA's.
+        keep_base: copy what the adapter changes of the base itself (the adapted weights of the subspace methods, modules that
+            are trained whole), so that :func:`rosa_ds.disable` and :func:`rosa_ds.set_adapter` can put it back. The other
+            parts of an adapter leave the base as it is.
 
     Returns: what matched, and counts.
     Raises: ValueError if a target, pattern or module to save matches nothing, a rank is too large for a draw, or the model
@@ -130,7 +149,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
         raise ValueError("this model has adapters already: rosa_ds.merge(model) folds them in first")
     if config.method == "full":
         model.requires_grad_(True)
-        model.rosa_injected = (config, seed)  # type: ignore[assignment]
+        _enter(model, config, seed, keep_base)
         return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
     targets = find_targets(model, config.target_modules)
     check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
@@ -154,13 +173,22 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
             adapted = AdaptedLinear(
                 old, name, plan.rank, plan.scale, plan.dropout, plan.entries, seed, config.sparse_product
             )
-            _set_submodule(model, name, adapted.train(old.training))
+            set_submodule(model, name, adapted.train(old.training))
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
-    model.rosa_injected = (config, seed)  # type: ignore[assignment]
+    _enter(model, config, seed, keep_base)
     if draw is not None:
         _draw(model, draw, seed, 0)
     return _report(model, tuple(whole))
+
+
+def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool) -> None:
+    model.rosa_injected = (config, seed)  # type: ignore[assignment]
+    known, parts = adapters_of(model), adapter_parts(model)
+    known.active, known.disabled, known.kept = DEFAULT, False, {}
+    known.whole = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in parts]
+    if keep_base:
+        keep(model, changed_parameters(model, planned=True))
 
 
 def check_without_engine(model: nn.Module) -> None:
@@ -190,13 +218,14 @@ def draw(
 
     Raises: ValueError for another method, a model that a DeepSpeed engine or ZeRO-3 has taken, a weight that is not finite.
     """
-    config, _ = getattr(model, "rosa_injected", (None, None))
+    config, _ = getattr(model, "rosa_injected", None) or (None, None)
     if config is None or config.method not in SUBSPACE_METHODS:
         raise ValueError(
             f"draw is for models injected with one of the methods {', '.join(sorted(SUBSPACE_METHODS))}"
             f"{f', this one has {config.method}' if config else ''}"
         )
     check_without_engine(model)
+    check_enabled(model)
     _check_drawable(model)
     settings = DrawSettings(directions=directions, sigma=sigma, factorization=factorization)
     _draw(model, settings, seed, int(getattr(model, "rosa_draws", 0)) if number is None else number)
@@ -239,20 +268,33 @@ def _check_whole(model: nn.Module) -> None:
             "this model's parameters are partitioned by ZeRO-3 or over the ranks, so nothing can be merged into them: save the adapter "
             "(rosa_ds.save_adapter) and merge it into a model of one process, as launch/export.py does"
         )
+    check_enabled(model)
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Fold all adapters into the base weights and put plain layers back: an ordinary transformers model again.
+    """Fold the adapter into the base weights and put plain layers back: an ordinary transformers model again.
 
     The sum is formed in float32 and rounded once to the weight's dtype. Returns the same model, changed.
-    Raises: ValueError for a model that ZeRO-3 has partitioned, whose layers cannot be exchanged.
+    Raises: ValueError for a model that ZeRO-3 has partitioned, whose layers cannot be exchanged, or that has other adapters,
+        which belong to the base as it was.
     """
+    if others := list(adapters_of(model).parked):
+        raise ValueError(
+            f"this model has other adapters ({', '.join(others)}), which belong to the base as it is: rosa_ds.remove_adapter "
+            "first, or use rosa_ds.merged for a while"
+        )
+    _fold(model)
+    model.rosa_injected = model.rosa_adapters = None  # type: ignore[assignment]
+    return model
+
+
+@torch.no_grad()
+def _fold(model: nn.Module) -> None:
     _check_whole(model)
     for name, layer in adapted_layers(model).items():
         layer.weight.data.copy_(layer.merged_weight())
-        _set_submodule(model, name, layer.plain())
-    return model
+        set_submodule(model, name, layer.plain())
 
 
 @contextlib.contextmanager
@@ -265,9 +307,9 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     layers = adapted_layers(model)
     backup = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     try:
-        merge(model)
+        _fold(model)
         yield model
     finally:
         for name, layer in layers.items():
             layer.weight.data.copy_(backup[name])
-            _set_submodule(model, name, layer)
+            set_submodule(model, name, layer)

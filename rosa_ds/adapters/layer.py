@@ -63,6 +63,7 @@ class AdaptedLinear(nn.Module):
         self.collect: Collect | None = None
         self.around: Around | None = None
         self.mask_known = False
+        self.disabled = False  # computes as the base layer does
         self.drawn = False  # whether A and B are a piece of the weight, which alone is then not the base any more
         self.plan: rosa_kernels.Plan | None = None
         device = self.weight.device
@@ -95,6 +96,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., M); result (..., N), of x's dtype."""
+        if self.disabled:
+            return self._base_forward(x)
         return rosa_kernels.adapter_linear(
             x,
             self.weight,
@@ -111,6 +114,13 @@ class AdaptedLinear(nn.Module):
             collect=self.collect,
             around=self.around if self.mask_known else None,
         )
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        """With the operations of ``nn.Linear`` and ``Conv1D``, so that not a bit differs."""
+        if not self.transposed:
+            return nn.functional.linear(x, self.weight, self.bias)
+        y = torch.addmm(self.bias, x.view(-1, self.in_features), self.weight)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _current_plan(self) -> rosa_kernels.Plan | None:
         """The mask's plan, made when the mask is set, or here after the layer was moved, loaded or copied.

@@ -16,7 +16,9 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject
 from rosa_ds.adapters.mask import set_mask
 from rosa_ds.adapters.peft_folder import is_peft, read_peft
+from rosa_ds.adapters.registry import DEFAULT, adapter_names, adapters_of, check_enabled
 from rosa_ds.adapters.subspace import join_bits
+from rosa_ds.adapters.switch import park, remove_adapter, set_adapter
 from rosa_ds.config import AdapterConfig
 from rosa_ds.files import (
     TensorFiles,
@@ -91,6 +93,7 @@ def save_adapter(
             out as ``NAME/residual`` (:func:`rosa_ds.adapters.subspace.split_bits`): they are linked. By default the model's
             own weights are written.
     """
+    check_enabled(model)
     description = describe(model, base)
     shared = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
     read = distributed.read_to_owners if shared else dict
@@ -183,15 +186,43 @@ def _shape_of(config: AdapterConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
-    """Give a base model the adapter of a folder, of ours or of PEFT (injecting it where the model has none yet).
+def load_adapter(
+    model: nn.Module, folder: str | Path, name: str = DEFAULT, keep_base: bool = False
+) -> AdapterDescription:
+    """Give a model the adapter of a folder, of ours or of PEFT.
+
+    A base model gets its layers injected. An adapter of the same name is given other numbers, which must fit. Under another
+    name it comes beside those that are there: :func:`rosa_ds.set_adapter` goes from one to the other.
+
+    Args:
+        keep_base: as in :func:`rosa_ds.inject`.
 
     Raises:
         ValueError: the folder is no adapter, or its tensors do not fit the model (named); the model's numbers are
-            then unchanged.
+            then unchanged. As :func:`rosa_ds.disable` for a model whose base cannot be put back for another adapter.
     """
-    stored = open_adapter(folder, model)
-    fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
+    before = adapters_of(model).active
+    if name in adapter_names(model):
+        if is_peft(Path(folder)):
+            raise ValueError(
+                f"the model has an adapter {name!r}: give {folder} another name, or rosa_ds.remove_adapter first"
+            )
+        set_adapter(model, name)
+        stored = open_adapter(folder, model)
+        fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
+    else:
+        park(model)
+        try:
+            stored = open_adapter(folder, model)
+            inject(model, stored.description.config, stored.description.seed, draw=None, keep_base=keep_base)
+            adapters_of(model).active = name
+            fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
+        except ValueError:
+            if adapters_of(model).active is not None:
+                remove_adapter(model, name)
+            if before is not None:
+                set_adapter(model, before)
+            raise
     stored.close()
     return stored.description
 
@@ -209,7 +240,7 @@ def fill_adapter(
 
     Errors as :func:`load_adapter`, which name ``where``.
     """
-    if not adapted_layers(model):
+    if getattr(model, "rosa_injected", None) is None:
         inject(model, description.config, description.seed, draw=None)
     elif _shape_of(describe(model).config) != _shape_of(description.config):
         raise ValueError(
@@ -236,8 +267,8 @@ def check_fit(
 ) -> None:
     """Raise ValueError unless the adapter has just these parameters, in their shapes."""
     if wrong := sorted(set(names) ^ set(parameters)):
-        place = "model" if wrong[0] in names else "adapter"
-        raise ValueError(f"{where}: {wrong[0]} is not in the {place}.{did_you_mean(wrong[0], parameters)}")
+        place, there = ("model", list(parameters)) if wrong[0] in names else ("adapter", names)
+        raise ValueError(f"{where}: {wrong[0]} is not in the {place}.{did_you_mean(wrong[0], there)}")
     for name in names:
         found = tensors.shape(name) if isinstance(tensors, TensorFiles) else tuple(tensors[name].shape)
         if found != (shape := tuple(distributed.full_shape(parameters[name]))):
