@@ -218,7 +218,9 @@ def load_adapter(
             adapters_of(model).active = name
             fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
         except ValueError:
-            if adapters_of(model).active is not None:
+            known = adapters_of(model)
+            if known.active is not None:
+                known.whole, known.kept = [], {}  # nothing was written: there is nothing to put back
                 remove_adapter(model, name)
             if before is not None:
                 set_adapter(model, before)
@@ -272,4 +274,10 @@ def check_fit(
     for name in names:
         found = tensors.shape(name) if isinstance(tensors, TensorFiles) else tuple(tensors[name].shape)
         if found != (shape := tuple(distributed.full_shape(parameters[name]))):
-            raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: is it another base?")
+            raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: {_other_base(found, shape)}")
+
+
+def _other_base(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    if len(found) == 2 and found[1:] == wanted[1:]:
+        return "is it another base, or one whose embedding was resized? Save the resized model and give that folder"
+    return "is it another base?"

@@ -51,7 +51,11 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, revision=settings.revision or "main", trust_remote_code=False, **arguments
         )
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last for tensors of other shapes than config.json gives them
         raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
     if "gguf_file" in arguments:
         # The weights are dense now; forget the quantised file so that the model can be trained and saved.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rosa_kernels
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, inject
 from rosa_ds.config import RunConfig
+from rosa_ds.data.prepare import TokenSet
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.models.load import load_model
 from rosa_ds.models.stream import Base, open_base
@@ -73,6 +76,24 @@ def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: 
         if reentrant:
             model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
     return model
+
+
+def check_vocabulary(model: PreTrainedModel, data: Mapping[str, TokenSet], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for tokens that the model's embedding has no row for, with the data's name."""
+    embedding = model.get_input_embeddings()
+    rows = distributed.full_shape(embedding.weight)[0]
+    head = model.get_output_embeddings()
+    apart = head is not None and head.weight is not embedding.weight
+    whole = [name for name, module in model.named_modules() if module is embedding or (apart and module is head)]
+    largest = {"the padding token": int(tokenizer.pad_token_id)} | {key: d.largest_id() for key, d in data.items()}
+    for what, number in largest.items():
+        if number >= rows:
+            raise ValueError(
+                f"{what} has token {number} ({tokenizer.convert_ids_to_tokens(number)!r}), the model's embedding has {rows} rows "
+                f"and the tokenizer {len(tokenizer)} tokens: resize the model once (model.resize_token_embeddings({len(tokenizer)}), "
+                "save_pretrained), give that folder as model.name_or_path, and train the new rows with "
+                f"adapter.modules_to_save {json.dumps(whole)}"
+            )
 
 
 def divide_positions(model: nn.Module) -> None:

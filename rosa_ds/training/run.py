@@ -35,7 +35,7 @@ from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
 from rosa_ds.training.metrics import MetricsLog
-from rosa_ds.training.model import adapt, divide_positions, load_base
+from rosa_ds.training.model import adapt, check_vocabulary, divide_positions, load_base
 from rosa_ds.training.resume import check_resumable
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.start import begin_from, check_start
@@ -265,6 +265,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         data, eval_data = _prepare_data(settings, tokenizer)
     with distributed.together():
         model, numbers = load_base(settings, plan)
+        sets = {settings.data.train: data} | ({str(settings.data.eval): eval_data} if eval_data else {})
+        check_vocabulary(model, sets, tokenizer)
     with distributed.together():
         base = identify(settings.model)
     settings, start = begin_from(settings, model, base, saved)
