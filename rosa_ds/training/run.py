@@ -265,8 +265,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         data, eval_data = _prepare_data(settings, tokenizer)
     with distributed.together():
         model, numbers = load_base(settings, plan)
-        sets = {settings.data.train: data} | ({str(settings.data.eval): eval_data} if eval_data else {})
-        check_vocabulary(model, sets, tokenizer)
+        sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
+        check_vocabulary(model, {name: tokens for name, tokens in sets.items() if tokens is not None}, tokenizer)
     with distributed.together():
         base = identify(settings.model)
     settings, start = begin_from(settings, model, base, saved)
