@@ -66,6 +66,8 @@ class AdapterSettings(Section):
     """Layers to adapt: all-linear (all but the output head), or names, name endings (q_proj) and regular expressions that a full name must match."""
     rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = {}
     """{regular expression found in the layer's name: rank}; the first that is found wins over rank."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """{regular expression found in the layer's name: alpha}; the first that is found wins over alpha."""
     density_pattern: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     """{regular expression found in the layer's name: density}; the first that is found wins over density."""
     modules_to_save: list[str] = []
@@ -98,6 +100,13 @@ class AdapterConfig(AdapterSettings):
                 "adapter.modules_to_save has no meaning with method full, which trains everything: remove it"
             )
         return self
+
+
+class StartedAdapterSettings(AdapterSettings):
+    """:class:`AdapterSettings` of a run, which may begin with an adapter that is there already."""
+
+    init_from: str | None = None
+    """Begin with the numbers of an adapter: a folder of ours or of PEFT (LORA, SUPERTUNING, SHIRA). Method, rank, alpha, density, targets and modules_to_save are the folder's where they are not given, and its positions are the mask."""
 
 
 class MaskSettings(Section):
@@ -226,7 +235,7 @@ class RunConfig(Section):
     method: Method = "robust"
     """full, lora (low-rank), sparse, robust (RoSA: low-rank + sparse), subspace (ROSA: low-rank, drawn again), robust-subspace (both)."""
     model: ModelSettings = ModelSettings()
-    adapter: AdapterSettings = AdapterSettings()
+    adapter: StartedAdapterSettings = StartedAdapterSettings()
     mask: MaskSettings = MaskSettings()
     draw: DrawSettings = DrawSettings()
     data: DataSettings = DataSettings()
@@ -250,6 +259,8 @@ class RunConfig(Section):
                 f"method full trains the base itself, which model.quantization {self.model.quantization} freezes: set it to none, "
                 "or use an adapter"
             )
+        if self.adapter.init_from is not None and self.mask.load is not None:
+            raise ValueError("adapter.init_from brings its mask: remove mask.load")
         if self.draws and self.checkpoint.format == "deepspeed":
             raise ValueError(
                 f"checkpoint.format deepspeed leaves out the base, which method {self.method} changes: use rosa, whose "
@@ -259,7 +270,7 @@ class RunConfig(Section):
 
     def adapter_config(self) -> AdapterConfig:
         """The adapter section together with the method."""
-        return AdapterConfig(method=self.method, **self.adapter.model_dump())
+        return AdapterConfig(method=self.method, **self.adapter.model_dump(exclude={"init_from"}))
 
     @property
     def draws(self) -> bool:
@@ -269,16 +280,17 @@ class RunConfig(Section):
     @property
     def collects_gradients(self) -> bool:
         """Whether the run has the phases warm-up and collect."""
-        return self.method in SPARSE_METHODS and self.mask.load is None and self.mask.score in GRADIENT_SCORES
+        known = self.mask.load is not None or self.adapter.init_from is not None
+        return self.method in SPARSE_METHODS and not known and self.mask.score in GRADIENT_SCORES
 
     def _parts_without_effect(self) -> dict[str, str]:
         """Settings of parts that the method does not have, or that a mask which is known before does not need."""
         unused: dict[str, str] = {}
         if self.method not in LOW_RANK_METHODS:
-            for name in ("rank", "alpha", "dropout", "rank_pattern", "low_rank_lr"):
+            for name in ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "low_rank_lr"):
                 unused[f"adapter.{name}"] = f"method {self.method} has no low-rank part"
         if self.draws:
-            for name in ("alpha", "dropout"):
+            for name in ("alpha", "alpha_pattern", "dropout"):
                 unused[f"adapter.{name}"] = "what is drawn from the base is neither scaled nor dropped out"
         else:
             unused |= {f"draw.{name}": f"method {self.method} draws nothing" for name in DrawSettings.model_fields}
@@ -290,6 +302,9 @@ class RunConfig(Section):
             unused["mask.warmup_steps"] = f"method {self.method} has no low-rank part to warm up"
         elif not self.collects_gradients:
             reason = "the mask is loaded" if self.mask.load else f"mask.score {self.mask.score} needs no gradient"
+            if self.adapter.init_from is not None:
+                reason = "the mask is that of adapter.init_from"
+                unused["mask.score"] = reason
             for name in ("warmup_steps", "steps", "after", "device_memory_gib"):
                 unused[f"mask.{name}"] = reason
         return unused

@@ -188,6 +188,34 @@ def test_draws_leave_the_bits_alone(
         rosa_ds.load_adapter(dense, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_the_base_is_there_when_adapters_are_off(
+    request: pytest.FixtureRequest, arch: str, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    base, _ = pair(request.getfixturevalue(arch), "nf4", torch.float32)
+    expected = base(**batch).logits
+    logits = {}
+    for method in ("robust-subspace", "lora"):
+        model = copy.deepcopy(base)
+        rosa_ds.inject(model, AdapterConfig(method=method, rank=2, density=0.05, dropout=0.0))
+        if method != "lora":
+            rosa_ds.set_mask(model, rosa_ds.compute_mask(model, [batch]))
+        give_numbers(model)
+        logits[method] = model(**batch).logits
+        rosa_ds.save_adapter(model, tmp_path / method, base={"name_or_path": "x"})
+        with rosa_ds.disabled(model):
+            assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(model(**batch).logits, logits[method])
+    for method in logits:  # draws write beside the bits, so the base need not be kept
+        rosa_ds.load_adapter(base, tmp_path / method, name=method)
+    for method, found in logits.items():
+        rosa_ds.set_adapter(base, method)
+        assert torch.equal(base(**batch).logits, found)
+    rosa_ds.remove_adapter(base, "lora")
+    rosa_ds.remove_adapter(base, "robust-subspace")
+    assert torch.equal(base(**batch).logits, expected)
+
+
 @pytest.fixture
 def stored(llama: LlamaForCausalLM, tmp_path: Path, tokenizer: Any) -> Path:
     folder = tmp_path / "base"

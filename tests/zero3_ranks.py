@@ -245,6 +245,25 @@ def check_reading_inside_a_gather() -> None:
     assert weight.numel() == 0
 
 
+def check_disabled_is_the_base() -> None:
+    for name in ("llama", "gpt2"):
+        given = settings(name)
+        model, engine, _ = make_engine(given)
+        for _ in range(2):
+            step(engine)
+        with torch.no_grad():
+            base = load_model(given.model, torch.float32)(input_ids=IDS, use_cache=False).logits
+            ours = engine(input_ids=IDS, use_cache=False).logits
+            with rosa_ds.disabled(model):
+                assert torch.equal(engine(input_ids=IDS, use_cache=False).logits, base)
+            assert torch.equal(engine(input_ids=IDS, use_cache=False).logits, ours)
+        assert not torch.equal(ours, base)
+        step(engine)
+    model, _, _ = make_engine(settings("llama", modules_to_save=["model.norm"]))
+    with pytest.raises(ValueError, match="are partitioned by ZeRO-3"):
+        rosa_ds.disable(model)
+
+
 def main() -> None:
     distributed.initialize()
     torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
+from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, keep
 from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
 from rosa_ds.config import (
     LOW_RANK_METHODS,
@@ -70,6 +71,18 @@ def adapter_parts(model: nn.Module) -> dict[int, str]:
     return {id(parameter): part for parameter, part in pairs if parameter is not None}
 
 
+def changed_parameters(model: nn.Module, planned: bool = False) -> list[str]:
+    """Names of the base's parameters that the adapter has changed, or with ``planned`` that it will change.
+
+    Draws write beside a quantised weight, which is the base as it ever was.
+    """
+    injected: Any = model.rosa_injected
+    draws = planned and injected[0].method in SUBSPACE_METHODS
+    layers = [layer for layer in adapted_layers(model).values() if layer.form is None]
+    drawn = [layer.weight_name for layer in layers if layer.drawn or (draws and layer.rank)]
+    return drawn + adapters_of(model).whole
+
+
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of the one that has this name."""
     parent, _, child = name.rpartition(".")
@@ -86,8 +99,8 @@ def _count_entries(name: str, numel: int, density: float) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What one layer is given."""
+class LayerPlan:
+    """What one layer is given: ``rank``, ``entries`` of the sparse part, ``scale`` of ``B A``, ``dropout``."""
 
     rank: int
     entries: int
@@ -95,8 +108,8 @@ class _Plan:
     dropout: float
 
 
-def _plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> _Plan:
-    """By the settings. Raises: ValueError for more entries or directions than can be."""
+def plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> LayerPlan:
+    """What the settings give a layer. Raises: ValueError for more entries or directions than can be."""
     draws = config.method in SUBSPACE_METHODS
     rank = by_pattern(name, config.rank_pattern, config.rank) if config.method in LOW_RANK_METHODS else 0
     density = by_pattern(name, config.density_pattern, config.density) if config.method in SPARSE_METHODS else 0.0
@@ -106,11 +119,18 @@ def _plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> _Plan:
             f"rank {rank} of {name} takes all {smaller} directions of its weight: lower adapter.rank (or adapter.rank_pattern "
             "for this layer), or train it whole with adapter.modules_to_save"
         )
-    scale = config.alpha / rank if rank and not draws else 1.0
-    return _Plan(rank, _count_entries(name, shape.numel(), density), scale, 0.0 if draws else config.dropout)
+    alpha = by_pattern(name, config.alpha_pattern, config.alpha)
+    scale = alpha / rank if rank and not draws else 1.0
+    return LayerPlan(rank, _count_entries(name, shape.numel(), density), scale, 0.0 if draws else config.dropout)
 
 
-def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSettings | None = _DRAW) -> InjectReport:
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    seed: int = 42,
+    draw: DrawSettings | None = _DRAW,
+    keep_base: bool = False,
+) -> InjectReport:
     """Freeze a model and give it trainable parts; the function it computes does not change.
 
     The subspace methods make their first draw here, which changes the base.
@@ -121,6 +141,9 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
         config: method, ranks, densities, targets. ``full`` makes everything trainable instead.
         seed: of the initial ``A`` or the first draw, per layer.
         draw: how the subspace methods draw; ``None``: not here, :func:`draw` or a run does it. ``A`` and ``B`` are then LoRA's.
+        keep_base: copy what the adapter changes of the base itself (the adapted weights of the subspace methods, modules that
+            are trained whole), so that :func:`rosa_ds.disable` and :func:`rosa_ds.set_adapter` can put it back. The other
+            parts of an adapter leave the base as it is.
 
     Returns: what matched, and counts.
     Raises: ValueError if a target, pattern or module to save matches nothing, a rank is too large for a draw, or the model
@@ -131,10 +154,11 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
     if config.method == "full":
         _check_trainable(model, [""])
         model.requires_grad_(True)
-        model.rosa_injected = (config, seed)  # type: ignore[assignment]
+        _enter(model, config, seed, keep_base)
         return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
     targets = find_targets(model, config.target_modules)
     check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
+    check_patterns(config.alpha_pattern, targets, "adapter.alpha_pattern")
     check_patterns(config.density_pattern, targets, "adapter.density_pattern")
     all_names = [name for name, _ in model.named_modules() if name]
     whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
@@ -143,7 +167,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
         raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
 
     _check_trainable(model, whole)
-    plans = {name: _plan_layer(name, layer, config) for name, layer in targets.items()}
+    plans = {name: plan_layer(name, layer, config) for name, layer in targets.items()}
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:
         _check_drawable(model)
@@ -163,7 +187,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 42, draw: DrawSe
             set_submodule(model, name, adapted.train(old.training))
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
-    model.rosa_injected = (config, seed)  # type: ignore[assignment]
+    _enter(model, config, seed, keep_base)
     if draw is not None:
         _draw(model, draw, seed, 0)
     return _report(model, tuple(whole))
@@ -177,6 +201,15 @@ def _check_trainable(model: nn.Module, modules: list[str]) -> None:
                 raise ValueError(
                     f"{inner} is quantised, so it cannot be trained whole: leave it out of rosa_ds.quantize (skip=...)"
                 )
+
+
+def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool) -> None:
+    model.rosa_injected = (config, seed)  # type: ignore[assignment]
+    known, parts = adapters_of(model), adapter_parts(model)
+    known.active, known.disabled, known.kept = DEFAULT, False, {}
+    known.whole = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in parts]
+    if keep_base:
+        keep(model, changed_parameters(model, planned=True))
 
 
 def check_without_engine(model: nn.Module) -> None:
@@ -206,13 +239,14 @@ def draw(
 
     Raises: ValueError for another method, a model that a DeepSpeed engine or ZeRO-3 has taken, a weight that is not finite.
     """
-    config, _ = getattr(model, "rosa_injected", (None, None))
+    config, _ = getattr(model, "rosa_injected", None) or (None, None)
     if config is None or config.method not in SUBSPACE_METHODS:
         raise ValueError(
             f"draw is for models injected with one of the methods {', '.join(sorted(SUBSPACE_METHODS))}"
             f"{f', this one has {config.method}' if config else ''}"
         )
     check_without_engine(model)
+    check_enabled(model)
     _check_drawable(model)
     settings = DrawSettings(directions=directions, sigma=sigma, factorization=factorization)
     _draw(model, settings, seed, int(getattr(model, "rosa_draws", 0)) if number is None else number)
@@ -267,16 +301,30 @@ def _check_whole(model: nn.Module) -> None:
             "this model's parameters are partitioned by ZeRO-3 or over the ranks, so nothing can be merged into them: save the adapter "
             "(rosa_ds.save_adapter) and merge it into a model of one process, as launch/export.py does"
         )
+    check_enabled(model)
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Fold all adapters into the base weights and put plain layers back: an ordinary transformers model again.
+    """Fold the adapter into the base weights and put plain layers back: an ordinary transformers model again.
 
     The sum is formed in float32 and rounded once to the weight's dtype. A quantised base becomes dense, in the type that it was
     used in: the sum has more values than 4 or 8 bits. Returns the same model, changed.
-    Raises: ValueError for a model that ZeRO-3 has partitioned, whose layers cannot be exchanged.
+    Raises: ValueError for a model that ZeRO-3 has partitioned, whose layers cannot be exchanged, or that has other adapters,
+        which belong to the base as it was.
     """
+    if others := list(adapters_of(model).parked):
+        raise ValueError(
+            f"this model has other adapters ({', '.join(others)}), which belong to the base as it is: rosa_ds.remove_adapter "
+            "first, or use rosa_ds.merged for a while"
+        )
+    _fold(model)
+    model.rosa_injected = model.rosa_adapters = None  # type: ignore[assignment]
+    return model
+
+
+@torch.no_grad()
+def _fold(model: nn.Module) -> None:
     _check_whole(model)
     for name, layer in _mergeable(model).items():
         if layer.form is None:
@@ -287,7 +335,6 @@ def merge(model: nn.Module) -> nn.Module:
             whole = layer.merged_weight() if isinstance(layer, AdaptedLinear) else layer.dense(layer.weight)
             dense = nn.Parameter(whole.to(layer.form.dtype), requires_grad=False)
         set_submodule(model, name, plain_layer(layer, dense))
-    return model
 
 
 def _mergeable(model: nn.Module) -> dict[str, AdaptedLinear | QuantizedLinear]:
@@ -306,7 +353,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     layers = _mergeable(model)
     backup = {name: layer.weight.detach().clone() for name, layer in layers.items() if layer.form is None}
     try:
-        merge(model)
+        _fold(model)
         yield model
     finally:
         for name, layer in layers.items():

@@ -14,7 +14,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
 from rosa_ds.adapters.subspace import split_off
 from rosa_ds.config import DrawSettings
-from rosa_ds.models.quantized import QuantizedLinear, to_dtype
+from rosa_ds.models.quantized import PACKED, SCALES, QuantizedLinear, to_dtype
 from rosa_kernels.adapter_linear.op import Around, Collect, SparseProduct
 from rosa_kernels.pattern.plan import needs_tiles
 
@@ -38,6 +38,7 @@ class AdaptedLinear(nn.Module):
     in_features: int
     out_features: int
     weight: nn.Parameter
+    bias: nn.Parameter | None
     A: nn.Parameter | None
     B: nn.Parameter | None
     values: nn.Parameter | None
@@ -71,6 +72,7 @@ class AdaptedLinear(nn.Module):
         self.collect: Collect | None = None
         self.around: Around | None = None
         self.mask_known = False
+        self.disabled = False  # computes as the base layer does
         self.drawn = False  # whether A and B are a piece of the weight, which alone is then not the base any more
         self.plan: rosa_kernels.Plan | None = None
         device = self.weight.device
@@ -125,6 +127,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., M); result (..., N), of x's dtype."""
+        if self.disabled:
+            return self._base_forward(x)
         return rosa_kernels.adapter_linear(
             x if self.form is None else to_dtype(x, self.form.dtype),
             self.weight,
@@ -142,6 +146,16 @@ class AdaptedLinear(nn.Module):
             collect=self.collect,
             around=self.around if self.mask_known else None,
         )
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        """With the operations of the layer that this one replaced, so that not a bit differs."""
+        if self.form is not None:
+            return self.base_layer()(x)
+        if not self.transposed:
+            return nn.functional.linear(x, self.weight, self.bias)
+        assert self.bias is not None
+        y = torch.addmm(self.bias, x.view(-1, self.in_features), self.weight)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _dense(self, packed: Tensor) -> Tensor:
         """A quantised weight as forward sees it, a new tensor. Of a layer whose parameters are whole."""
@@ -277,6 +291,13 @@ class AdaptedLinear(nn.Module):
         if self.values is not None and self.positions is not None and self.mask_known:
             merged.view(-1).index_add_(0, self.positions, self.values.detach().to(merged.dtype))
         return merged
+
+    def base_layer(self) -> nn.Linear | Conv1D | QuantizedLinear:
+        """The layer that this one replaced, with the same Parameters."""
+        if self.form is None or self.weight_scales is None:
+            return plain_layer(self, self.weight)
+        base = QuantizedLinear(self.form, self.transposed, self.bias, {PACKED: self.weight, SCALES: self.weight_scales})
+        return base.train(self.training)
 
     def extra_repr(self) -> str:
         kept = "" if self.form is None else f", {self.form.kind}"

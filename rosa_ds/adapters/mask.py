@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import keyed_generator
+from rosa_ds.adapters.registry import check_enabled
 from rosa_ds.config import GRADIENT_SCORES, WEIGHT_SCORES, Score
 from rosa_ds.files import TensorFiles, sync_files, write_tensors
 from rosa_ds.suggest import did_you_mean
@@ -232,6 +233,7 @@ def compute_mask(
 
     Raises: ValueError if no layer has a sparse part, or a layer's gradient is zero everywhere.
     """
+    check_enabled(model)
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
     if not layers:
         raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")

@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, set_submodule
@@ -54,9 +55,10 @@ def quantize(
             raise ValueError(
                 f"{name} would compute in {computes}: bitsandbytes makes float32, bfloat16 and float16 of its bits"
             )
-        new = QuantizedLinear(layer, kind, double, computes)
-        if not layer.weight.is_meta:
-            new.take(new.form.pack(layer.weight.detach().to(device)))
+        rows, columns = layer.weight.shape
+        form = Form(kind, double, (rows, columns), computes)
+        packed = None if layer.weight.is_meta else form.pack(layer.weight.detach().to(device))
+        new = QuantizedLinear(form, isinstance(layer, Conv1D), layer.bias, packed)
         set_submodule(model, name, new.train(layer.training))
     return model
 

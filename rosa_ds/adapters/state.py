@@ -16,7 +16,10 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import set_mask
+from rosa_ds.adapters.peft_folder import is_peft, read_peft
+from rosa_ds.adapters.registry import DEFAULT, adapter_names, adapters_of, check_enabled
 from rosa_ds.adapters.subspace import join_bits
+from rosa_ds.adapters.switch import park, remove_adapter, set_adapter
 from rosa_ds.config import AdapterConfig
 from rosa_ds.files import (
     TensorFiles,
@@ -91,6 +94,7 @@ def save_adapter(
             out as ``NAME/residual`` (:func:`rosa_ds.adapters.subspace.split_bits`): they are linked. By default the model's
             own weights are written.
     """
+    check_enabled(model)
     description = describe(model, base)
     shared = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
     read = distributed.read_to_owners if shared else dict
@@ -130,14 +134,51 @@ def _write(
 
 
 def read_description(folder: str | Path) -> AdapterDescription:
-    """What ``adapter_config.json`` says. Raises ValueError if the folder holds no adapter of ours."""
+    """What ``adapter_config.json`` says. Raises ValueError if the folder holds no adapter of ours, or a newer one."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}")
     content = json.loads(path.read_text())
-    if content.get("format") != "rosa_ds adapter" or content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} is not an adapter of rosa_ds, format version {FORMAT_VERSION}")
+    if content.get("format") != "rosa_ds adapter":
+        raise ValueError(f"{path} is not an adapter of rosa_ds")
+    version = content.get("format_version")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(
+            f"{path} has format version {version!r}, this rosa_ds reads up to {FORMAT_VERSION}: it was written by a newer one, "
+            "update this one (pip install -U rosa-ds), or export the adapter merged where it was made"
+        )
     return AdapterDescription(AdapterConfig(**content["config"]), content["seed"], content["base"])
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter on the disk: ``trained`` by parameter name, ``positions`` and changed ``base`` by weight name."""
+
+    description: AdapterDescription
+    trained: Mapping[str, Tensor]
+    positions: Mapping[str, Tensor]
+    base: Mapping[str, Tensor]
+
+    def close(self) -> None:
+        """Give back what is read only when it is asked for."""
+        for part in (self.trained, self.positions, self.base):
+            if isinstance(part, TensorFiles):
+                part.close()
+
+
+def open_adapter(folder: str | Path, model: nn.Module) -> StoredAdapter:
+    """A folder of ours or of PEFT, for a base ``model`` (which says what PEFT leaves unsaid).
+
+    Raises: ValueError if it is none, or one of PEFT's that no adapter here can be.
+    """
+    folder = Path(folder)
+    if is_peft(folder):
+        found = read_peft(folder, model)
+        return StoredAdapter(AdapterDescription(found.config, 42, found.base), found.trained, found.positions, {})
+    description = read_description(folder)
+    content = TensorFiles([folder / TENSOR_FILE])
+    base = TensorFiles(sorted(folder.glob(f"{BASE_FILES}*.safetensors")))
+    return StoredAdapter(description, content.under("trained."), content.under("positions."), base)
 
 
 def _shape_of(config: AdapterConfig) -> dict[str, Any]:
@@ -146,20 +187,47 @@ def _shape_of(config: AdapterConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: str | Path) -> AdapterDescription:
-    """Give a base model the adapter of a folder (injecting it where the model has none yet).
+def load_adapter(
+    model: nn.Module, folder: str | Path, name: str = DEFAULT, keep_base: bool = False
+) -> AdapterDescription:
+    """Give a model the adapter of a folder, of ours or of PEFT.
+
+    A base model gets its layers injected. An adapter of the same name is given other numbers, which must fit. Under another
+    name it comes beside those that are there: :func:`rosa_ds.set_adapter` goes from one to the other.
+
+    Args:
+        keep_base: as in :func:`rosa_ds.inject`.
 
     Raises:
         ValueError: the folder is no adapter, or its tensors do not fit the model (named); the model's numbers are
-            then unchanged.
+            then unchanged. As :func:`rosa_ds.disable` for a model whose base cannot be put back for another adapter.
     """
-    description = read_description(folder)
-    content = TensorFiles([Path(folder) / TENSOR_FILE])
-    base = TensorFiles(sorted(Path(folder).glob(f"{BASE_FILES}*.safetensors")))
-    fill_adapter(model, folder, description, content.under("trained."), content.under("positions."), base)
-    for files in (content, base):
-        files.close()
-    return description
+    before = adapters_of(model).active
+    if name in adapter_names(model):
+        if is_peft(Path(folder)):
+            raise ValueError(
+                f"the model has an adapter {name!r}: give {folder} another name, or rosa_ds.remove_adapter first"
+            )
+        set_adapter(model, name)
+        stored = open_adapter(folder, model)
+        fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
+    else:
+        park(model)
+        try:
+            stored = open_adapter(folder, model)
+            inject(model, stored.description.config, stored.description.seed, draw=None, keep_base=keep_base)
+            adapters_of(model).active = name
+            fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
+        except ValueError:
+            known = adapters_of(model)
+            if known.active is not None:
+                known.whole, known.kept = [], {}  # nothing was written: there is nothing to put back
+                remove_adapter(model, name)
+            if before is not None:
+                set_adapter(model, before)
+            raise
+    stored.close()
+    return stored.description
 
 
 @torch.no_grad()
@@ -167,15 +235,15 @@ def fill_adapter(
     model: nn.Module,
     where: str | Path,
     description: AdapterDescription,
-    trained: TensorFiles,
-    positions: TensorFiles,
-    base: TensorFiles,
+    trained: Mapping[str, Tensor],
+    positions: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
 ) -> None:
     """Inject a model where it has no adapter yet, and give it trained numbers, positions and a changed base.
 
     Errors as :func:`load_adapter`, which name ``where``.
     """
-    if not adapted_layers(model):
+    if getattr(model, "rosa_injected", None) is None:
         inject(model, description.config, description.seed, draw=None)
     elif _shape_of(describe(model).config) != _shape_of(description.config):
         raise ValueError(
@@ -187,8 +255,8 @@ def fill_adapter(
     changed = [name for name in base if not name.endswith("/residual")]
     layers = {layer.drawn_name: layer for layer in adapted_layers(model).values() if layer.rank and changed}
     _check_quantized(where, changed, layers)
-    _check_fit(where, trained, list(trained), parameters)
-    _check_fit(where, base, changed, {name: layer.drawn_parameter for name, layer in layers.items()})
+    check_fit(where, trained, list(trained), parameters)
+    check_fit(where, base, changed, {name: layer.drawn_parameter for name, layer in layers.items()})
     if positions:
         set_mask(model, positions)
     for name in trained:
@@ -208,11 +276,20 @@ def _check_quantized(where: str | Path, changed: list[str], layers: Mapping[str,
         )
 
 
-def _check_fit(where: str | Path, files: TensorFiles, names: list[str], parameters: Mapping[str, Tensor]) -> None:
+def check_fit(
+    where: str | Path, tensors: Mapping[str, Tensor], names: list[str], parameters: Mapping[str, Tensor]
+) -> None:
     """Raise ValueError unless the adapter has just these parameters, in their shapes."""
     if wrong := sorted(set(names) ^ set(parameters)):
-        place = "model" if wrong[0] in names else "adapter"
-        raise ValueError(f"{where}: {wrong[0]} is not in the {place}.{did_you_mean(wrong[0], parameters)}")
+        place, there = ("model", list(parameters)) if wrong[0] in names else ("adapter", names)
+        raise ValueError(f"{where}: {wrong[0]} is not in the {place}.{did_you_mean(wrong[0], there)}")
     for name in names:
-        if (found := files.shape(name)) != (shape := tuple(distributed.full_shape(parameters[name]))):
-            raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: is it another base?")
+        found = tensors.shape(name) if isinstance(tensors, TensorFiles) else tuple(tensors[name].shape)
+        if found != (shape := tuple(distributed.full_shape(parameters[name]))):
+            raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: {_other_base(found, shape)}")
+
+
+def _other_base(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    if len(found) == 2 and found[1:] == wanted[1:]:
+        return "is it another base, or one whose embedding was resized? Save the resized model and give that folder"
+    return "is it another base?"

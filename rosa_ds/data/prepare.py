@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +40,11 @@ class TokenSet:
         for index in np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=np.int64):
             digest.update(repr(self.tokens(index)).encode())
         return digest.hexdigest()
+
+    def largest_id(self) -> int:
+        """Of all tokens."""
+        chunks = self.data.with_format("arrow")["ids"].chunks if len(self) else []
+        return max((pc.max(chunk.flatten()).as_py() for chunk in chunks if len(chunk.flatten())), default=0)
 
     def tokens(self, index: int) -> Tokens:
         row = self.data[int(index)]

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
+from rosa_ds.adapters.state import check_fit, trained_parameters
 from rosa_ds.adapters.subspace import singular_directions
+from rosa_ds.adapters.targets import by_pattern
 from rosa_ds.export.source import Source
 from rosa_ds.files import write_tensors
 from rosa_ds.models.stream import Base
@@ -75,7 +77,10 @@ def _lora(model: PreTrainedModel, source: Source, whole: dict[str, Tensor]) -> _
         tensors[f"{name}.lora_A.weight"] = source.trained[f"{name}.A"]
         tensors[f"{name}.lora_B.weight"] = source.trained[f"{name}.B"]
         ranks[name] = layer.rank
-    return _Peft(_lora_config(model, source, ranks, config.rank, config.alpha, whole), tensors)
+    alphas = {name: by_pattern(name, config.alpha_pattern, config.alpha) for name in ranks}
+    patterns = {f"^{name}": own for name, own in alphas.items() if own != config.alpha}
+    made = _lora_config(model, source, ranks, config.rank, config.alpha, whole)
+    return _Peft({**made, "alpha_pattern": patterns}, tensors)
 
 
 def _lora_config(
@@ -98,9 +103,9 @@ def _supertuning(model: PreTrainedModel, source: Source, whole: dict[str, Tensor
     config, layers = source.description.config, adapted_layers(model)
     if any(layer.transposed for layer in layers.values()):
         _refuse("a model with Conv1D layers", "SUPERTUNING knows nn.Linear alone")
-    for setting in ("rank_pattern", "density_pattern"):
+    for setting in ("rank_pattern", "alpha_pattern", "density_pattern"):
         if getattr(config, setting):
-            _refuse(f"adapter.{setting}", "SUPERTUNING has one rank and one density")
+            _refuse(f"adapter.{setting}", "SUPERTUNING has one rank, one alpha and one density")
     sparsity, counts = _sparsity(layers)
     tensors = {}
     for name, layer in layers.items():
@@ -187,6 +192,7 @@ def write_peft(model: PreTrainedModel, base: Base | None, source: Source, folder
 
     Raises: ValueError for what PEFT has no format for, by name.
     """
+    check_fit(source.folder, source.trained, list(source.trained), trained_parameters(model))
     method, whole = source.description.config.method, _whole_modules(model, source)
     if method == "lora":
         made = _lora(model, source, whole)

@@ -74,8 +74,9 @@ def _open_checkpoint(folder: Path) -> Source:
     _check(folder)
     saved = checkpoint.load(folder)
     config, run = saved.config, folder.parent.parent
+    adapter = {name: value for name, value in config["adapter"].items() if name != "init_from"}
     description = AdapterDescription(
-        AdapterConfig(method=config["method"], **config["adapter"]), config["training"]["seed"], dict(saved.base)
+        AdapterConfig(method=config["method"], **adapter), config["training"]["seed"], dict(saved.base)
     )
     tokenizer = run / "tokenizer"
     return Source(

@@ -21,6 +21,7 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import low_rank_delta
 from rosa_ds.adapters.quantize import quantized_forms
+from rosa_ds.adapters.state import check_fit, trained_parameters
 from rosa_ds.export.source import MergeBase, Source
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import INDEX, SINGLE, Base
@@ -63,11 +64,7 @@ class MergedRows:
         named = dict(model.named_parameters(remove_duplicate=False))
         first = {id(parameter): name for name, parameter in model.named_parameters()}
         self.trained_name = {name: first[id(parameter)] for name, parameter in named.items()}
-        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if wrong := sorted(wanted ^ set(source.trained)):
-            raise ValueError(
-                f"{source.folder}: {wrong[0]} is not in the {'adapter' if wrong[0] in wanted else 'model'}"
-            )
+        check_fit(source.folder, source.trained, list(source.trained), trained_parameters(model))
         self._part: tuple[str, dict[str, Tensor]] = ("", {})
 
     def stored_dtype(self, name: str) -> torch.dtype:

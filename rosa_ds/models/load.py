@@ -52,7 +52,11 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, revision=settings.revision or "main", trust_remote_code=False, **arguments
         )
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last for tensors of other shapes than config.json gives them
         raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
     if "gguf_file" not in arguments and getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import rosa_kernels
 
@@ -127,28 +126,23 @@ class Form:
 class QuantizedLinear(nn.Module):
     """A frozen ``nn.Linear`` or ``Conv1D`` whose weight is kept in 4 or 8 bits and is dense only while it is used.
 
-    Parameters: ``weight`` and ``weight_scales`` (see :meth:`Form.sizes`), on the meta device until they are given; ``bias`` is the
-    layer's own.
+    Parameters: ``weight`` and ``weight_scales``, what :meth:`Form.pack` made (on the meta device where nothing is given); ``bias`` is
+    the dense layer's own.
     """
-
-    def __init__(self, base: nn.Linear | Conv1D, kind: Kind, double: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.transposed = isinstance(base, Conv1D)
-        shape = (int(base.weight.shape[0]), int(base.weight.shape[1]))
-        self.in_features, self.out_features = shape if self.transposed else shape[::-1]
-        self.form = Form(kind, double, shape, dtype)
-        for name, (size, stored) in self.form.sizes().items():
-            empty = torch.empty(size, dtype=stored, device="meta")
-            setattr(self, name, nn.Parameter(empty, requires_grad=False))
-        self.bias = base.bias
 
     weight: nn.Parameter
     weight_scales: nn.Parameter
 
-    def take(self, packed: dict[str, Tensor]) -> None:
-        """Hold what :meth:`Form.pack` made."""
-        for name, tensor in packed.items():
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+    def __init__(
+        self, form: Form, transposed: bool, bias: nn.Parameter | None, packed: dict[str, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.form, self.transposed, self.bias = form, transposed, bias
+        self.in_features, self.out_features = form.shape if transposed else form.shape[::-1]
+        for name, (size, stored) in form.sizes().items():
+            array = torch.empty(size, dtype=stored, device="meta") if packed is None else packed[name]
+            kept = array if isinstance(array, nn.Parameter) else nn.Parameter(array, requires_grad=False)
+            setattr(self, name, kept)
 
     def dense(self, packed: Tensor) -> Tensor:
         """The weight, given the parameter of that name."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import Mask, MaskCollector, save_mask, set_mask
+from rosa_ds.adapters.state import StoredAdapter
 from rosa_ds.config import SPARSE_METHODS
 from rosa_ds.data.batches import load_batch
 from rosa_ds.errors import RunError
@@ -349,6 +350,17 @@ class Loop:
             collector=self.collector,
         )
         self.log.write(step=self.step, event="save", **fields)
+
+    def begin_with(self, start: StoredAdapter) -> None:
+        """Take the numbers and the mask of an adapter instead of fresh ones."""
+        if start.positions:
+            set_mask(self.run.model, start.positions)
+            with distributed.together():
+                self._write_mask(dict(start.positions) if distributed.is_main() else {})
+        self.run.state.write(start.trained)
+        logger.info(
+            "beginning with the %s adapter of %s", self.run.settings.method, self.run.settings.adapter.init_from
+        )
 
     def restore(self, saved: Checkpoint, source: Path) -> None:
         """Continue from a checkpoint in ``source``: the next step is the one that the interrupted run would have done."""

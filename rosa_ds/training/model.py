@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rosa_kernels
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, inject
 from rosa_ds.adapters.quantize import QuantizedNumbers, allocate_quantized, open_quantized, quantized_forms
 from rosa_ds.config import RunConfig
+from rosa_ds.data.prepare import TokenSet
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.models.load import load_model
 from rosa_ds.models.quantized import PACKED, SCALES
@@ -22,7 +25,7 @@ from rosa_ds.models.stream import Base, open_base
 logger = logging.getLogger(__name__)
 
 
-def _load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel, Base | None]:
+def load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel, Base | None]:
     """The base; at stage 3 its shape alone, where possible, and where its numbers are."""
     dtype = getattr(torch, plan.dtype)
     quantized = settings.model.quantization != "none"
@@ -69,7 +72,11 @@ def build_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
 
     Raises: ValueError for a base that cannot be loaded or targets that match nothing.
     """
-    model, base = _load_base(settings, plan)
+    return adapt(*load_base(settings, plan), settings, plan)
+
+
+def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
+    """Give a base, as :func:`load_base` makes it, its adapters, and at stage 3 divide it. Errors as :func:`build_model`."""
     report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
     if report.adapted:
@@ -85,6 +92,24 @@ def build_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
         if reentrant:
             model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
     return model
+
+
+def check_vocabulary(model: PreTrainedModel, data: Mapping[str, TokenSet], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for tokens that the model's embedding has no row for, with the data's name."""
+    embedding = model.get_input_embeddings()
+    rows = distributed.full_shape(embedding.weight)[0]
+    head = model.get_output_embeddings()
+    apart = head is not None and head.weight is not embedding.weight
+    whole = [name for name, module in model.named_modules() if module is embedding or (apart and module is head)]
+    largest = {"the padding token": int(tokenizer.pad_token_id)} | {key: d.largest_id() for key, d in data.items()}
+    for what, number in largest.items():
+        if number >= rows:
+            raise ValueError(
+                f"{what} has token {number} ({tokenizer.convert_ids_to_tokens(number)!r}), the model's embedding has {rows} rows "
+                f"and the tokenizer {len(tokenizer)} tokens: resize the model once (model.resize_token_embeddings({len(tokenizer)}), "
+                "save_pretrained), give that folder as model.name_or_path, and train the new rows with "
+                f"adapter.modules_to_save {json.dumps(whole)}"
+            )
 
 
 def divide_positions(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import open_mask
-from rosa_ds.adapters.state import save_adapter
+from rosa_ds.adapters.state import StoredAdapter, save_adapter
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import LOW_RANK_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan
@@ -35,9 +35,10 @@ from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
 from rosa_ds.training.metrics import MetricsLog
-from rosa_ds.training.model import build_model, divide_positions
+from rosa_ds.training.model import adapt, check_vocabulary, divide_positions, load_base
 from rosa_ds.training.resume import check_resumable
 from rosa_ds.training.schedule import Schedule
+from rosa_ds.training.start import begin_from, check_start
 from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
@@ -263,9 +264,16 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     with distributed.together():
         data, eval_data = _prepare_data(settings, tokenizer)
     with distributed.together():
-        model = build_model(settings, plan)
+        model, numbers = load_base(settings, plan)
+        sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
+        check_vocabulary(model, {name: tokens for name, tokens in sets.items() if tokens is not None}, tokenizer)
     with distributed.together():
         base = identify(settings.model)
+    settings, start = begin_from(settings, model, base, saved)
+    with distributed.together():
+        adapt(model, numbers, settings, plan)
+        if start is not None:
+            check_start(settings, model, start)
     data_digest = data.digest()
     _check_same_input(settings, base, data_digest)
     record = {**settings.model_dump(), "deepspeed": plan.record()}
@@ -310,12 +318,16 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         drawing=drawing,
         whole_at_start=at_start,
     )
-    _train_and_save(run, saved, source, tokenizer)
+    _train_and_save(run, saved, source, start, tokenizer)
     return run.folder
 
 
 def _train_and_save(
-    run: Run, saved: Checkpoint | None, source: Path | None, tokenizer: PreTrainedTokenizerBase
+    run: Run,
+    saved: Checkpoint | None,
+    source: Path | None,
+    start: StoredAdapter | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     folder = run.folder if distributed.is_main() else None
     distributed.start_watch(60 * run.settings.training.stall_minutes)
@@ -330,6 +342,9 @@ def _train_and_save(
             loop.restore(saved, source)
             saved.release()
             logger.info("state restored in %.2f s", time.monotonic() - begun)
+        if start is not None:
+            loop.begin_with(start)
+            start.close()
         loop.train()
         _save_result(run, tokenizer)
     except RuntimeError as error:

@@ -1,0 +1,99 @@
+"""What a model knows of its adapters: which one is in it, the others, and numbers of the base that are kept for later."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_ds import distributed
+from rosa_ds.adapters.layer import AdaptedLinear
+from rosa_ds.config import AdapterConfig
+
+DEFAULT = "default"
+
+
+@dataclasses.dataclass
+class Parked:
+    """An adapter that is not in the model now."""
+
+    injected: tuple[AdapterConfig, int]
+    draws: int
+    layers: dict[str, AdaptedLinear]
+    whole: list[str]
+    own: dict[str, Tensor]
+    """What it has in place of the base's numbers, by parameter name."""
+
+
+@dataclasses.dataclass
+class Adapters:
+    """What a model knows of its adapters.
+
+    Attributes:
+        active: name of the one that is in the model, if any; ``whole``: the base's parameters that it trains.
+        parked: the others.
+        kept: parameter name -> the base's numbers while the active adapter's are in the model, and the other way round
+            while it is disabled.
+    """
+
+    active: str | None = None
+    whole: list[str] = dataclasses.field(default_factory=list)
+    disabled: bool = False
+    parked: dict[str, Parked] = dataclasses.field(default_factory=dict)
+    kept: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The model's own record, made where there is none yet."""
+    found: Any = getattr(model, "rosa_adapters", None)
+    if found is None:
+        found = Adapters()
+        model.rosa_adapters = found
+    assert isinstance(found, Adapters)
+    return found
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The model's adapters by name, the one that is in it first. ``rosa_ds.inject`` calls its adapter ``default``."""
+    known = adapters_of(model)
+    return [*([known.active] if known.active is not None else []), *known.parked]
+
+
+def check_enabled(model: nn.Module) -> None:
+    """Raise ValueError for a model whose adapter is disabled."""
+    if getattr(model, "rosa_adapters", None) is not None and adapters_of(model).disabled:
+        raise ValueError("this model's adapter is disabled: rosa_ds.enable(model) comes first")
+
+
+@torch.no_grad()
+def keep(model: nn.Module, names: list[str]) -> None:
+    """Copy these parameters, which the active adapter is about to change. Raises: ValueError if they are not whole here."""
+    parameters = dict(model.named_parameters())
+    _check_exchangeable([parameters[name] for name in names])
+    adapters_of(model).kept = {name: parameters[name].detach().clone() for name in names}
+
+
+def _check_exchangeable(parameters: list[nn.Parameter]) -> None:
+    if any(distributed.is_partitioned(parameter) or parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            "parameters that the adapter changes are partitioned by ZeRO-3, or not there, and cannot be exchanged for the base's: "
+            "load base and adapter into a model of one process"
+        )
+
+
+@torch.no_grad()
+def exchange(model: nn.Module, changed: list[str]) -> None:
+    """Swap these parameters' numbers, which the adapter has changed, with what was kept. Raises: ValueError, before it does."""
+    known, parameters = adapters_of(model), dict(model.named_parameters())
+    _check_exchangeable([parameters[name] for name in changed])
+    if missing := [name for name in changed if name not in known.kept]:
+        raise ValueError(
+            f"the base's own {missing[0]} is not there any more ({len(missing)} parameters were changed by the adapter): use "
+            "keep_base=True in rosa_ds.inject or rosa_ds.load_adapter, which keeps a copy"
+        )
+    for name in changed:
+        parameter = parameters[name]
+        theirs = known.kept[name].to(parameter.device, parameter.dtype)
+        known.kept[name], parameter.data = parameter.data, theirs
