@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,14 +21,16 @@ from transformers import PreTrainedModel
 
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.low_rank import low_rank_delta
 from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.adapters.state import check_fit, trained_parameters
 from rosa_ds.export.source import MergeBase, Source
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import INDEX, SINGLE, Base
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 8 * 2**20
+"""Of float32 numbers that are merged at once: more would not stay in the processor's caches."""
+WRITTEN_BEHIND = 2
+"""Blocks that may wait to be written while the next one is made."""
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -102,13 +106,11 @@ class MergedRows:
     def _merged(self, layer: AdaptedLinear, rows: slice) -> Tensor:
         """``W + scale · B A + S`` in float32."""
         parts = self._parts(layer.name, {part: f"{layer.name}.{part}" for part in ("A", "B", "values")})
-        weight = self._base_rows(layer.weight_name, rows).float()
+        weight = self._base_rows(layer.weight_name, rows).to(torch.float32, copy=True).contiguous()
         if "A" in parts:
             A, B = (parts["A"][:, rows], parts["B"]) if layer.transposed else (parts["A"], parts["B"][rows])
-            delta = low_rank_delta(A, B, layer.scale)
-            weight = weight + (delta.T if layer.transposed else delta)
+            (weight.T if layer.transposed else weight).addmm_(B.float(), A.float(), alpha=layer.scale)
         if "values" in parts and layer.weight_name in self.source.positions:
-            weight = weight.contiguous()
             width = layer.weight_shape[1]
             positions = self._parts_of_positions(layer)
             ends = torch.tensor([rows.start * width, rows.stop * width], dtype=positions.dtype)
@@ -186,13 +188,19 @@ def _write_file(stream: BinaryIO, entries: list[_Entry], rows: MergedRows, metad
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-    for entry in entries:
-        before = stream.tell()
-        for block in rows.blocks(entry.name):
-            content = _bytes_of(block)
-            stream.write(content)
-            bar.update(len(content))
-        assert stream.tell() - before == entry.bytes, f"{entry.name}: another size than its header says"
+    pending: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        for entry in entries:
+            written = 0
+            for block in rows.blocks(entry.name):
+                content = _bytes_of(block)
+                pending.append(writer.submit(stream.write, content))
+                while len(pending) > WRITTEN_BEHIND:
+                    bar.update(pending.popleft().result())
+                written += len(content)
+            assert written == entry.bytes, f"{entry.name}: another size than its header says"
+        for waiting in pending:
+            bar.update(waiting.result())
 
 
 def write_merged(rows: MergedRows, folder: Path, metadata: dict[str, str]) -> None:

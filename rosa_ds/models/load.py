@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r}: no weights ({', '.join(WEIGHT_SUFFIXES)}) are there"
         )
-    digest = hashlib.sha256("".join(_content_hash(path) for path in files).encode()).hexdigest()
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter to others
+        digest = hashlib.sha256("".join(pool.map(_content_hash, files)).encode()).hexdigest()
     base = {"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest}
     if settings.quantization == "none":
         return base
