@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
@@ -34,13 +33,18 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     datasets.disable_progress_bars()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_shared_memory_left() -> Iterator[None]:
-    """Killed runs leave DeepSpeed's buffers, 66 MiB a rank, which would fill a small machine's memory."""
-    begun = time.time()
-    yield
+_begun = time.time()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Killed runs leave DeepSpeed's buffers, 66 MiB a rank, which would fill a small machine's memory.
+
+    With pytest-xdist when all its workers have ended, whose runs use theirs until then.
+    """
+    if hasattr(session.config, "workerinput"):
+        return
     for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_*"):
-        if path.stat().st_mtime >= begun:
+        if path.stat().st_mtime >= _begun:
             path.unlink(missing_ok=True)
 
 
