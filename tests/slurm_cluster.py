@@ -229,7 +229,7 @@ def interrupted(it: Cluster, run: Path, steps: int, stops: list[tuple[str, int]]
             it.call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=maintenance")
             log("node n2 is drained: it takes no more work")
         STOPS[way](it, job)
-        it.wait(job, functools.partial(is_requeued, it, job, attempt), "requeue")
+        it.wait(job, functools.partial(is_requeued, it, job, attempt, run), "requeue")
         it.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
         mark = json.loads((run / "interrupted.json").read_text())
         log(
@@ -254,8 +254,9 @@ def has_done(run: Path, step: int) -> bool:
     return steps_done(run) >= step
 
 
-def is_requeued(it: Cluster, job: int, times: int) -> bool:
-    return int(it.job(job)["Restarts"]) == times
+def is_requeued(it: Cluster, job: int, times: int, run: Path) -> bool:
+    """And has the attempt before ended? SLURM says the first while ranks still save."""
+    return int(it.job(job)["Restarts"]) == times and (run / "interrupted.json").exists()
 
 
 def steps_done(run: Path) -> int:
