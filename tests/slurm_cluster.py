@@ -44,19 +44,12 @@ SchedulerParameters=sched_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
-NodeName=n1,n2 CPUs=2 RealMemory=1000 Gres=gpu:2 State=UNKNOWN
+NodeName=n1,n2 CPUs=2 RealMemory=1000 Gres=gpu:1 State=UNKNOWN
 PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
-# what train.sbatch asks of a real cluster, cut down to this one: one rank a node
-SHAPE = (
-    "--nodes=1-2",
-    "--ntasks-per-node=2",
-    "--gpus-per-node=1",
-    "--cpus-per-task=1",
-    "--time=10",
-    "--signal=USR1@60",
-)
+# what of train.sbatch's own request a cluster of this size cannot give; one GPU a node makes one rank a node
+SHAPE = ("--gpus-per-node=1", "--time=10", "--signal=USR1@60")
 # dropout is drawn by each rank for itself: without it, other numbers of ranks compute the same
 SETTINGS = (
     *("--config", str(ROOT / "ds_configs" / "zero2.json"), "--ds.train_batch_size", "2"),
@@ -94,16 +87,16 @@ class Cluster:
         )
         return int(said)
 
-    def job(self, number: int) -> dict[str, str]:
-        """What SLURM says of a job: JobState, Restarts, NodeList, ExitCode ..."""
+    def job(self, number: int | str) -> dict[str, str]:
+        """What SLURM says of a job, or of ``job_task`` of an array: JobState, Restarts, NodeList, ExitCode ..."""
         said = self.call("scontrol", "--oneliner", "show", "job", str(number))
         return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
-    def output(self, number: int) -> str:
-        path = self.folder / f"job-{number}.log"
+    def output(self, number: int | str) -> str:
+        path = self.folder / f"job-{self.job(number)['JobId']}.log"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, number: int, ready: Callable[[], bool], what: str) -> None:
+    def wait(self, number: int | str, ready: Callable[[], bool], what: str) -> None:
         """Until ``ready``; AssertionError with the job's output if it ends before, or after a while."""
         end = time.monotonic() + TIMEOUT
         while not ready():
@@ -116,7 +109,7 @@ class Cluster:
             )
             time.sleep(0.1)
 
-    def finish(self, number: int, state: str = "COMPLETED") -> None:
+    def finish(self, number: int | str, state: str = "COMPLETED") -> None:
         """Until the job has ended, in this state."""
         end = time.monotonic() + TIMEOUT
         while (now := self.job(number)["JobState"]) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
@@ -131,7 +124,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     for name in ("state", "n1", "n2"):
         (folder / name).mkdir(parents=True)
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder))
-    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # to be asked for
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # to be asked for
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
@@ -194,7 +187,6 @@ def straight(it: Cluster, run: Path, steps: int) -> list[tuple[int, str, float]]
         str(steps),
         options=SHAPE,
         RUN_DIR=str(run),
-        RANKS_PER_NODE="1",
     )
     it.finish(job)
     return losses(run)
@@ -212,7 +204,6 @@ def interrupted(it: Cluster, run: Path, steps: int, stops: list[tuple[str, int]]
         str(steps),
         options=SHAPE,
         RUN_DIR=str(run),
-        RANKS_PER_NODE="1",
     )
     log(f"job {job} submitted: {steps} steps to train")
     saved: list[int] = []

@@ -98,15 +98,17 @@ def ranks_on(host: Host) -> list[str]:
 
 
 def scenario(folder: Path, steps: int, log: Callable[[str], None]) -> None:
-    """Straight run, cut-off run, resumed run; AssertionError if anything is not as it should be."""
+    """Undisturbed run, cut-off run, resumed run; AssertionError if anything is not as it should be."""
     more = ("--training.max_steps", str(steps))
-    straight, cut = folder / "straight", folder / "cut"
+    undisturbed, cut = folder / "undisturbed", folder / "cut"
     run = cut / "runs" / "default"
     with hosts_with_ssh(folder) as (switch, alpha, beta):
         log(f"alpha is {alpha.address}, beta {beta.address}; each finds its own name at 127.0.1.1")
-        finish(launch(alpha, straight, ("alpha", "beta"), *more), straight)
-        expected = losses(straight / "runs" / "default")
-        log(f"a run on both, undisturbed: {len(expected)} losses, the last {expected[-1]}")
+        undisturbed.mkdir()
+        alone = (sys.executable, TRAIN, *SETTINGS, *more)
+        finish(alpha.start(*alone, output=undisturbed / "output", env=environment(), cwd=undisturbed), undisturbed)
+        expected = losses(undisturbed / "runs" / "default")
+        log(f"a run on alpha alone, undisturbed: {len(expected)} losses, the last {expected[-1]}")
 
         process = launch(alpha, cut, ("alpha", "beta"), *more)
         wait(process, cut, functools.partial(has_done, run, steps // 2), f"step {steps // 2}")
