@@ -290,7 +290,7 @@ def main() -> None:
             f"all {len(found)}, the last on 1 node: largest relative difference {largest_difference(found, expected):.1e}"
         )
         out = Path(name) / "out"
-        job = it.submit("export.sbatch", str(run), str(out), "--verify")
+        job = it.submit("export.sbatch", str(run), str(out), "--verify", options=("--cpus-per-task=2",))
         it.finish(job)
         log(f"job {job}, export.sbatch: " + it.output(job).strip().splitlines()[-1])
         log("the jobs' own log:")

@@ -44,16 +44,14 @@ def test_slurm_stops_requeues_and_resumes_on_the_node_that_is_left(slurm: Cluste
     assert (tmp_path / "stopped" / "adapter" / "adapter.safetensors").is_file()
 
     out = tmp_path / "out"
-    job = slurm.submit("export.sbatch", str(tmp_path / "stopped"), str(out))
+    job = slurm.submit("export.sbatch", str(tmp_path / "stopped"), str(out), options=("--cpus-per-task=2",))
     slurm.finish(job)
     assert (out / "model.safetensors").is_file()
 
 
 def test_slurm_runs_a_sweep_and_lets_a_cancelled_job_be(slurm: Cluster, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.txt"
-    sweep.write_text(
-        "--adapter.alpha 2\n--adapter.alpha 3 --data.prompt_column 'the question' --training.max_steps 5000\n"
-    )
+    sweep.write_text("--adapter.alpha 2\n--adapter.alpha 3 --draw.every '5000 steps' --training.max_steps 5000\n")
     options = (*slurm_cluster.SHAPE, "--cpus-per-gpu=2", "--array=1-2")
     common = (*slurm_cluster.SETTINGS, "--mask.score", "random", "--training.max_steps", "2")
     job = slurm.submit("array.sbatch", str(sweep), *common, options=options, RUNS_DIR=str(tmp_path))
@@ -67,7 +65,7 @@ def test_slurm_runs_a_sweep_and_lets_a_cancelled_job_be(slurm: Cluster, tmp_path
     assert slurm_cluster.steps_done(tmp_path / "1") == 2
     settings = [json.loads((tmp_path / line / "config.json").read_text()) for line in ("1", "2")]
     assert [each["adapter"]["alpha"] for each in settings] == [2, 3]
-    assert settings[1]["data"]["prompt_column"] == "the question"
+    assert settings[1]["draw"]["every"] == "5000 steps"
 
 
 def test_two_hosts_one_of_which_is_cut_off(tmp_path: Path) -> None:
