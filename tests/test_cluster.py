@@ -49,7 +49,7 @@ def test_slurm_stops_requeues_and_resumes_on_the_node_that_is_left(slurm: Cluste
     assert (out / "model.safetensors").is_file()
 
 
-def test_slurm_runs_a_sweep_and_lets_a_cancelled_job_be(slurm: Cluster, tmp_path: Path) -> None:
+def test_slurm_requeues_one_run_of_a_sweep_and_lets_a_cancelled_one_be(slurm: Cluster, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("--adapter.alpha 2\n--adapter.alpha 3 --draw.every '5000 steps' --training.max_steps 5000\n")
     options = (*slurm_cluster.SHAPE, "--cpus-per-gpu=2", "--array=1-2")
@@ -57,10 +57,14 @@ def test_slurm_runs_a_sweep_and_lets_a_cancelled_job_be(slurm: Cluster, tmp_path
     job = slurm.submit("array.sbatch", str(sweep), *common, options=options, RUNS_DIR=str(tmp_path))
     first, second = f"{job}_1", f"{job}_2"
     slurm.wait(second, functools.partial(slurm_cluster.has_done, tmp_path / "2", 2), "second step")
+    slurm.call("scancel", "--signal=USR1", second)
+    slurm.wait(second, functools.partial(slurm_cluster.is_requeued, slurm, second, 1, tmp_path / "2"), "requeue")
+    mark = json.loads((tmp_path / "2" / "interrupted.json").read_text())
+    slurm.wait(second, functools.partial(slurm_cluster.has_done, tmp_path / "2", mark["step"] + 1), "resumed step")
     slurm.call("scancel", second)
     slurm.finish(second, "CANCELLED")
     slurm.finish(first)
-    assert slurm.job(second)["Restarts"] == "0"
+    assert (mark["signal"], slurm.job(second)["Restarts"], slurm.job(first)["Restarts"]) == ("SIGUSR1", "1", "0")
     assert json.loads((tmp_path / "2" / "interrupted.json").read_text())["signal"] == "SIGTERM"
     assert slurm_cluster.steps_done(tmp_path / "1") == 2
     settings = [json.loads((tmp_path / line / "config.json").read_text()) for line in ("1", "2")]
