@@ -11,6 +11,7 @@ from collections.abc import Callable
 import datasets
 import transformers
 
+from rosa_ds import distributed
 from rosa_ds.errors import INTERRUPTED_STATUS, InterruptedRunError, RunError
 
 
@@ -33,6 +34,10 @@ def set_up_logging() -> None:
 
 def run_program(main: Callable[[list[str]], None]) -> None:
     """Call ``main`` with the command line; what a user can mend ends it with one message and exit status 1."""
+    try:
+        distributed.join_slurm_step()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     set_up_logging()
     try:
         main(sys.argv[1:])

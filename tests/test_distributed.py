@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -93,13 +95,6 @@ def test_owners_share_the_cost() -> None:
     assert set(distributed.owners_by_cost(costs, 1).values()) == {0}
 
 
-def test_slurm_tasks_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(ValueError, match="RANK and WORLD_SIZE are not set"):
-        distributed.initialize()
-
-
 def test_threads_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
@@ -152,7 +147,7 @@ def test_a_stalled_rank_is_named(tmp_path: Path) -> None:
             rank.kill()
             rank.communicate()
     assert ranks[0].returncode == 74
-    assert "no progress for 2 s: rank 1 at 'step 1' for" in waiting
+    assert f"no progress for 2 s: rank 1 on {socket.gethostname()} at 'step 1' for" in waiting
     assert "the others wait at 'step 2'" in waiting
     assert "in barrier" in waiting  # the stack of the rank that waits
 
@@ -168,14 +163,42 @@ def test_all_ranks_at_one_point_are_all_named(monkeypatch: pytest.MonkeyPatch) -
         def check(self, keys: list[str]) -> bool:
             return all(key in self for key in keys)
 
-    store = Store({"rosa_ds/progress/1": '[1, "step 1", 0.0, 0]'})
+    store = Store({"rosa_ds/progress/1": '[1, "step 1", 0.0, 0, "there"]'})
     watched = watch.Watch(store, 0.2, messages.append)
     watched.progress("step 1")
     watched._thread.join(timeout=20)
     assert len(messages) == 1
-    assert "rank 0 at 'step 1'" in messages[0]
-    assert "rank 1 at 'step 1'" in messages[0]
+    assert f"rank 0 on {socket.gethostname()} at 'step 1'" in messages[0]
+    assert "rank 1 on there at 'step 1'" in messages[0]
     assert messages[0].endswith("(all ranks)")
+
+
+def test_a_store_that_does_not_answer_holds_no_rank_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host of rank 0 is cut off: its connections stay open, and questions to the store never return."""
+    monkeypatch.setattr(watch, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    messages: list[str] = []
+    released = threading.Event()
+
+    class Store:
+        asked = 0
+
+        def set(self, key: str, value: str) -> None:
+            self.asked += 1
+            released.wait(60)
+
+    store = Store()
+    watched = watch.Watch(store, 0.4, messages.append)
+    watched.progress("step 1")
+    watched._thread.join(timeout=20)
+    asked = store.asked
+    released.set()
+    assert asked == 1  # one question at a time
+    assert len(messages) == 1
+    assert messages[0].startswith(
+        f"no progress for 0 s at 'step 1' on {socket.gethostname()}, and no word of the other"
+    )
+    assert messages[0].endswith("node1, where the ranks meet, does not answer")
 
 
 def test_a_divided_parameter_is_whole_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rosa_ds.distributed.rendezvous import choose_gloo_interface, join_slurm_step
 from rosa_ds.errors import RunError
 
 
@@ -33,27 +34,39 @@ def _free_port() -> int:
 def initialize(timeout_minutes: float = 30.0) -> None:
     """Join the process group that the launcher describes in the environment; alone, be a group of one.
 
-    Works under ``deepspeed``, ``torchrun``, plain ``python``, and anything that sets RANK, WORLD_SIZE and MASTER_ADDR.
+    Works under ``deepspeed``, ``torchrun``, ``srun``, plain ``python``, and anything that sets RANK, WORLD_SIZE and MASTER_ADDR.
 
     Raises:
-        ValueError: several SLURM tasks without ranks, which would be as many separate runs.
+        ValueError: SLURM's tasks without what tells their ranks, or without a GPU for each rank.
     """
     import deepspeed  # slow, and needed by nobody who only imports this module
 
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise ValueError(
-            "SLURM started several tasks, but RANK and WORLD_SIZE are not set: use one task a node with torchrun, or export "
-            "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR MASTER_PORT in each task"
-        )
+    join_slurm_step()
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     os.environ.setdefault("LOCAL_RANK", "0")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(
+                f"rank {local} of this host sees {gpus} GPU(s): start as many ranks a host as it has GPUs, and let each see all "
+                "of them (with srun: --gpus-per-node and not --gpus-per-task, --gpu-bind=none)"
+            )
+        torch.cuda.set_device(local)
+    else:
+        choose_gloo_interface()
     if not dist.is_initialized():
-        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+        try:
+            deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+        except (dist.DistError, RuntimeError) as error:
+            master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RunError(
+                f"rank {os.environ['RANK']} on {socket.gethostname()} does not reach the others of "
+                f"{os.environ['WORLD_SIZE']} ranks, which meet at {master}: are all started, the port free and open between the hosts, and the interface right (GLOO_SOCKET_IFNAME on CPUs, "
+                f"NCCL_SOCKET_IFNAME on GPUs)? ({error})"
+            ) from error
 
 
 def shutdown() -> None:

@@ -8,14 +8,16 @@ behind are the ones waited for. It names them and ends, instead of waiting for e
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -23,6 +25,8 @@ from rosa_ds.distributed.group import peak_memory_bytes, rank, world_size
 
 logger = logging.getLogger(__name__)
 STALLED_STATUS = 74  # of a process that ended because a rank stalled (EX_IOERR)
+ANSWER_SECONDS = 10.0  # that the store may take
+Answer = TypeVar("Answer")
 _active: Watch | None = None
 
 
@@ -39,7 +43,9 @@ class Watch:
         # a client of its own: another's blocking call would hold this thread up
         self.store, self.seconds = store.clone() if hasattr(store, "clone") else store, seconds
         self.end = end or _end_process
+        self._host = socket.gethostname()
         self._at = (0, "start", time.time(), 0)
+        self._asking: threading.Thread | None = None
         self._since = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rosa-watch", daemon=True)
@@ -58,25 +64,45 @@ class Watch:
         while not self._closed.wait(min(5.0, self.seconds / 4)):
             stalled = time.monotonic() - self._since > self.seconds
             try:
-                if self._at != told:
-                    told = self._at
-                    self.store.set(f"rosa_ds/progress/{rank()}", json.dumps(told))
-                message = self._message() if stalled else ""
-            except (dist.DistError, RuntimeError) as error:
-                message = (
-                    f"no progress for {self.seconds:.0f} s at {self._at[1]!r}, and no word of the other ranks: {error}"
-                )
+                if (at := self._at) != told:
+                    said = json.dumps([*at, self._host])
+                    self.ask(functools.partial(self.store.set, f"rosa_ds/progress/{rank()}", said))
+                    told = at
+                message = self.ask(self._message) if stalled else ""
+            except (dist.DistError, RuntimeError, TimeoutError) as error:
+                message = f"no progress for {self.seconds:.0f} s at {self._at[1]!r} on {self._host}, and no word of the other ranks: {error}"
             if stalled:
                 self.end(message)
                 return
+
+    def ask(self, question: Callable[[], Answer]) -> Answer:
+        """The store's answer. Raises: TimeoutError if it does not come: a host that is cut off leaves its connections open."""
+        results: list[Answer | Exception] = []
+
+        def call() -> None:
+            try:
+                results.append(question())
+            except Exception as error:
+                results.append(error)
+
+        if self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=call, name="rosa-watch-store", daemon=True)
+            self._asking.start()
+            self._asking.join(ANSWER_SECONDS)
+        if not results:
+            master = os.environ.get("MASTER_ADDR", "rank 0's host")
+            raise TimeoutError(f"{master}, where the ranks meet, does not answer")
+        if isinstance(results[0], Exception):
+            raise results[0]
+        return results[0]
 
     def _message(self) -> str:
         reports = [read_progress(self.store, other) for other in range(world_size())]
         last = min(count for count, *_ in reports)
         now = time.time()
         behind = [
-            f"rank {other} at {where!r} for {now - since:.0f} s"
-            for other, (count, where, since, _) in enumerate(reports)
+            f"rank {other}{_on(host)} at {where!r} for {now - since:.0f} s"
+            for other, (count, where, since, _, host) in enumerate(reports)
             if count == last
         ]
         ahead = sorted({where for count, where, *_ in reports if count > last})
@@ -85,12 +111,16 @@ class Watch:
 
 
 def read_progress(store: Any, other: int) -> list[Any]:
-    """What a rank said last: how often it got further, where, when, its largest memory."""
+    """What a rank said last: how often it got further, where, when, its largest memory, its host."""
     key = f"rosa_ds/progress/{other}"
     if not store.check([key]):
-        return [-1, "nowhere yet", time.time(), 0]
+        return [-1, "nowhere yet", time.time(), 0, ""]
     said: list[Any] = json.loads(store.get(key))
     return said
+
+
+def _on(host: str) -> str:
+    return f" on {host}" if host else ""
 
 
 def _end_process(message: str) -> None:
@@ -120,12 +150,13 @@ def describe_ranks() -> str:
     for other in range(world_size()):
         try:
             assert _active is not None
-            _, where, since, memory = read_progress(_active.store, other)
-        except (RuntimeError, AssertionError, ValueError):
+            report = _active.ask(functools.partial(read_progress, _active.store, other))
+            _, where, since, memory, host = report
+        except (RuntimeError, AssertionError, ValueError, TimeoutError):
             reports.append(f"rank {other} unknown")
             continue
         ago = time.time() - since
-        reports.append(f"rank {other} at {where!r} {ago:.0f} s ago, peak memory {memory / 2**30:.2f} GiB")
+        reports.append(f"rank {other}{_on(host)} at {where!r} {ago:.0f} s ago, peak memory {memory / 2**30:.2f} GiB")
     return "; ".join(reports)
 
 
