@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 import rosa_kernels
@@ -123,6 +124,8 @@ class AdaptedLinear(nn.Module):
         return self.plan
 
     def _make_plan(self, positions: Tensor) -> None:
+        if isinstance(positions, FakeTensor):
+            return  # of a plan of memory: there is nothing to sort
         divided = self.positions is not None and distributed.is_partitioned(self.positions)
         if positions.numel() == self.entries and (not divided or needs_tiles(positions.device)):
             self.plan = rosa_kernels.make_plan(positions, *self.weight_shape, self.weight.dtype)
