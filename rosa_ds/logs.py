@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 
-import datasets
 import transformers
 
 from rosa_ds.errors import INTERRUPTED_STATUS, InterruptedRunError, RunError
@@ -28,6 +27,8 @@ def set_up_logging() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not main:
+        import datasets  # slow, and not every program reads data
+
         datasets.disable_progress_bars()
 
 

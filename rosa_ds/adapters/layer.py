@@ -68,7 +68,14 @@ class AdaptedLinear(nn.Module):
         self.plan: rosa_kernels.Plan | None = None
         device = self.weight.device
         if rank:
-            self.A = nn.Parameter(initial_A(name, rank, self.in_features, seed).to(device))
+            # on the meta device numbers are not needed: who fills the parameters asks initial_parameters
+            shape_A = (rank, self.in_features)
+            A = (
+                torch.empty(shape_A, device=device)
+                if device.type == "meta"
+                else initial_A(name, *shape_A, seed).to(device)
+            )
+            self.A = nn.Parameter(A)
             self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         else:
             self.A = self.B = None

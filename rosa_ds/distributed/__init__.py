@@ -27,6 +27,7 @@ from rosa_ds.distributed.group import (
     world_size,
 )
 from rosa_ds.distributed.partitioned import (
+    comes_and_goes,
     divide,
     full_numel,
     full_shape,
@@ -51,6 +52,7 @@ __all__ = [
     "any_rank",
     "barrier",
     "broadcast",
+    "comes_and_goes",
     "describe_ranks",
     "device",
     "divide",

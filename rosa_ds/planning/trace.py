@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ class Activations:
 
     saved: int
     peak: int
+
+    def extended(self, other: Activations, share: float) -> Activations:
+        """The point on the line from here through ``other`` that is ``share`` of their distance away, rounded up."""
+        saved = math.ceil(self.saved + (other.saved - self.saved) * share)
+        return Activations(saved, math.ceil(self.peak + (other.peak - self.peak) * share))
 
 
 class SavedBytes:
@@ -137,7 +142,9 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Any:
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Any:
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # torch turns it into numbers to add, in each layer
     return _FusedAttention.apply(query, key, value, attn_mask)
@@ -222,13 +229,3 @@ def _watch_gradients(model: nn.Module, live: LiveBytes) -> list[Any]:
             live._alive[_key(parameter.grad)] = None
 
     return [p.register_post_accumulate_grad_hook(leave_out) for p in model.parameters() if p.requires_grad]
-
-
-def line(measure: Callable[[int], Activations], rows: int) -> Activations:
-    """Activations of a number of rows from those of one and of eight: both grow linearly, a maximum less at first."""
-    few, many = measure(1), measure(8)
-
-    def at(first: int, last: int) -> int:
-        return math.ceil(first + (last - first) / 7 * (rows - 1))
-
-    return Activations(at(few.saved, many.saved), at(few.peak, many.peak))

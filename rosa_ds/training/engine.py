@@ -56,6 +56,23 @@ def keep_vectors_everywhere(model: nn.Module, config: dict[str, Any]) -> None:
     config["zero_optimization"].setdefault(PERSISTENCE, min([max(vectors), *(size - 1 for size in adapters)]))
 
 
+BUCKET = "reduce_bucket_size"
+
+
+def settle_zero(model: nn.Module, plan: DeepSpeedPlan) -> None:
+    """What the file leaves open and only the injected model decides, written into ``plan.config``.
+
+    Gradients are sent in one bucket that holds all of them, or 500,000,000 numbers: DeepSpeed allocates as many as it is
+    told, 1 GB in 16 bits, however few are trained.
+    """
+    zero = plan.config["zero_optimization"]
+    if plan.stage == 3:
+        keep_vectors_everywhere(model, plan.config)
+    if plan.stage:
+        trained = sum(distributed.full_numel(p) for p in model.parameters() if p.requires_grad)
+        zero.setdefault(BUCKET, min(500_000_000, trained))
+
+
 def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> tuple[Any, TrainedState]:
     """Wrap an injected model in a DeepSpeed engine with one parameter group per learning rate.
 
@@ -68,8 +85,7 @@ def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> 
     groups = parameter_groups(model)
     if not groups:
         raise ValueError("nothing is trainable: check adapter.rank, adapter.density and adapter.target_modules")
-    if plan.stage == 3:
-        keep_vectors_everywhere(model, plan.config)
+    settle_zero(model, plan)
     rates = learning_rates(settings)
     optimizer: torch.optim.Optimizer = getattr(torch.optim, plan.optimizer.name)(
         [{"params": list(group.values()), "lr": rates[name], "name": name} for name, group in groups.items()],

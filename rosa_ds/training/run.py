@@ -309,6 +309,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         record=record,
         drawing=drawing,
         whole_at_start=at_start,
+        plan=plan,
     )
     _train_and_save(run, saved, source, tokenizer)
     return run.folder
