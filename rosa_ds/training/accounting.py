@@ -20,7 +20,7 @@ from rosa_ds.adapters.inject import adapted_layers, adapter_parts
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.training.changed_base import ChangedBase, keeps_residual
-from rosa_ds.training.draw import BATCH_BYTES
+from rosa_ds.training.draw import share_draws
 from rosa_ds.training.engine import PERSISTENCE
 from rosa_ds.training.trained_state import TrainedState
 from rosa_kernels.collect.op import BLOCK_BYTES
@@ -29,7 +29,7 @@ PARTS = ("base", "whole modules", "A", "B", "values", "positions")
 RESIDUAL = "base residual"
 BUCKETS, GATHERED = "gradient buckets", "gathered at once"
 COLLECTED, COLLECTING = "collected gradients", "collect, at once"
-DRAWING = "draw, at once"
+DRAWING, WORKSPACE = "draw, at once", "draw, factorisation"
 ACTIVATIONS, WORKING = "activations", "forward and backward, beside"
 _MIB = 2**20
 
@@ -170,10 +170,28 @@ def _add_draws(
     if keeps_residual(settings.draw, getattr(torch, plan.dtype)):
         total[RESIDUAL] = 2 * sum(rows * columns for rows, columns in sizes)
         memory[RESIDUAL] = 2 * sum(_share(rows * columns, ranks) for rows, columns in sizes)
-    # weight, fold, what is left of it, and the larger of a copy for the check, or Gram matrix, eigenvectors, workspace
-    at_once = max(3 * rows * columns + max(2 * rows * columns, 4 * min(rows, columns) ** 2) for rows, columns in sizes)
-    waiting = min(BATCH_BYTES, 4 * sum(rows * columns for rows, columns in sizes) // ranks)
-    memory[DRAWING] = 4 * at_once + waiting
+    memory[DRAWING], memory[WORKSPACE] = _draw_bytes(model, plan, settings, ranks)
+
+
+def _draw_bytes(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, ranks: int) -> tuple[int, int]:
+    """On the rank with the most: tensors of a draw, and beside them what a factorisation takes for itself."""
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.rank}
+    _, turns = share_draws(layers, settings.draw, ranks)
+    narrow = plan.dtype != "float32"
+    copied = plan.stage == 3 or narrow
+    stored = getattr(torch, plan.dtype).itemsize + 2 * keeps_residual(settings.draw, getattr(torch, plan.dtype))
+    most = side = 0
+    for mine in (names for turn in turns for names in turn):
+        sizes = [layers[name].weight_shape for name in mine]
+        factors = [4 * layers[name].rank * sum(layers[name].weight_shape) for name in mine]
+        held = sum(4 * rows * columns * copied for rows, columns in sizes) + sum(factors)
+        for (rows, columns), factor in zip(sizes, factors, strict=True):
+            matrix, side = 4 * rows * columns, max(side, min(rows, columns))
+            # the fold; then Gram matrix and its eigenvectors, or what is left and its error, of a 16-bit one twice
+            found = 0 if settings.draw.directions == "projection" else 8 * min(rows, columns) ** 2
+            most = max(most, held + factor + matrix + max(found, (3 if narrow else 2) * matrix))
+            held += stored * rows * columns - matrix * copied
+    return most, 0 if settings.draw.directions == "projection" else 8 * side**2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,12 @@ class Measurement:
 @contextlib.contextmanager
 def peak_of(run: Run, name: str) -> Iterator[None]:
     """Adds to ``run.held`` the most that operators in the block have made and not let go."""
-    with LiveBytes() as live:
+    live = LiveBytes()
+    for tensor in (*run.model.parameters(), *run.model.buffers(), *run.state.tensors()):
+        live.know(tensor)
+    for parameter in run.model.parameters():
+        live.know(distributed.own_numbers(parameter))
+    with live:
         yield
     run.held[name] = max(live.peak, run.held.get(name, 0))
 
