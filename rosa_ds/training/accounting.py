@@ -26,11 +26,13 @@ from rosa_ds.training.trained_state import TrainedState
 from rosa_kernels.collect.op import BLOCK_BYTES
 
 PARTS = ("base", "whole modules", "A", "B", "values", "positions")
-RESIDUAL = "base residual"
+RESIDUAL, PLANS = "base residual", "plans of masks"
+PLAN_BYTES = 8  # of an entry, about: two 32-bit indices
 BUCKETS, GATHERED = "gradient buckets", "gathered at once"
 COLLECTED, COLLECTING = "collected gradients", "collect, at once"
 DRAWING, WORKSPACE = "draw, at once", "draw, factorisation"
 ACTIVATIONS, WORKING = "activations", "forward and backward, beside"
+_PASSING = (GATHERED, COLLECTED, COLLECTING, DRAWING, WORKSPACE, ACTIVATIONS, WORKING)
 _MIB = 2**20
 
 
@@ -41,6 +43,15 @@ class Account:
     memory: dict[str, int]
     traffic: dict[str, int]
     total: dict[str, int]
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are there all the time, or from mask or first step on."""
+        return sum(size for name, size in self.memory.items() if name not in _PASSING)
+
+    def passing(self, *names: str) -> int:
+        """Bytes of terms that come and go, where the account has them."""
+        return sum(self.memory.get(name, 0) for name in names)
 
 
 def _named_parts(model: nn.Module) -> Iterable[tuple[str, Any]]:
@@ -99,14 +110,18 @@ def _parts(model: nn.Module, plan: DeepSpeedPlan) -> list[_Part]:
     ]
 
 
-def predict(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, ranks: int | None = None) -> Account:
+def predict(
+    model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, ranks: int | None = None, gpu: bool | None = None
+) -> Account:
     """What settings and sizes say; of an injected model, on the meta device, whole, or divided already.
 
     Args:
         plan: its ``config`` settled by :func:`rosa_ds.training.engine.settle_zero`.
         ranks: by default as many as there are.
+        gpu: whether they are GPUs; by default as here.
     """
     ranks = distributed.world_size() if ranks is None else ranks
+    gpu = distributed.device().type == "cuda" if gpu is None else gpu
     stage, parts = plan.stage, _parts(model, plan)
     trained = [part for part in parts if part.trains]
     numbers = sum(part.numel for part in trained)
@@ -119,6 +134,9 @@ def predict(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, ranks: i
     memory["gradients"] = sum(
         (part.numel if stage < 1 else _share(part.numel, ranks)) * part.itemsize for part in trained
     )
+    positions = [part for part in parts if part.name == "positions"]
+    if gpu or not any(part.divided for part in positions):
+        memory[PLANS] = sum(PLAN_BYTES * part.numel for part in positions)
     gathering = None
     if stage:
         memory[BUCKETS] = _bucket_bytes(parts, plan)
@@ -263,7 +281,7 @@ def measure_memory(model: nn.Module, state: TrainedState, base: ChangedBase | No
         if layer.plan is not None:
             plans += [leaf for leaf in tree_leaves(vars(layer.plan)) if torch.is_tensor(leaf)]
     if plans:
-        memory["plans of masks"] = _bytes(plans)
+        memory[PLANS] = _bytes(plans)
     memory["optimizer"] = state.bytes()
     if base is not None and base.bytes:
         memory[RESIDUAL] = base.bytes
