@@ -82,6 +82,11 @@ def planned_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def planned_rank() -> int:
+    """This process's rank by the environment, before :func:`initialize`."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this rank prints and writes what is written once."""
     return rank() == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,14 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, adapter_parts
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
-from rosa_ds.training.changed_base import ChangedBase, keeps_residual
+from rosa_ds.training.changed_base import keeps_residual
 from rosa_ds.training.draw import share_draws
 from rosa_ds.training.engine import PERSISTENCE
-from rosa_ds.training.trained_state import TrainedState
 from rosa_kernels.collect.op import BLOCK_BYTES
+
+if TYPE_CHECKING:  # what a plan does not need imports deepspeed
+    from rosa_ds.training.changed_base import ChangedBase
+    from rosa_ds.training.trained_state import TrainedState
 
 PARTS = ("base", "whole modules", "A", "B", "values", "positions")
 RESIDUAL, PLANS = "base residual", "plans of masks"

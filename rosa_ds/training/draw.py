@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.subspace import Drawn, project_moments, split_off
 from rosa_ds.config import DrawSettings
 from rosa_ds.training.changed_base import ChangedBase
-from rosa_ds.training.trained_state import TrainedState
+
+if TYPE_CHECKING:
+    from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
 GROUP = "low_rank"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapter_parts
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
-from rosa_ds.training.trained_state import TrainedState
+
+if TYPE_CHECKING:
+    from rosa_ds.training.trained_state import TrainedState
 
 ParameterGroups = dict[str, dict[str, nn.Parameter]]
 logger = logging.getLogger(__name__)
@@ -80,6 +82,8 @@ def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> 
     Raises: ValueError if nothing is trainable.
     """
     import deepspeed  # a slow import that only training needs
+
+    from rosa_ds.training.trained_state import TrainedState
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     groups = parameter_groups(model)

@@ -66,7 +66,8 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
     return schedule
 
 
-def _prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSet, TokenSet | None]:
+def prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSet, TokenSet | None]:
+    """Examples to train and to evaluate on, tokenised; says how many, and shows one with its mask."""
     data = settings.data
     source = data.eval or (BUILTIN if data.train.startswith(BUILTIN) else None)
     with distributed.main_first():
@@ -261,7 +262,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         tokenizer = load_tokenizer(settings.model)
     # in one block no more than one thing that the first rank of a node does first: a rank that fails must not skip a barrier
     with distributed.together():
-        data, eval_data = _prepare_data(settings, tokenizer)
+        data, eval_data = prepare_data(settings, tokenizer)
     with distributed.together():
         model = build_model(settings, plan)
     with distributed.together():
