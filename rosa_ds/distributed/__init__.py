@@ -15,6 +15,7 @@ from rosa_ds.distributed.group import (
     main_first,
     owners_by_cost,
     peak_memory_bytes,
+    planned_local_rank,
     planned_rank,
     planned_world_size,
     raise_everywhere,
@@ -44,6 +45,7 @@ from rosa_ds.distributed.partitioned import (
     whole_of,
     write_whole,
 )
+from rosa_ds.distributed.timing import backend, time_collectives
 from rosa_ds.distributed.traffic import TrafficCounter
 from rosa_ds.distributed.watch import describe_ranks, lost_contact, progress, start_watch, stop_watch
 
@@ -51,6 +53,7 @@ __all__ = [
     "GatherAhead",
     "TrafficCounter",
     "any_rank",
+    "backend",
     "barrier",
     "broadcast",
     "comes_and_goes",
@@ -76,6 +79,7 @@ __all__ = [
     "partition_model",
     "partition_of",
     "peak_memory_bytes",
+    "planned_local_rank",
     "planned_rank",
     "planned_world_size",
     "progress",
@@ -89,6 +93,7 @@ __all__ = [
     "stop_watch",
     "sum_over_ranks",
     "sum_to_owner",
+    "time_collectives",
     "together",
     "use_threads",
     "whole_of",

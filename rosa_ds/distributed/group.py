@@ -87,6 +87,11 @@ def planned_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def planned_local_rank() -> int:
+    """This process's rank on its node by the environment."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this rank prints and writes what is written once."""
     return rank() == 0

@@ -6,19 +6,15 @@ import json
 import logging
 from collections import Counter
 
-import numpy as np
-
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import RunConfig
-from rosa_ds.data.batches import load_batch
-from rosa_ds.data.prepare import TokenSet
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.models.load import load_tokenizer
 from rosa_ds.planning.search import GIB, Planner
 from rosa_ds.planning.trace import Shape
-from rosa_ds.training.accounting import ACTIVATIONS, WORKING, table
-from rosa_ds.training.measuring import shape_of
+from rosa_ds.training.accounting import activation_terms, table
+from rosa_ds.training.measuring import longest
 from rosa_ds.training.run import build_schedule, prepare_data
 from rosa_ds.training.schedule import Schedule
 
@@ -60,8 +56,7 @@ def _show_plan(planner: Planner, plan: DeepSpeedPlan, settings: RunConfig, ranks
     checkpointing = bool(settings.training.gradient_checkpointing)
     account = planner.account(plan.stage, ranks, shape, checkpointing, plan.accumulation_steps)
     traced = {again: planner.activations.measure(shape, again) for again in (False, True)}
-    used = traced[checkpointing]
-    account.memory |= {ACTIVATIONS: used.saved, WORKING: used.peak - used.saved}
+    account.memory |= activation_terms(traced[checkpointing])
     logger.info("DeepSpeed's configuration:\n%s", json.dumps(plan.config, indent=2))
     logger.info(
         "a rank of %d at stage %d, micro-batches of %d × %d tokens, %d a step:\n%s",
@@ -71,11 +66,6 @@ def _show_plan(planner: Planner, plan: DeepSpeedPlan, settings: RunConfig, ranks
     for again, found in traced.items():
         how = "with" if again else "without"
         logger.info("activations %s checkpointing: %.3f GiB, at most %.3f", how, found.saved / GIB, found.peak / GIB)
-
-
-def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
-    """The micro-batch of the longest examples."""
-    return shape_of(load_batch(data, np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
 
 
 def targets(planner: Planner) -> str:

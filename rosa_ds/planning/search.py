@@ -23,6 +23,7 @@ from rosa_ds.training.accounting import (
     WORKING,
     WORKSPACE,
     Account,
+    activation_terms,
     predict,
 )
 from rosa_ds.training.engine import settle_zero
@@ -116,7 +117,7 @@ class Planner:
         settle_zero(self.model, plan)
         account = predict(self.model, plan, settings, ranks, gpu=True)
         found = self.activations.of_rows(shape, checkpointing)
-        account.memory |= {ACTIVATIONS: found.saved, WORKING: found.peak - found.saved}
+        account.memory |= activation_terms(found)
         return account
 
     def choice(self, machine: Machine, stage: int, shape: Shape, checkpointing: bool, accumulation: int) -> Choice:

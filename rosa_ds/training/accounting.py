@@ -25,6 +25,7 @@ from rosa_ds.training.engine import PERSISTENCE
 from rosa_kernels.collect.op import BLOCK_BYTES
 
 if TYPE_CHECKING:  # what a plan does not need imports deepspeed
+    from rosa_ds.planning.trace import Activations
     from rosa_ds.training.changed_base import ChangedBase
     from rosa_ds.training.trained_state import TrainedState
 
@@ -151,6 +152,11 @@ def predict(
     if settings.draws:
         _add_draws(model, plan, settings, ranks, memory, total)
     return Account(memory, _predict_traffic(parts, plan, ranks, gathering), total)
+
+
+def activation_terms(found: Activations) -> dict[str, int]:
+    """What a trace found, by the account's names."""
+    return {ACTIVATIONS: found.saved, WORKING: found.peak - found.saved}
 
 
 def _bucket_bytes(parts: list[_Part], plan: DeepSpeedPlan) -> int:

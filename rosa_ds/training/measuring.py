@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rosa_ds import distributed
-from rosa_ds.data.batches import Batch
+from rosa_ds.data.batches import Batch, load_batch
+from rosa_ds.data.prepare import TokenSet
 from rosa_ds.models.stream import read_config
 from rosa_ds.planning.skeleton import ActivationPlan
 from rosa_ds.planning.trace import Activations, LiveBytes, SavedBytes, Shape
@@ -21,8 +23,9 @@ from rosa_ds.training.accounting import (
     BUCKETS,
     COLLECTED,
     GATHERED,
-    WORKING,
+    Account,
     Report,
+    activation_terms,
     measure_memory,
     measured_traffic,
 )
@@ -39,6 +42,17 @@ def predict_activations(run: Run, shape: Shape) -> Activations:
     settings = run.settings
     plan = ActivationPlan(read_config(settings.model), settings, getattr(torch, run.plan.dtype))
     return plan.measure(shape, bool(settings.training.gradient_checkpointing))
+
+
+def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
+    """The micro-batch of the longest examples."""
+    return shape_of(load_batch(data, np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
+
+
+def full_account(run: Run) -> Account:
+    """A run's account with the activations of its longest examples."""
+    found = predict_activations(run, longest(run.data, run.plan.micro_batch_size, run.pad_id))
+    return dataclasses.replace(run.account, memory=run.account.memory | activation_terms(found))
 
 
 class Measurement:
@@ -78,7 +92,7 @@ class Measurement:
         account, predicted = self.run.account, dict(self.run.account.memory)
         if self.shape is not None:
             traced = predict_activations(self.run, self.shape)
-            predicted |= {ACTIVATIONS: traced.saved, WORKING: traced.peak - traced.saved}
+            predicted |= activation_terms(traced)
         account = dataclasses.replace(account, memory=predicted)
         return Report(account, self.found | self.run.held, measured_traffic(self.traffic))
 
