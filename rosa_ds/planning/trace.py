@@ -211,7 +211,7 @@ def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
             with saved:
                 loss = token_loss_sum(masked, batch, torch.device("cpu"), accepts_kept_positions(model))
             known = saved.bytes
-            grads = _watch_gradients(model, live)
+            grads = watch_gradients(model, live)
             loss.backward()
             for handle in grads:
                 handle.remove()
@@ -220,7 +220,7 @@ def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
     return Activations(known, live.peak)
 
 
-def _watch_gradients(model: nn.Module, live: LiveBytes) -> list[Any]:
+def watch_gradients(model: nn.Module, live: LiveBytes) -> list[Any]:
     """Take a parameter's gradient out of the count as soon as it is there."""
 
     def leave_out(parameter: Tensor) -> None:

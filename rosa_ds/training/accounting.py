@@ -298,7 +298,9 @@ def measure_memory(model: nn.Module, state: TrainedState, base: ChangedBase | No
 
 
 def measured_traffic(counter: distributed.TrafficCounter) -> dict[str, int]:
-    """Kind and dtype -> bytes, e.g. ``all_gather int32`` (positions)."""
+    """Kind and dtype -> bytes, e.g. ``all_gather int32`` (positions). A group of one, which DeepSpeed asks too, sends nothing."""
+    if distributed.world_size() == 1:
+        return {}
     return {
         f"{kind} {str(dtype).removeprefix('torch.')}": size
         for (kind, dtype), size in sorted(counter.bytes.items(), key=str)
