@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # what a plan does not need imports deepspeed
 
 PARTS = ("base", "whole modules", "A", "B", "values", "positions")
 RESIDUAL, PLANS = "base residual", "plans of masks"
-PLAN_BYTES = 8  # of an entry, about: two 32-bit indices
+PLAN_BYTES = 8  # of an entry on a GPU, about: two 32-bit indices
 BUCKETS, GATHERED = "gradient buckets", "gathered at once"
 COLLECTED, COLLECTING = "collected gradients", "collect, at once"
 DRAWING, WORKSPACE = "draw, at once", "draw, factorisation"
@@ -138,9 +138,8 @@ def predict(
     memory["gradients"] = sum(
         (part.numel if stage < 1 else _share(part.numel, ranks)) * part.itemsize for part in trained
     )
-    positions = [part for part in parts if part.name == "positions"]
-    if gpu or not any(part.divided for part in positions):
-        memory[PLANS] = sum(PLAN_BYTES * part.numel for part in positions)
+    if gpu:  # on a CPU they hang on which rows and columns a mask will have entries in
+        memory[PLANS] = sum(PLAN_BYTES * part.numel for part in parts if part.name == "positions")
     gathering = None
     if stage:
         memory[BUCKETS] = _bucket_bytes(parts, plan)
