@@ -20,6 +20,8 @@ from rosa_ds.suggest import did_you_mean, did_you_mean_path
 USAGE = """\
 --config FILE         any DeepSpeed JSON file; its section "rosa" holds the settings below
 --resume [PATH]       continue from the last complete checkpoint of training.output_dir, or from PATH
+--dry-run             say what would be done and held, and end: no weights are read, no GPU is used
+--gpus N              with --dry-run: ranks to plan for (default: WORLD_SIZE)
 --ds.NAME value       override any setting of the DeepSpeed file, e.g. --ds.zero_optimization.stage 1
 --NAME value          override a setting of ours:
 """
@@ -32,6 +34,8 @@ class CommandLine:
     config: RunConfig
     deepspeed: dict[str, Any]
     resume: str | None
+    dry_run: bool = False
+    gpus: int | None = None
 
 
 class _CliConfig(RunConfig, BaseSettings):
@@ -58,6 +62,8 @@ class _SplitArguments:
     config: str | None = None
     resume: str | None = None
     help: bool = False
+    dry_run: bool = False
+    gpus: str | None = None
     deepspeed: dict[str, str] = dataclasses.field(default_factory=dict)
     ours: list[str] = dataclasses.field(default_factory=list)
 
@@ -94,12 +100,16 @@ def _split(arguments: Sequence[str]) -> _SplitArguments:
         elif name == "resume":
             follows = position < len(arguments) and not _is_flag(arguments[position])
             split.resume = value_of(flag, inline) if follows or inline is not None else ""
+        elif name == "dry-run" and inline is None:
+            split.dry_run = True
+        elif name == "gpus":
+            split.gpus = value_of(flag, inline)
         elif name.startswith("ds."):
             split.deepspeed[name[3:]] = value_of(flag, inline)
         elif name in known:
             split.ours.append(f"{flag}={value_of(flag, inline)}")
         else:
-            allowed = [*known, "config", "resume", "help"]
+            allowed = [*known, "config", "resume", "dry-run", "help"]
             raise ValueError(f"unknown setting --{name}.{did_you_mean(name, allowed)} --help lists all settings")
     return split
 
@@ -183,4 +193,14 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
             raise ValueError(f"--ds.{dotted}: our own settings are given without it: --{dotted.removeprefix('rosa.')}")
         _override(deepspeed, dotted, text)
     config = build_config(section, split.ours, source=f"--config {split.config}" if section else "settings")
-    return CommandLine(config, deepspeed, split.resume)
+    return CommandLine(config, deepspeed, split.resume, split.dry_run, _ranks(split))
+
+
+def _ranks(split: _SplitArguments) -> int | None:
+    if split.gpus is None:
+        return None
+    if not split.dry_run:
+        raise ValueError("--gpus plans with --dry-run alone: the launcher decides how many ranks a run has")
+    if not split.gpus.isdigit() or int(split.gpus) < 1:
+        raise ValueError(f"--gpus is a whole number of 1 or more, given {split.gpus!r}")
+    return int(split.gpus)

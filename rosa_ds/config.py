@@ -218,6 +218,8 @@ class TrainingSettings(Section):
     """Steps in a row whose loss is not finite that are left out before the run stops."""
     stall_minutes: Annotated[float, Field(ge=0)] = 30.0
     """A rank that gets no further for so long ends the run and says which rank it waits for; 0: never."""
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Of a collective, and of the ranks finding each other, while the first of a node may still download or tokenise. null: 120, or twice stall_minutes if that is more."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run's folder."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
-import datasets
 import transformers
 
 from rosa_ds import distributed
@@ -21,15 +23,44 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if main else f"[rank {os.environ['RANK']}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setLevel(logging.INFO if main else logging.WARNING)
     ours = logging.getLogger("rosa_ds")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO if main else logging.WARNING)
+    # what is said before there is a folder for it is kept, and written when there is one
+    early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    ours.handlers, ours.propagate = [handler, early], False
+    ours.setLevel(logging.DEBUG)
     # DeepSpeed calls these; torch 2.13 says so at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not main:
+        import datasets  # slow, and not every program reads data
+
         datasets.disable_progress_bars()
+
+
+def log_to(folder: Path) -> None:
+    """Write all that this rank says from now on, and has said, to ``rank-0003.log`` in a folder; the screen stays as it is.
+
+    Nothing without :func:`set_up_logging`. Raises: OSError if it cannot be written.
+    """
+    ours = logging.getLogger("rosa_ds")
+    waiting = [handler for handler in ours.handlers if isinstance(handler, logging.handlers.MemoryHandler)]
+    if not waiting:
+        return
+    rank = int(os.environ.get("RANK", "0"))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = logging.FileHandler(folder / f"rank-{rank:04}.log")
+    where = f"{socket.gethostname()} rank {rank}"
+    target.setFormatter(logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s"))
+    for handler in ours.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+    ours.handlers = [handler for handler in ours.handlers if not isinstance(handler, logging.FileHandler)] + [target]
+    for handler in waiting:
+        handler.setTarget(target)
+        handler.flush()
+        ours.removeHandler(handler)
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
@@ -48,3 +79,6 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         logging.getLogger("rosa_ds").debug("where it was found", exc_info=True)
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}")
+    except Exception:
+        logging.getLogger("rosa_ds").debug("ended by", exc_info=True)  # for the rank's file; Python prints it, too
+        raise

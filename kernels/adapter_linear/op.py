@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from rosa_kernels.adapter_linear.base import scattered_matmul, scattered_matmul_op
@@ -58,9 +59,11 @@ _PLAIN = _Primitives(scattered_matmul, add_product, low_rank.down, low_rank.back
 _REGISTERED = _Primitives(scattered_matmul_op, spmm_op, low_rank.down_op, low_rank.backward_op, sddmm_op)
 
 
-def _primitives() -> _Primitives:
-    """As torch's registered ops for the compiler; as plain functions otherwise, which start 15 to 50 µs sooner."""
-    return _REGISTERED if torch.compiler.is_compiling() else _PLAIN
+def _primitives(x: Tensor) -> _Primitives:
+    """As torch's registered ops for the compiler and for tensors without numbers (those of a plan); as plain functions
+    otherwise, which start 15 to 50 µs sooner.
+    """
+    return _REGISTERED if torch.compiler.is_compiling() or isinstance(x, FakeTensor) else _PLAIN
 
 
 def _base_product(
@@ -72,10 +75,10 @@ def _base_product(
     if values is None or positions is None:
         return torch.nn.functional.linear(x, dense.T if transpose else dense, bias)
     if o.sparse_product == "scatter":
-        return _primitives().scattered_matmul(x, dense, bias, values, positions, transpose)
+        return _primitives(x).scattered_matmul(x, dense, bias, values, positions, transpose)
     y = torch.nn.functional.linear(x, dense.T if transpose else dense, bias)
     parts = o.plan.product_parts(transpose) if o.plan is not None else []
-    _primitives().spmm(y, x, values, positions, *dense.shape, transpose, parts)
+    _primitives(x).spmm(y, x, values, positions, *dense.shape, transpose, parts)
     return y
 
 
@@ -103,7 +106,7 @@ class _AdapterLinear(torch.autograd.Function):
             y_TN = _base_product(x_TM, weight, bias_N, values_Z, positions_Z, o, o.transposed)
         h_TR = None
         if A_RM is not None and B_NR is not None:
-            h_TR = _primitives().down(x_TM, A_RM.to(x_TM.dtype), o.dropout, seed)
+            h_TR = _primitives(x_TM).down(x_TM, A_RM.to(x_TM.dtype), o.dropout, seed)
             y_TN.addmm_(h_TR, B_NR.to(x_TM.dtype).T, alpha=o.scale)
         needs_input = A_RM is not None or values_Z is not None or o.collect is not None
         ctx.save_for_backward(x_TM if needs_input else None, h_TR)
@@ -136,7 +139,7 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     elif needs_values:
         left, right = (x_TM, grad_TN) if o.transposed else (grad_TN, x_TM)
         parts = o.plan.sampling_parts() if o.plan is not None else []
-        grad_values = _primitives().sddmm(left, right, positions_Z, parts).to(values_Z.dtype)
+        grad_values = _primitives(left).sddmm(left, right, positions_Z, parts).to(values_Z.dtype)
     if needs_B:
         # h first: two to four times as fast as grad.T @ h in MKL (1024 tokens, 576 and 1536 features, rank 8)
         grad_B = (h_TR.T @ grad_TN).T.mul(o.scale).to(B_NR.dtype).contiguous()
@@ -144,7 +147,7 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         B = B_NR.to(x_TM.dtype)
         grad_h_TR = torch.nn.functional.linear(grad_TN, B.T.contiguous()).mul_(o.scale)  # as fast as x Aᵀ so
         A = A_RM.to(x_TM.dtype)
-        grad_A = _primitives().low_rank_backward(grad_x, grad_h_TR, x_TM, A, o.dropout, ctx.seed)
+        grad_A = _primitives(x_TM).low_rank_backward(grad_x, grad_h_TR, x_TM, A, o.dropout, ctx.seed)
         grad_A = grad_A.to(A_RM.dtype) if needs_A else None
     return grad_x, None, grad_bias, grad_A, grad_B, grad_values, None, None, None
 

@@ -43,6 +43,10 @@ class RunningTopK:
             positions = positions[chosen]
         self._scores, self._positions = best, positions
 
+    def tensors(self) -> list[Tensor]:
+        """What is kept at the moment: nothing, or scores and positions."""
+        return [tensor for tensor in (self._scores, self._positions) if tensor is not None]
+
     def scores(self) -> Tensor:
         """(count,) the largest scores, in no order. Fewer while fewer were seen."""
         return torch.empty(0) if self._scores is None else self._scores

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 import rosa_kernels
@@ -77,7 +78,14 @@ class AdaptedLinear(nn.Module):
         self.plan: rosa_kernels.Plan | None = None
         device = self.weight.device
         if rank:
-            self.A = nn.Parameter(initial_A(name, rank, self.in_features, seed).to(device))
+            # on the meta device numbers are not needed: who fills the parameters asks initial_parameters
+            shape_A = (rank, self.in_features)
+            A = (
+                torch.empty(shape_A, device=device)
+                if device.type == "meta"
+                else initial_A(name, *shape_A, seed).to(device)
+            )
+            self.A = nn.Parameter(A)
             self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         else:
             self.A = self.B = None
@@ -193,6 +201,8 @@ class AdaptedLinear(nn.Module):
         return self.plan
 
     def _make_plan(self, positions: Tensor) -> None:
+        if isinstance(positions, FakeTensor):
+            return  # of a plan of memory: there is nothing to sort
         divided = self.positions is not None and distributed.is_partitioned(self.positions)
         if positions.numel() == self.entries and (not divided or needs_tiles(positions.device)):
             self.plan = rosa_kernels.make_plan(positions, *self.weight_shape, self.dtype)

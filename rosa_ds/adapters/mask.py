@@ -169,6 +169,11 @@ class MaskCollector:
                 self._current[name] = torch.zeros(layer.weight_shape, dtype=block.dtype, device=device)
             self._current[name][rows] += block.to(self._current[name].device)
 
+    def tensors(self) -> list[Tensor]:
+        """All that is kept of gradients on this rank now."""
+        candidates = [tensor for largest in self._largest.values() for tensor in largest.tensors()]
+        return [*self._current.values(), *self.totals.values(), *candidates]
+
     def end_step(self, scale: float = 1.0, valid: bool = True) -> None:
         """Close an optimizer step. ``scale``: what the loss was multiplied with; ``valid`` false (fp16 overflow) forgets it."""
         current, self._current = self._current, {}

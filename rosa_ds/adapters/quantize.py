@@ -118,6 +118,12 @@ def quantized_forms(model: nn.Module) -> dict[str, Form]:
     }
 
 
+def quantize_as(model: nn.Module, settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str]) -> None:
+    """:func:`quantize` as the settings say, on this rank's device; nothing where they say none."""
+    if settings.quantization != "none":
+        quantize(model, settings.quantization, settings.double_quantization, dtype, skip, distributed.device())
+
+
 def open_quantized(
     settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str]
 ) -> tuple[PreTrainedModel, Base | None]:
@@ -128,7 +134,7 @@ def open_quantized(
     assert settings.quantization != "none"
     require_bitsandbytes("model.quantization")  # before anything is downloaded
     model, base = open_base(settings, dtype)
-    quantize(model, settings.quantization, settings.double_quantization, dtype, skip, distributed.device())
+    quantize_as(model, settings, dtype, skip)
     return model, base
 
 

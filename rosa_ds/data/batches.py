@@ -8,14 +8,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rosa_ds.data.prepare import TokenSet
 from rosa_ds.data.tokenise import Tokens
+
+if TYPE_CHECKING:
+    from rosa_ds.data.prepare import TokenSet  # imports datasets, which a plan does not need
 
 IGNORE = -100
 PADDING_ROW = -1

@@ -15,6 +15,8 @@ from rosa_ds.distributed.group import (
     main_first,
     owners_by_cost,
     peak_memory_bytes,
+    planned_local_rank,
+    planned_rank,
     planned_world_size,
     raise_everywhere,
     rank,
@@ -28,6 +30,7 @@ from rosa_ds.distributed.group import (
 )
 from rosa_ds.distributed.partitioned import (
     Fill,
+    comes_and_goes,
     divide,
     full_numel,
     full_shape,
@@ -44,6 +47,7 @@ from rosa_ds.distributed.partitioned import (
     write_whole,
 )
 from rosa_ds.distributed.rendezvous import join_slurm_step
+from rosa_ds.distributed.timing import backend, time_collectives
 from rosa_ds.distributed.traffic import TrafficCounter
 from rosa_ds.distributed.watch import describe_ranks, lost_contact, progress, start_watch, stop_watch
 
@@ -52,8 +56,10 @@ __all__ = [
     "GatherAhead",
     "TrafficCounter",
     "any_rank",
+    "backend",
     "barrier",
     "broadcast",
+    "comes_and_goes",
     "describe_ranks",
     "device",
     "divide",
@@ -77,6 +83,8 @@ __all__ = [
     "partition_model",
     "partition_of",
     "peak_memory_bytes",
+    "planned_local_rank",
+    "planned_rank",
     "planned_world_size",
     "progress",
     "raise_everywhere",
@@ -89,6 +97,7 @@ __all__ = [
     "stop_watch",
     "sum_over_ranks",
     "sum_to_owner",
+    "time_collectives",
     "together",
     "use_threads",
     "whole_of",

@@ -95,6 +95,16 @@ def planned_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def planned_rank() -> int:
+    """This process's rank by the environment, before :func:`initialize`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def planned_local_rank() -> int:
+    """This process's rank on its node by the environment."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this rank prints and writes what is written once."""
     return rank() == 0

@@ -52,6 +52,11 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, _OURS)
 
 
+def comes_and_goes(parameter: Any) -> bool:
+    """Whether ZeRO-3 gathers it when its module runs, and lets it go again."""
+    return hasattr(parameter, "ds_id") and not parameter.ds_persist
+
+
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of all of it, without gathering it."""
     partition = partition_of(parameter)

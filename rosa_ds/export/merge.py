@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds.adapters.inject import adapted_layers, inject, merge
-from rosa_ds.adapters.quantize import load_quantized, open_quantized, quantize
+from rosa_ds.adapters.quantize import load_quantized, open_quantized, quantize_as
 from rosa_ds.adapters.state import CONFIG_FILE, fill_adapter
 from rosa_ds.config import ModelSettings
 from rosa_ds.export.peft import write_peft
@@ -142,12 +142,7 @@ def export_merged(
             model = load_merged(source, dtype or stored_dtype(settings), chosen or "dequantized")
             model.save_pretrained(temporary)
         else:
-            if settings.quantization != "none":
-                quantize(
-                    model,
-                    *(settings.quantization, settings.double_quantization, torch.float32),
-                    description.config.modules_to_save,
-                )
+            quantize_as(model, settings, torch.float32, description.config.modules_to_save)
             inject(model, description.config, description.seed, draw=None)
             # not where it was found: the same state gives the same bytes
             said = {key: origin[key] for key in ("base", "method", "dtype", "merge_base") if key in origin}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from rosa_ds.config import ModelSettings
 from rosa_ds.files import file_hash
@@ -38,6 +39,19 @@ def resolve(name_or_path: str) -> tuple[str, dict[str, str]]:
     if not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise ValueError(f"model.name_or_path {name_or_path}: no such folder.{did_you_mean_path(path)}")
     return (str(path), {}) if path.is_dir() else (name_or_path, {})
+
+
+def download(settings: ModelSettings) -> None:
+    """Bring a hub model's safetensors files into the cache; nothing to do for a folder. Raises: OSError if that fails."""
+    name, _ = resolve(settings.name_or_path)
+    if Path(name).is_dir():
+        return
+    revision = settings.revision or "main"
+    single = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
+    index_name = "model.safetensors.index.json"
+    index = cached_file(name, index_name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if single is None and index is not None:
+        get_checkpoint_shard_files(name, index, revision=revision)
 
 
 def load_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:

@@ -146,6 +146,29 @@ def _check_tied(model: PreTrainedModel, base: Base) -> None:
                 raise NotStreamableError(f"{first} and {name} are tied by its config and not equal")
 
 
+def read_config(settings: ModelSettings) -> Any:
+    """A base's config, for which its folder or hub entry need hold nothing else. Raises: ValueError if it cannot be read."""
+    name, arguments = resolve(settings.name_or_path)
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=settings.revision or "main", trust_remote_code=False, **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+
+
+def build_on_meta(config: Any, settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config with its parameters on the meta device. Raises: ValueError if there is no such model."""
+    more = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    try:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **more)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    model.tie_weights()
+    return model
+
+
 def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedModel, Base | None]:
     """A base model whose parameters are on the meta device, and where their numbers are.
 
@@ -172,19 +195,12 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrained
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
         raise NotStreamableError("it is a .gguf file")
-    revision = settings.revision or "main"
-    more = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise NotStreamableError("its weights are quantised")
-        if getattr(config, "transformers_weights", None) is not None:
-            raise NotStreamableError("its config names other weight files")
-        with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **more)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
-    model.tie_weights()
+    config = read_config(settings)
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamableError("its weights are quantised")
+    if getattr(config, "transformers_weights", None) is not None:
+        raise NotStreamableError("its config names other weight files")
+    model, revision = build_on_meta(config, settings, dtype), settings.revision or "main"
     base = _match(model, _checkpoint_files(name, revision))
     model.name_or_path = name
     with contextlib.suppress(OSError):  # a base without one uses its config's

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,25 @@ from rosa_ds.adapters.inject import adapted_layers, adapter_parts
 from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import BITSANDBYTES, DeepSpeedPlan
-from rosa_ds.training.changed_base import ChangedBase, keeps_residual
-from rosa_ds.training.draw import BATCH_BYTES
+from rosa_ds.training.changed_base import keeps_residual
+from rosa_ds.training.draw import share_draws
 from rosa_ds.training.engine import PERSISTENCE
-from rosa_ds.training.trained_state import TrainedState
+from rosa_kernels.collect.op import BLOCK_BYTES
+
+if TYPE_CHECKING:  # what a plan does not need imports deepspeed
+    from rosa_ds.planning.trace import Activations
+    from rosa_ds.training.changed_base import ChangedBase
+    from rosa_ds.training.trained_state import TrainedState
 
 PARTS = ("base", "whole modules", "A", "B", "values", "positions")
-RESIDUAL = "base residual"
+RESIDUAL, PLANS = "base residual", "plans of masks"
+PLAN_BYTES = 8  # of an entry on a GPU, about: two 32-bit indices
+BUCKETS, GATHERED = "gradient buckets", "gathered at once"
+COLLECTED, COLLECTING = "collected gradients", "collect, at once"
+DEQUANTIZED = "dequantised at once"
+DRAWING, WORKSPACE = "draw, at once", "draw, factorisation"
+ACTIVATIONS, WORKING = "activations", "forward and backward, beside"
+_PASSING = (DEQUANTIZED, GATHERED, COLLECTED, COLLECTING, DRAWING, WORKSPACE, ACTIVATIONS, WORKING)
 _MIB = 2**20
 
 
@@ -37,6 +49,15 @@ class Account:
     memory: dict[str, int]
     traffic: dict[str, int]
     total: dict[str, int]
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are there all the time, or from mask or first step on."""
+        return sum(size for name, size in self.memory.items() if name not in _PASSING)
+
+    def passing(self, *names: str) -> int:
+        """Bytes of terms that come and go, where the account has them."""
+        return sum(self.memory.get(name, 0) for name in names)
 
 
 def _named_parts(model: nn.Module) -> Iterable[tuple[str, Any]]:
@@ -95,64 +116,166 @@ def _parts(model: nn.Module, plan: DeepSpeedPlan) -> list[_Part]:
     ]
 
 
-def predict(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig) -> Account:
-    """What settings and sizes say; of an injected model, whether it is divided already or not."""
-    ranks, stage, parts = distributed.world_size(), plan.stage, _parts(model, plan)
+def predict(
+    model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, ranks: int | None = None, gpu: bool | None = None
+) -> Account:
+    """What settings and sizes say; of an injected model, on the meta device, whole, or divided already.
+
+    Args:
+        plan: its ``config`` settled by :func:`rosa_ds.training.engine.settle_zero`.
+        ranks: by default as many as there are.
+        gpu: whether they are GPUs; by default as here.
+    """
+    ranks = distributed.world_size() if ranks is None else ranks
+    gpu = distributed.device().type == "cuda" if gpu is None else gpu
+    stage, parts = plan.stage, _parts(model, plan)
     trained = [part for part in parts if part.trains]
     numbers = sum(part.numel for part in trained)
     own = numbers if stage == 0 else sum(_share(part.numel, ranks) for part in trained)
     moments = 2 + 8 / 256 if plan.optimizer.name in BITSANDBYTES else 8
-    kept = moments + (
-        4 if stage or plan.dtype != "float32" else 0
-    )  # stage 0 in float32 steps the parameters themselves
+    # stage 0 in float32 steps the parameters themselves
+    kept = moments + (4 if stage or plan.dtype != "float32" else 0)
     total = _sum((part.name, part.bytes) for part in parts)
     total |= {"optimizer": round(kept * numbers), "gradients": sum(part.bytes for part in trained)}
     memory = _sum((part.name, part.resident(ranks) * part.itemsize) for part in parts)
     memory["optimizer"] = round(kept * own)
     memory["gradients"] = sum(
-        (part.numel if stage < 2 else _share(part.numel, ranks)) * part.itemsize for part in trained
+        (part.numel if stage < 1 else _share(part.numel, ranks)) * part.itemsize for part in trained
     )
     if forms := quantized_forms(model):
-        memory["dequantised at once"] = max(form.numel * form.dtype.itemsize for form in forms.values())
+        memory[DEQUANTIZED] = max(form.numel * form.dtype.itemsize for form in forms.values())
+    if gpu:  # on a CPU they hang on which rows and columns a mask will have entries in
+        memory[PLANS] = sum(PLAN_BYTES * part.numel for part in parts if part.name == "positions")
+    gathering = None
+    if stage:
+        memory[BUCKETS] = _bucket_bytes(parts, plan)
     if stage == 3:
-        memory["gathered at once"] = _gather_peak(model, parts, plan.config["zero_optimization"])
+        gathering = _gathering(model, parts, plan.config["zero_optimization"])
+        memory[GATHERED] = gathering.peak
+    if settings.collects_gradients:
+        memory[COLLECTED], memory[COLLECTING] = _collect_bytes(model, plan, settings, ranks)
     if settings.draws:
-        sizes = [layer.weight_shape for layer in adapted_layers(model).values() if layer.rank]
-        if keeps_residual(settings.draw, getattr(torch, plan.dtype)):
-            total[RESIDUAL] = 2 * sum(rows * columns for rows, columns in sizes)
-            memory[RESIDUAL] = 2 * sum(_share(rows * columns, ranks) for rows, columns in sizes)
-        # weight, fold, what is left of it, and the larger of a copy for the check, or Gram matrix, eigenvectors, workspace
-        at_once = max(
-            3 * rows * columns + max(2 * rows * columns, 4 * min(rows, columns) ** 2) for rows, columns in sizes
-        )
-        waiting = min(BATCH_BYTES, 4 * sum(rows * columns for rows, columns in sizes) // ranks)
-        memory["draw, at once"] = 4 * at_once + waiting
-    return Account(memory, _predict_traffic(parts, plan), total)
+        _add_draws(model, plan, settings, ranks, memory, total)
+    return Account(memory, _predict_traffic(parts, plan, ranks, gathering), total)
 
 
-def _gather_peak(model: nn.Module, parts: list[_Part], zero: Mapping[str, Any]) -> int:
-    """The largest module, and what DeepSpeed gathers ahead of it; never more than all parameters."""
-    largest = max(
-        sum(distributed.full_numel(p) * p.itemsize for p in module.parameters(recurse=False))
-        for module in model.modules()
-    )
-    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * max(part.itemsize for part in parts)
-    return min(largest + ahead, sum(part.bytes for part in parts))
+def activation_terms(found: Activations) -> dict[str, int]:
+    """What a trace found, by the account's names."""
+    return {ACTIVATIONS: found.saved, WORKING: found.peak - found.saved}
 
 
-def _predict_traffic(parts: list[_Part], plan: DeepSpeedPlan) -> dict[str, int]:
-    """Payloads of one optimizer step. What is divided is gathered for forward and again for backward; at stage 3 unless it
-    is kept in between (``stage3_max_live_parameters``, ``stage3_max_reuse_distance``), so the figures are the upper bound.
+def _bucket_bytes(parts: list[_Part], plan: DeepSpeedPlan) -> int:
+    """DeepSpeed's buffers for gradients on their way; with ``overlap_comm`` two of them at stages 1 and 2."""
+    zero = plan.config["zero_optimization"]
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    buffers = 2 if plan.stage < 3 and zero.get("overlap_comm", False) else 1
+    itemsize = max(part.itemsize for part in parts if part.trains)
+    return buffers * int(zero.get("reduce_bucket_size", 5e8)) * itemsize
+
+
+def _collect_bytes(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, ranks: int) -> tuple[int, int]:
+    """On the rank with the most: what is kept of gradients, and what forming one block of one takes."""
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
+    sizes = {name: layer.weight_numel for name, layer in layers.items()}
+    single = settings.mask.steps == 1 and plan.accumulation_steps == 1
+    load = [0] * ranks
+    for name, owner in distributed.owners_by_cost(sizes, ranks).items():
+        # scores and positions of the best candidates, or whole float32 matrices
+        matrices = 1 if settings.mask.steps == 1 else 2
+        load[owner] += 8 * layers[name].entries if single else matrices * 4 * sizes[name]
+    block = min(BLOCK_BYTES, 4 * max(sizes.values()))
+    most = max(layer.entries for layer in layers.values())
+    # the block and its operand, and where candidates are kept those of the block: scores, 64-bit indices, old and new
+    return max(load), 2 * block + (40 * most if single else 0)
+
+
+def _add_draws(
+    model: nn.Module,
+    plan: DeepSpeedPlan,
+    settings: RunConfig,
+    ranks: int,
+    memory: dict[str, int],
+    total: dict[str, int],
+) -> None:
+    sizes = [layer.weight_shape for layer in adapted_layers(model).values() if layer.rank]
+    if keeps_residual(settings.draw, getattr(torch, plan.dtype)):
+        total[RESIDUAL] = 2 * sum(rows * columns for rows, columns in sizes)
+        memory[RESIDUAL] = 2 * sum(_share(rows * columns, ranks) for rows, columns in sizes)
+    memory[DRAWING], memory[WORKSPACE] = _draw_bytes(model, plan, settings, ranks)
+
+
+def _draw_bytes(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, ranks: int) -> tuple[int, int]:
+    """On the rank with the most: tensors of a draw, and beside them what a factorisation takes for itself."""
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.rank}
+    _, turns = share_draws(layers, settings.draw, ranks)
+    narrow = plan.dtype != "float32"
+    copied = plan.stage == 3 or narrow
+    stored = getattr(torch, plan.dtype).itemsize + 2 * keeps_residual(settings.draw, getattr(torch, plan.dtype))
+    most = side = 0
+    for mine in (names for turn in turns for names in turn):
+        sizes = [layers[name].weight_shape for name in mine]
+        factors = [4 * layers[name].rank * sum(layers[name].weight_shape) for name in mine]
+        held = sum(4 * rows * columns * copied for rows, columns in sizes) + sum(factors)
+        for (rows, columns), factor in zip(sizes, factors, strict=True):
+            matrix, side = 4 * rows * columns, max(side, min(rows, columns))
+            # the fold; then Gram matrix and its eigenvectors, or what is left and its error, of a 16-bit one twice
+            found = 0 if settings.draw.directions == "projection" else 8 * min(rows, columns) ** 2
+            most = max(most, held + factor + matrix + max(found, (3 if narrow else 2) * matrix))
+            held += stored * rows * columns - matrix * copied
+    return most, 0 if settings.draw.directions == "projection" else 8 * side**2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gathering:
+    """What stage 3 gathers: at most at once, and in backward again, in bytes."""
+
+    peak: int
+    again: int
+
+
+def _gathering(model: nn.Module, parts: list[_Part], zero: Mapping[str, Any]) -> _Gathering:
+    """Follow DeepSpeed's coordinator through forward and backward.
+
+    A module's parameters stay gathered after forward if fewer than ``stage3_max_reuse_distance`` numbers are used before
+    they are needed again. Beside them there are at most the largest module and what is gathered ahead.
     """
+    reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
+    seen = {id(p) for p, part in zip(model.parameters(), parts, strict=True) if part.persists}
+    modules = []
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        if own:
+            sizes = [distributed.full_numel(p) for p in own]
+            modules.append((sum(sizes), sum(n * p.itemsize for n, p in zip(sizes, own, strict=True))))
+    behind = kept = again = largest = 0
+    for numel, size in reversed(modules):
+        if 2 * behind < reuse:
+            kept += size
+        else:
+            again, largest = again + size, max(largest, size)
+        behind += numel
+    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * max(part.itemsize for part in parts)
+    return _Gathering(min(kept + largest + ahead, kept + again), again)
+
+
+def _predict_traffic(
+    parts: list[_Part], plan: DeepSpeedPlan, ranks: int, gathering: _Gathering | None
+) -> dict[str, int]:
+    """Payloads of one optimizer step. What is divided is gathered for forward, and again for backward unless it is kept."""
     traffic: Counter[str] = Counter()
-    for part in parts if distributed.world_size() > 1 else ():
+    for part in parts if ranks > 1 else ():
         if part.trains:
             traffic["gradients"] += part.bytes * (plan.accumulation_steps if plan.stage >= 2 else 1)
             if plan.stage in (1, 2) or part.persists:
                 traffic["updated parameters"] += part.bytes
         if part.divided and not part.persists:
-            traffic[f"gather {part.name}"] += 2 * plan.accumulation_steps * part.bytes
-    return dict(traffic)
+            # stage 3 may keep it from forward to backward; what we divide ourselves is always gathered twice
+            traffic[f"gather {part.name}"] += (1 if gathering else 2) * plan.accumulation_steps * part.bytes
+    if gathering is not None and ranks > 1:
+        traffic["gather again for backward"] += plan.accumulation_steps * gathering.again
+    return {name: size for name, size in traffic.items() if size}
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -172,7 +295,7 @@ def measure_memory(model: nn.Module, state: TrainedState, base: ChangedBase | No
         if layer.plan is not None:
             plans += [leaf for leaf in tree_leaves(vars(layer.plan)) if torch.is_tensor(leaf)]
     if plans:
-        memory["plans of masks"] = _bytes(plans)
+        memory[PLANS] = _bytes(plans)
     memory["optimizer"] = state.bytes()
     if base is not None and base.bytes:
         memory[RESIDUAL] = base.bytes
@@ -180,7 +303,9 @@ def measure_memory(model: nn.Module, state: TrainedState, base: ChangedBase | No
 
 
 def measured_traffic(counter: distributed.TrafficCounter) -> dict[str, int]:
-    """Kind and dtype -> bytes, e.g. ``all_gather int32`` (positions)."""
+    """Kind and dtype -> bytes, e.g. ``all_gather int32`` (positions). A group of one, which DeepSpeed asks too, sends nothing."""
+    if distributed.world_size() == 1:
+        return {}
     return {
         f"{kind} {str(dtype).removeprefix('torch.')}": size
         for (kind, dtype), size in sorted(counter.bytes.items(), key=str)
@@ -204,3 +329,43 @@ def table(predicted: Account, measured: Mapping[str, int], traffic: Mapping[str,
         lines += [f"{name:34}{cell(size)}" for name, size in predicted.traffic.items()]
         lines += [f"{name:46}{cell(size)}" for name, size in traffic.items()]
     return "\n".join(lines)
+
+
+def _sums(traffic: Mapping[str, int]) -> dict[str, int]:
+    """What was summed over ranks, and what was gathered, of a prediction or a measurement."""
+    sums = {"sent: gradients": 0, "sent: gathers": 0}
+    for name, size in traffic.items():
+        reduces = name == "gradients" or name.startswith(("reduce", "all_reduce"))
+        if reduces or name == "updated parameters" or name.startswith(("gather", "all_gather")):
+            sums["sent: gradients" if reduces else "sent: gathers"] += size
+    return sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A prediction beside what one step and what went before it have shown."""
+
+    account: Account
+    memory: dict[str, int]
+    traffic: dict[str, int]
+
+    def table(self) -> str:
+        return table(self.account, self.memory, self.traffic)
+
+    def record(self) -> dict[str, Any]:
+        """For ``accounting.json``; :func:`compare` reads it."""
+        return {
+            "predicted": dataclasses.asdict(self.account),
+            "measured": {"memory": self.memory, "traffic": self.traffic},
+        }
+
+
+def compare(record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Term -> predicted and measured bytes, of every term that has both, from what :meth:`Report.record` gave."""
+    predicted, measured = record["predicted"], record["measured"]
+    both = (
+        (predicted["memory"], measured["memory"]),
+        (_sums(predicted["traffic"]), _sums(measured["traffic"])),
+    )
+    pairs = {name: (first[name], second[name]) for first, second in both for name in first if name in second}
+    return {name: pair for name, pair in pairs.items() if any(pair)}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rosa_ds.config import RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
+from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.training.accounting import Account
 from rosa_ds.training.draw import Drawing
 from rosa_ds.training.interrupt import Interruption
@@ -45,6 +46,9 @@ class Run:
     drawing: Drawing | None
     whole_at_start: dict[str, Tensor]
     """What this rank keeps of the modules that are trained whole, as the base has them: a restart goes back to them."""
+    plan: DeepSpeedPlan
+    held: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Measured so far, for the account: bytes of this rank in collect steps and in a draw."""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -10,8 +10,8 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.subspace import Drawn, project_moments, split_off
 from rosa_ds.config import DrawSettings
 from rosa_ds.training.changed_base import ChangedBase, Packed
-from rosa_ds.training.trained_state import TrainedState
+
+if TYPE_CHECKING:
+    from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
 GROUP = "low_rank"
@@ -55,6 +57,34 @@ class _Result:
     fallbacks: int
 
 
+def _cost(layer: AdaptedLinear, settings: DrawSettings) -> int:
+    """Operations of a draw, up to a factor."""
+    small, large = sorted(layer.weight_shape)
+    if settings.directions == "projection":
+        return small * large * layer.rank
+    return small * small * (large + 9 * small)
+
+
+def share_draws(
+    layers: Mapping[str, AdaptedLinear], settings: DrawSettings, ranks: int
+) -> tuple[dict[str, int], list[list[list[str]]]]:
+    """Layer -> the rank that draws it; and turns: of each rank as many layers as a little memory holds, all ranks' about
+    as costly.
+    """
+    costs = {name: _cost(layer, settings) for name, layer in layers.items()}
+    owners = distributed.owners_by_cost(costs, ranks)
+    queues: list[list[list[str]]] = [[] for _ in range(ranks)]
+    room = [0] * ranks
+    for name in sorted(layers, key=lambda name: (-costs[name], name)):
+        owner, size = owners[name], 4 * layers[name].weight_numel
+        if size > room[owner]:
+            queues[owner].append([])
+            room[owner] = BATCH_BYTES
+        queues[owner][-1].append(name)
+        room[owner] -= size
+    return owners, [list(turn) for turn in itertools.zip_longest(*queues, fillvalue=[])]
+
+
 class Drawing:
     """The layers whose low-rank part is drawn from their base.
 
@@ -64,17 +94,9 @@ class Drawing:
     def __init__(self, base: ChangedBase, state: TrainedState, settings: DrawSettings, seed: int) -> None:
         self.base, self.layers = base, base.layers
         self.state, self.settings, self.seed = state, settings, seed
-        costs = {name: self._cost(layer) for name, layer in self.layers.items()}
-        self.owners = distributed.owners_by_cost(costs, distributed.world_size())
+        self.owners, self.turns = share_draws(self.layers, settings, distributed.world_size())
         if settings.moments == "project" and any(group.get("amsgrad") for group in state.inner.param_groups):
             raise ValueError("draw.moments project does not know AMSGrad's third moment: use reset, or no amsgrad")
-
-    def _cost(self, layer: AdaptedLinear) -> int:
-        """Operations of a draw, up to a factor."""
-        small, large = sorted(layer.weight_shape)
-        if self.settings.directions == "projection":
-            return small * large * layer.rank
-        return small * small * (large + 9 * small)
 
     @torch.no_grad()
     def draw(self, number: int) -> dict[str, Any]:
@@ -93,7 +115,8 @@ class Drawing:
         done: list[_Result] = []
         hidden = None if distributed.is_main() else True
         with tqdm(total=len(self.layers), desc=f"draw {number}", unit="layer", leave=False, disable=hidden) as bar:
-            for batch in self._batches():
+            for turn in self.turns:
+                batch = [name for names in turn for name in names]
                 distributed.progress(f"draw {number}, {batch[0]}")
                 results = self._work_on(batch, number, keys)
                 done += [dataclasses.replace(result, tensors={}) for result in results.values()]
@@ -114,20 +137,6 @@ class Drawing:
             "moments_reset": self._finish_moments(),
             "seconds": time.monotonic() - begun,
         }
-
-    def _batches(self) -> Iterator[list[str]]:
-        """Layers that are worked on at once: of each rank as many as a little memory holds, all ranks' about as costly."""
-        queues: list[list[list[str]]] = [[] for _ in range(distributed.world_size())]
-        room = [0] * len(queues)
-        for name in sorted(self.layers, key=lambda name: (-self._cost(self.layers[name]), name)):
-            owner, size = self.owners[name], 4 * self.layers[name].weight_numel
-            if size > room[owner]:
-                queues[owner].append([])
-                room[owner] = BATCH_BYTES
-            queues[owner][-1].append(name)
-            room[owner] -= size
-        for turn in itertools.zip_longest(*queues, fillvalue=[]):
-            yield [name for names in turn for name in names]
 
     def _work_on(self, batch: list[str], number: int, keys: list[str]) -> dict[str, _Result]:
         """Gather the layers of a batch one after another; each rank draws its own. An error is raised on all ranks."""

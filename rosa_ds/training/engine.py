@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,7 +13,9 @@ from rosa_ds.adapters.inject import adapter_parts
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import BITSANDBYTES, DeepSpeedPlan
 from rosa_ds.models.quantized import require_bitsandbytes
-from rosa_ds.training.trained_state import TrainedState
+
+if TYPE_CHECKING:
+    from rosa_ds.training.trained_state import TrainedState
 
 ParameterGroups = dict[str, dict[str, nn.Parameter]]
 logger = logging.getLogger(__name__)
@@ -80,6 +82,23 @@ def optimizer_class(plan: DeepSpeedPlan) -> Any:
     return getattr(torch.optim, name)
 
 
+BUCKET = "reduce_bucket_size"
+
+
+def settle_zero(model: nn.Module, plan: DeepSpeedPlan) -> None:
+    """What the file leaves open and only the injected model decides, written into ``plan.config``.
+
+    Gradients are sent in one bucket that holds all of them, or 500,000,000 numbers: DeepSpeed allocates as many as it is
+    told, 1 GB in 16 bits, however few are trained.
+    """
+    zero = plan.config["zero_optimization"]
+    if plan.stage == 3:
+        keep_vectors_everywhere(model, plan.config)
+    if plan.stage:
+        trained = sum(distributed.full_numel(p) for p in model.parameters() if p.requires_grad)
+        zero.setdefault(BUCKET, min(500_000_000, trained))
+
+
 def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> tuple[Any, TrainedState]:
     """Wrap an injected model in a DeepSpeed engine with one parameter group per learning rate.
 
@@ -88,12 +107,13 @@ def build_engine(model: nn.Module, settings: RunConfig, plan: DeepSpeedPlan) -> 
     """
     import deepspeed  # a slow import that only training needs
 
+    from rosa_ds.training.trained_state import TrainedState
+
     deepspeed.utils.logger.setLevel(logging.WARNING)
     groups = parameter_groups(model)
     if not groups:
         raise ValueError("nothing is trainable: check adapter.rank, adapter.density and adapter.target_modules")
-    if plan.stage == 3:
-        keep_vectors_everywhere(model, plan.config)
+    settle_zero(model, plan)
     rates = learning_rates(settings)
     parameters = [{"params": list(group.values()), "lr": rates[name], "name": name} for name, group in groups.items()]
     optimizer = optimizer_class(plan)(parameters, **plan.optimizer.arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import math
 import time
@@ -22,7 +22,7 @@ from rosa_ds.data.batches import load_batch
 from rosa_ds.errors import RunError
 from rosa_ds.files import write_json
 from rosa_ds.training import checkpoint
-from rosa_ds.training.accounting import measure_memory, measured_traffic, table
+from rosa_ds.training.accounting import DRAWING
 from rosa_ds.training.checkpoint import Checkpoint, SavedBase
 from rosa_ds.training.context import Run, seed_step
 from rosa_ds.training.engine import learning_rates
@@ -30,6 +30,7 @@ from rosa_ds.training.evaluate import evaluate_loss
 from rosa_ds.training.interrupt import leave, take_save_request
 from rosa_ds.training.loss import accepts_kept_positions, token_loss_sum
 from rosa_ds.training.masking import build_collector, fix_mask
+from rosa_ds.training.measuring import Measurement, note_collected, peak_of
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.saving import save_state
 from rosa_ds.training.schedule import Step
@@ -54,6 +55,7 @@ class Loop:
         self._stop = False
         self._settled_at: int | None = None
         self._save_asked = False
+        self._measurement: Measurement | None = None
 
     def train(self) -> None:
         """All remaining steps, with evaluations and checkpoints where the settings want them.
@@ -133,17 +135,14 @@ class Loop:
 
     def _measured_step(self, step: Step) -> None:
         """The second step with the mask known: the first one still allocates and learns the order of the layers."""
-        run = self.run
-        with distributed.TrafficCounter() as counter:
+        run, self._measurement = self.run, Measurement(self.run)
+        with self._measurement.step():
             self._train_step(step)
-        memory, traffic = (
-            measure_memory(run.model, run.state, run.drawing.base if run.drawing else None),
-            measured_traffic(counter),
-        )
-        logger.info("where memory and communication of rank 0 go:\n%s", table(run.account, memory, traffic))
+        found, self._measurement = self._measurement, None
+        report = found.report()
+        logger.info("where memory and communication of rank 0 go:\n%s", report.table())
         if distributed.is_main():
-            content = {"predicted": dataclasses.asdict(run.account), "measured": {"memory": memory, "traffic": traffic}}
-            write_json(run.folder / "accounting.json", content)
+            write_json(run.folder / "accounting.json", report.record())
 
     def _train_step(self, step: Step) -> None:
         run, start = self.run, time.monotonic()
@@ -161,18 +160,21 @@ class Loop:
         micro_batches = run.batches.micro_batches(step.data_step, rank)
         for number, micro in enumerate(micro_batches, start=1):
             distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number}")
-            loss_sum = token_loss_sum(
-                run.engine, load_batch(run.data, micro, run.pad_id), run.engine.device, self._selects
-            )
+            batch = load_batch(run.data, micro, run.pad_id)
+            with self._measurement.forward(batch, number) if self._measurement else contextlib.nullcontext():
+                loss_sum = token_loss_sum(run.engine, batch, run.engine.device, self._selects)
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.
             run.engine.backward(loss_sum * (ranks / trained_tokens), scale_wrt_gas=False)
             nll += loss_sum.detach().double()
             if number == len(micro_batches):
                 loss = self._agree(nll) / trained_tokens
                 left_out = self._leave_out(step, loss)
+                if self._measurement:
+                    self._measurement.gradients()
             run.engine.step()
         skipped = run.state.overflowed()
         if self.collector is not None:
+            note_collected(run, self.collector.tensors())
             self.collector.end_step(scale * ranks, valid=not skipped and not left_out)
         self._check_finite(step, loss, skipped or left_out)
         self.trained_tokens += trained_tokens
@@ -307,7 +309,8 @@ class Loop:
         if self._interrupted():
             self._leave()
         assert self.run.drawing is not None
-        fields = self.run.drawing.draw(number)
+        with peak_of(self.run, DRAWING) if DRAWING not in self.run.held else contextlib.nullcontext():
+            fields = self.run.drawing.draw(number)
         self.log.write(step=self.step, event="draw", **fields)
         moments: str = self.run.settings.draw.moments
         if moments == "reset" and fields["moments_reset"] is not None:

@@ -84,14 +84,20 @@ def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: 
         logger.info("kernels: %s", "; ".join(f"{op} {c.implementation} ({c.reason})" for op, c in chosen.items()))
     if plan.stage == 3:
         _partition(model, base, plan)
-    if settings.training.gradient_checkpointing:
-        reentrant = settings.training.gradient_checkpointing == "reentrant"
-        # transformers renamed it during version 5
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": reentrant})
-        if reentrant:
-            model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
+    enable_checkpointing(model, settings.training.gradient_checkpointing)
     return model
+
+
+def enable_checkpointing(model: PreTrainedModel, kind: bool | str) -> None:
+    """Recompute activations as ``training.gradient_checkpointing`` says."""
+    if not kind:
+        return
+    reentrant = kind == "reentrant"
+    # transformers renamed it during version 5
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
 
 
 def check_vocabulary(model: PreTrainedModel, data: Mapping[str, TokenSet], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,6 +18,7 @@ MAY_CHANGE = frozenset(
             "training.tensorboard",
             "training.gradient_checkpointing",
             "training.stall_minutes",
+            "training.timeout_minutes",
             "training.max_bad_steps",
             "checkpoint.format",
             "adapter.partition_positions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -24,7 +25,8 @@ from rosa_ds.data.tokenise import show_sample
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
-from rosa_ds.models.load import identify, load_tokenizer
+from rosa_ds.logs import log_to
+from rosa_ds.models.load import download, identify, load_tokenizer
 from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.accounting import Account, predict, table
 from rosa_ds.training.changed_base import ChangedBase
@@ -32,8 +34,10 @@ from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.context import Run
 from rosa_ds.training.draw import Drawing
 from rosa_ds.training.engine import build_engine, parameter_groups
+from rosa_ds.training.failures import all_statuses, explain_memory, is_out_of_memory
 from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
+from rosa_ds.training.measuring import full_account
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, check_vocabulary, divide_positions, load_base
 from rosa_ds.training.resume import check_resumable
@@ -67,32 +71,33 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
     return schedule
 
 
-def _prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSet, TokenSet | None]:
+def sources(settings: RunConfig) -> list[tuple[str, str]]:
+    """Data sources, each with what it is for: ``train``, and ``eval`` where there is one."""
     data = settings.data
-    source = data.eval or (BUILTIN if data.train.startswith(BUILTIN) else None)
+    evaluation = data.eval or (BUILTIN if data.train.startswith(BUILTIN) else None)
+    return [(data.train, "train"), *([(evaluation, "eval")] if evaluation else [])]
+
+
+def prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSet, TokenSet | None]:
+    """Examples to train and to evaluate on, tokenised; says how many, and shows one with its mask."""
     with distributed.main_first():
-        train = prepare(data.train, "train", tokenizer, data)
-        evaluation = prepare(source, "eval", tokenizer, data) if source else None
-    for name, tokens in ((data.train, train), (source, evaluation)):
-        if tokens is not None:
-            share = tokens.trained.sum() / tokens.lengths.sum()
-            dropped = f" ({tokens.dropped})" if tokens.dropped else ""
-            logger.info(
-                "%s: %d examples, %s tokens, %.1f %% trained%s",
-                name,
-                len(tokens),
-                f"{tokens.lengths.sum():,}",
-                100 * share,
-                dropped,
-            )
-    logger.info("an example, trained between ⟦ and ⟧:\n%s", show_sample(train.tokens(0), tokenizer))
-    return train, evaluation
+        found = {purpose: prepare(source, purpose, tokenizer, settings.data) for source, purpose in sources(settings)}
+    for source, purpose in sources(settings):
+        tokens = found[purpose]
+        share = tokens.trained.sum() / tokens.lengths.sum()
+        dropped = f" ({tokens.dropped})" if tokens.dropped else ""
+        logger.info(
+            "%s: %d examples, %s tokens, %.1f %% trained%s",
+            *(source, len(tokens), f"{tokens.lengths.sum():,}", 100 * share, dropped),
+        )
+    logger.info("an example, trained between ⟦ and ⟧:\n%s", show_sample(found["train"].tokens(0), tokenizer))
+    return found["train"], found.get("eval")
 
 
 _OUR_FILES = frozenset(
     {
         *("config.json", "ds_config.json", "accounting.json", "metrics.jsonl", "mask.safetensors", "interrupted.json"),
-        *("checkpoints", "adapter", "tokenizer", "tensorboard", "deepspeed", "save"),
+        *("logs", "checkpoints", "adapter", "tokenizer", "tensorboard", "deepspeed", "save"),
         *("latest", "zero_to_fp32.py"),  # beside DeepSpeed's own checkpoints
     }
 )
@@ -134,6 +139,8 @@ def _open_folder(
             write_json(folder / "config.json", settings.model_dump())
             write_json(folder / "ds_config.json", {**plan.config, **plan.record()})
             write_json(folder / "accounting.json", {"predicted": dataclasses.asdict(account)})
+    with distributed.together():
+        log_to(folder / "logs")
     return folder
 
 
@@ -231,11 +238,26 @@ def train(command: CommandLine) -> Path:
         return _train(command, interruption)
 
 
+def _fill_caches(settings: RunConfig) -> None:
+    """What may take long and needs no other rank, on the first rank of each node, before the ranks wait for each other in
+    collectives: download and tokenise. An error is left to the same work later, which tells it to all ranks.
+    """
+    if distributed.planned_local_rank():
+        return
+    with contextlib.suppress(ValueError, OSError):
+        tokenizer = load_tokenizer(settings.model)
+        for source, purpose in sources(settings):
+            prepare(source, purpose, tokenizer, settings.data)
+        download(settings.model)
+
+
 def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     """Join the other ranks, settle what the settings leave open, and take the run's folder."""
-    stall = command.config.training.stall_minutes
+    training = command.config.training
+    _fill_caches(command.config)
     # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
-    distributed.initialize(max(120.0, 2 * stall) if stall else 7 * 24 * 60.0)
+    usual = max(120.0, 2 * training.stall_minutes) if training.stall_minutes else 7 * 24 * 60.0
+    distributed.initialize(training.timeout_minutes or usual)
     threads = distributed.use_threads()
     plan, settings = plan_deepspeed(
         command.deepspeed, command.config, distributed.world_size(), distributed.gpu_has_bfloat16()
@@ -262,7 +284,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         tokenizer = load_tokenizer(settings.model)
     # in one block no more than one thing that the first rank of a node does first: a rank that fails must not skip a barrier
     with distributed.together():
-        data, eval_data = _prepare_data(settings, tokenizer)
+        data, eval_data = prepare_data(settings, tokenizer)
     with distributed.together():
         model, numbers = load_base(settings, plan)
         sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
@@ -317,6 +339,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         record=record,
         drawing=drawing,
         whole_at_start=at_start,
+        plan=plan,
     )
     _train_and_save(run, saved, source, start, tokenizer)
     return run.folder
@@ -347,12 +370,17 @@ def _train_and_save(
             start.close()
         loop.train()
         _save_result(run, tokenizer)
-    except RuntimeError as error:
-        if not distributed.lost_contact(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            plan = run.plan
+            raise RunError(
+                explain_memory(full_account(run), run.settings, plan.stage, plan.micro_batch_size, error)
+            ) from error
+        if isinstance(error, MemoryError) or not distributed.lost_contact(error):
             raise
         raise RunError(
-            f"another rank is gone, its launcher says by which signal (-9 is mostly a lack of memory): "
-            f"{distributed.describe_ranks()}; go on with --resume ({error})"
+            f"another rank is gone: {distributed.describe_ranks()}; go on with --resume ({error}). Its launcher prints its exit "
+            f"status: {all_statuses()}"
         ) from error
     finally:
         distributed.stop_watch()

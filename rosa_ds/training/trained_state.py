@@ -108,13 +108,17 @@ class TrainedState:
         states = [self.inner.state.get(tensor, {}) for tensor in self.masters.stepped(group)]
         return [state for state in states if state]
 
-    def bytes(self) -> int:
-        """Of masters that are not the parameters themselves, and of moments, on this rank."""
+    def tensors(self) -> list[Tensor]:
+        """Masters that are not the parameters themselves, and moments, of this rank."""
         own = {id(parameter) for parameter in self.parameters.values()}
         tensors = [t for index in range(len(self.groups)) for t in self.masters.stepped(index) if id(t) not in own]
         for index in range(len(self.groups)):
             tensors += [value for state in self._states(index) for value in state.values() if torch.is_tensor(value)]
-        return sum(tensor.nbytes for tensor in tensors)
+        return tensors
+
+    def bytes(self) -> int:
+        """Of :meth:`tensors`."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     @torch.no_grad()
     def read_optimizer(

@@ -1,0 +1,92 @@
+"""What fits before anything runs: ``python launch/plan.py MODEL --gpus 8 --gpu-memory 80 [--rank R] [settings of train.py]``.
+
+Searches ZeRO stage, micro-batch and checkpointing for a model of which only the config is read, prints what a GPU holds,
+and the command to run. ``--scale`` tells instead what 7B, 70B and 405B models need on 8 to 1,024 GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+from pathlib import Path
+
+from rosa_ds.cli import parse_command_line
+from rosa_ds.logs import run_program
+from rosa_ds.planning.report import choice_table, explain, term_table
+from rosa_ds.planning.search import GIB, Machine, Planner, best
+
+logger = logging.getLogger("rosa_ds.launch.plan")
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="plan.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("model", nargs="?", help="folder (config.json suffices), hub name, .gguf file or tiny")
+    parser.add_argument("--gpus", type=int, default=8, help="default: 8")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="GB of one (10^9 bytes); default: 80")
+    parser.add_argument("--reserve", type=float, default=4, help="GiB of it for CUDA, NCCL, fragments; default: 4")
+    parser.add_argument("--length", type=int, help="tokens of a row; default: data.max_length")
+    parser.add_argument("--batch", type=int, help="rows of an optimizer step on all GPUs; default: 8 a GPU")
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="default: all are tried")
+    parser.add_argument("--rank", help="short for --adapter.rank")
+    parser.add_argument("--density", help="short for --adapter.density")
+    parser.add_argument("--tflops", type=float, default=300, help="that a GPU reaches; default: 300")
+    parser.add_argument("--bandwidth", type=float, default=50, help="GB/s that a GPU sends; default: 50")
+    parser.add_argument("--scale", type=Path, metavar="FOLDER", help="simulate 7B, 70B, 405B; writes tables and a plot")
+    options, rest = parser.parse_known_args(arguments)
+    for name in ("rank", "density"):
+        if getattr(options, name) is not None:
+            rest += [f"--adapter.{name}", getattr(options, name)]
+    if (options.model is None) == (options.scale is None):
+        raise ValueError("give a model (folder, hub name, .gguf file or tiny), or --scale FOLDER")
+    if min(options.gpus, options.gpu_memory, options.tflops, options.bandwidth) <= 0:
+        raise ValueError("--gpus, --gpu-memory, --tflops and --bandwidth are above 0")
+    return options, rest
+
+
+def main(arguments: list[str]) -> None:
+    options, rest = _parse(arguments)
+    machine = Machine(
+        options.gpus,
+        options.gpu_memory * 1e9,
+        options.reserve * GIB,
+        options.tflops * 1e12,
+        options.bandwidth * 1e9,
+    )
+    if options.scale is not None:
+        from rosa_ds.planning.scale import simulate  # draws a plot, which a plan does not need
+
+        simulate(parse_command_line(rest), machine, options.length or 2048, options.scale)
+        return
+    command = parse_command_line([*rest, "--model.name_or_path", options.model])
+    settings = command.config
+    length, batch = options.length or settings.data.max_length, options.batch or 8 * options.gpus
+    if batch % options.gpus:
+        raise ValueError(f"--batch {batch} rows cannot be shared by {options.gpus} GPUs: give a multiple")
+    planner = Planner(settings, command.deepspeed)
+    logger.info("%s, %s: %s", options.model, str(planner.dtype).removeprefix("torch."), planner.report)
+    stages = (0, 1, 2, 3) if options.stage is None else (options.stage,)
+    choices = list(planner.search(machine, length, batch, stages))
+    logger.info("a step of %d rows of %d tokens on %d GPUs:\n%s", batch, length, options.gpus, choice_table(choices))
+    chosen = best(choices)
+    if chosen is None:
+        least = min(choices, key=lambda choice: choice.peak)
+        logger.info("the least, by term:\n%s", term_table(planner, machine, least, length))
+        raise ValueError(explain(planner, machine, least))
+    logger.info("the shortest step, by term:\n%s", term_table(planner, machine, chosen, length))
+    several = options.gpus > 8
+    words = [
+        *(("deepspeed", "--hostfile", "HOSTFILE") if several else ("deepspeed", "--num_gpus", str(options.gpus))),
+        "launch/train.py",
+        *(() if "--config" in rest else ("--config", f"ds_configs/zero{chosen.stage}.json")),
+        *("--model.name_or_path", options.model, *rest),
+        *("--ds.zero_optimization.stage", str(chosen.stage)),
+        *("--ds.train_batch_size", str(batch), "--ds.train_micro_batch_size_per_gpu", str(chosen.micro_batch)),
+        *("--data.max_length", str(length)),
+        *(("--training.gradient_checkpointing", "true") if chosen.checkpointing else ()),
+    ]
+    logger.info("to run it:\n%s", shlex.join(words))
+
+
+if __name__ == "__main__":
+    run_program(main)

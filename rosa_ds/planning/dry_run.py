@@ -1,0 +1,99 @@
+"""What a run would do, found without weights, process group or GPU: ``launch/train.py --dry-run``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+
+from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.cli import CommandLine
+from rosa_ds.config import RunConfig
+from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
+from rosa_ds.models.load import load_tokenizer
+from rosa_ds.planning.search import GIB, Planner
+from rosa_ds.planning.trace import Shape
+from rosa_ds.training.accounting import activation_terms, table
+from rosa_ds.training.measuring import longest
+from rosa_ds.training.run import build_schedule, prepare_data
+from rosa_ds.training.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+
+def dry_run(command: CommandLine, ranks: int) -> None:
+    """Print resolved settings, targets, phases, a sample with its mask, and the plan of a rank.
+
+    Args:
+        ranks: that the run would have.
+
+    Raises: ValueError for what would end the run; what does not hang on it is printed before.
+    """
+    plan, settings = plan_deepspeed(command.deepspeed, command.config, ranks, gpu_has_bfloat16=True)
+    for unused in settings.settings_without_effect():
+        logger.warning("setting without effect: %s", unused)
+    logger.info("settings:\n%s", json.dumps(settings.model_dump(), indent=2))
+    planner = Planner(settings, command.deepspeed)
+    logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, planner.report)
+    logger.info("targets:\n%s", targets(planner))
+    problem, data, shape = None, None, Shape(plan.micro_batch_size, settings.data.max_length, settings.data.max_length)
+    try:
+        tokenizer = load_tokenizer(settings.model)
+        data, _ = prepare_data(settings, tokenizer)
+        shape = longest(data, plan.micro_batch_size, tokenizer.pad_token_id)
+    except ValueError as error:
+        problem = error
+        logger.warning("tokenizer or data would end the run; the plan is for rows of %d tokens", shape.length)
+    steps = -(-len(data) // plan.config["train_batch_size"]) if data is not None else 0
+    if steps or settings.training.max_steps:
+        logger.info("steps:\n%s", phases(build_schedule(settings, steps)))
+    _show_plan(planner, plan, settings, ranks, shape)
+    if problem is not None:
+        raise problem
+
+
+def _show_plan(planner: Planner, plan: DeepSpeedPlan, settings: RunConfig, ranks: int, shape: Shape) -> None:
+    checkpointing = bool(settings.training.gradient_checkpointing)
+    account = planner.account(plan.stage, ranks, shape, checkpointing, plan.accumulation_steps)
+    traced = {again: planner.activations.measure(shape, again) for again in (False, True)}
+    account.memory |= activation_terms(traced[checkpointing])
+    logger.info("DeepSpeed's configuration:\n%s", json.dumps(plan.config, indent=2))
+    logger.info(
+        "a rank of %d at stage %d, micro-batches of %d × %d tokens, %d a step:\n%s",
+        *(ranks, plan.stage, shape.rows, shape.length, plan.accumulation_steps),
+        table(account, {}, {}),
+    )
+    for again, found in traced.items():
+        how = "with" if again else "without"
+        logger.info("activations %s checkpointing: %.3f GiB, at most %.3f", how, found.saved / GIB, found.peak / GIB)
+
+
+def targets(planner: Planner) -> str:
+    """Adapted layers by the last part of their name, and how many of each there are."""
+    counts = Counter(
+        (name.rpartition(".")[2], layer.out_features, layer.in_features, layer.rank, layer.entries)
+        for name, layer in adapted_layers(planner.model).items()
+    )
+    return "\n".join(
+        f"{count:>4} × {name} ({rows} × {columns}): rank {rank}, {entries:,} sparse entries"
+        for (name, rows, columns, rank, entries), count in counts.items()
+    )
+
+
+def phases(schedule: Schedule) -> str:
+    """Runs of like steps, with what is done after or before them."""
+    lines: list[str] = []
+    first, draws = 0, []
+    steps = [schedule.at(number) for number in range(schedule.total_steps)]
+    for number, step in enumerate(steps):
+        if step.draw is not None:
+            draws.append(number + 1)
+        last = number + 1 == len(steps) or steps[number + 1].phase != step.phase or step.restart_after
+        if last:
+            then = " → mask" * step.mask_after + " → restart" * step.restart_after
+            lines.append(f"{first + 1:>6} to {number + 1}: {step.phase}{then}")
+            first = number + 1
+    if draws:
+        shown = ", ".join(map(str, draws[:10])) + (f", ... ({len(draws)})" if len(draws) > 10 else "")
+        lines.append(f"  draws before step {shown}")
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""What a failure means: lack of memory by the account of what was held, and exit statuses in words."""
+
+from __future__ import annotations
+
+import torch
+
+from rosa_ds.config import RunConfig
+from rosa_ds.errors import INTERRUPTED_STATUS
+from rosa_ds.training.accounting import (
+    ACTIVATIONS,
+    BUCKETS,
+    COLLECTED,
+    COLLECTING,
+    DRAWING,
+    GATHERED,
+    WORKING,
+    Account,
+)
+
+_GIB = 2**30
+_STATUSES = {
+    (
+        -9,
+        137,
+    ): "killed by SIGKILL, mostly by the kernel for lack of host memory (dmesg says so) or by a scheduler's limit",
+    (-15, 143): "ended by SIGTERM: its launcher, because another rank failed, or the scheduler",
+    (-11, 139): "a segmentation fault in compiled code: its stack is in the rank's log",
+    (-6, 134): "aborted by compiled code, NCCL's watchdog for example: the lines before say why",
+    (INTERRUPTED_STATUS,): "it was asked to stop and its state is saved: --resume goes on",
+    (74,): "it waited too long for another rank, which it names",
+    (1,): "an error: its message stands before, or in logs/rank-*.log of the run's folder",
+}
+
+
+def explain_status(status: int) -> str:
+    """What the exit status of a rank means, as a launcher (negative: a signal) or a shell (above 128) gives it."""
+    for statuses, meaning in _STATUSES.items():
+        if status in statuses:
+            return meaning
+    if status > 128 or status < 0:
+        return f"ended by signal {abs(status) if status < 0 else status - 128}"
+    return "all is well" if status == 0 else "not one of ours"
+
+
+def all_statuses() -> str:
+    """The statuses that launchers print, in one line."""
+    return "; ".join(f"{' or '.join(map(str, statuses))}: {meaning}" for statuses, meaning in _STATUSES.items())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of a CPU's allocator."""
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said
+
+
+def suggestions(account: Account, settings: RunConfig, stage: int, micro_batch: int) -> list[str]:
+    """Three things to do, the one that helps most first, by what the account says is largest."""
+    held = account.memory
+    ways: list[tuple[int, str]] = []
+    activations = held.get(ACTIVATIONS, 0) + held.get(WORKING, 0)
+    if not settings.training.gradient_checkpointing:
+        ways.append((activations, "--training.gradient_checkpointing true recomputes activations"))
+    if micro_batch > 1:
+        half = f"--ds.train_micro_batch_size_per_gpu {micro_batch // 2}"
+        ways.append((activations // 2, f"{half} and twice the accumulation steps give the same steps"))
+    ways.append((activations // 3, f"a lower --data.max_length than {settings.data.max_length} (--data.too_long)"))
+    divided = sum(held.get(name, 0) for name in ("base", "A", "B", "values", "positions", "optimizer"))
+    if stage < 3:
+        ways.append((divided, "--config ds_configs/zero3.json divides the base over the ranks"))
+    else:
+        ways.append((divided, "more ranks, or --config ds_configs/zero3_offload.json"))
+        smaller = "--ds.zero_optimization.stage3_max_reuse_distance 0 and a smaller stage3_prefetch_bucket_size"
+        ways.append((held.get(GATHERED, 0), f"{smaller} keep less gathered"))
+    ways.append(
+        (held.get(COLLECTED, 0) + held.get(COLLECTING, 0), "--mask.device_memory_gib 0 sums gradients on the host")
+    )
+    ways.append((held.get(DRAWING, 0), "--draw.directions projection factorises nothing"))
+    ways.append((held.get(BUCKETS, 0), "a smaller --ds.zero_optimization.reduce_bucket_size"))
+    ways.append((held.get("optimizer", 0), "a lower --adapter.rank or --adapter.density"))
+    return [text for _, text in sorted(ways, key=lambda way: -way[0])[:3]]
+
+
+def explain_memory(account: Account, settings: RunConfig, stage: int, micro_batch: int, error: BaseException) -> str:
+    """What a rank held by its account, and what to do."""
+    held = sorted(account.memory.items(), key=lambda pair: -pair[1])
+    terms = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in held if size > 0.01 * held[0][1])
+    numbered = enumerate(suggestions(account, settings, stage, micro_batch), start=1)
+    return (
+        f"out of memory ({str(error).splitlines()[0]}). The account of this rank, GiB: {terms}. What helps, most first: "
+        + "; ".join(f"({number}) {text}" for number, text in numbered)
+        + ". --dry-run and launch/plan.py tell before the start what fits; --resume goes on from the last checkpoint"
+    )

@@ -1,0 +1,152 @@
+"""What one optimizer step really holds and sends, beside what :mod:`rosa_ds.training.accounting` predicted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rosa_ds import distributed
+from rosa_ds.data.batches import Batch, load_batch
+from rosa_ds.data.prepare import TokenSet
+from rosa_ds.models.stream import read_config
+from rosa_ds.planning.skeleton import ActivationPlan
+from rosa_ds.planning.trace import Activations, LiveBytes, SavedBytes, Shape
+from rosa_ds.training.accounting import (
+    ACTIVATIONS,
+    BUCKETS,
+    COLLECTED,
+    GATHERED,
+    Account,
+    Report,
+    activation_terms,
+    measure_memory,
+    measured_traffic,
+)
+from rosa_ds.training.context import Run
+
+
+def shape_of(batch: Batch) -> Shape:
+    rows, length = batch.input_ids.shape
+    return Shape(rows, length, batch.kept.numel(), padded=not bool(batch.attention_mask.all()))
+
+
+def predict_activations(run: Run, shape: Shape) -> Activations:
+    """By tracing the model's config, with the checkpointing that the run has."""
+    settings = run.settings
+    plan = ActivationPlan(read_config(settings.model), settings, getattr(torch, run.plan.dtype))
+    return plan.measure(shape, bool(settings.training.gradient_checkpointing))
+
+
+def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
+    """The micro-batch of the longest examples."""
+    return shape_of(load_batch(data, np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
+
+
+def full_account(run: Run) -> Account:
+    """A run's account with the activations of its longest examples."""
+    found = predict_activations(run, longest(run.data, run.plan.micro_batch_size, run.pad_id))
+    return dataclasses.replace(run.account, memory=run.account.memory | activation_terms(found))
+
+
+class Measurement:
+    """Entered around one training step; the loop tells it of the first micro-batch and of the gradients."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.shape: Shape | None = None
+        self.traffic = distributed.TrafficCounter()
+        self.found: dict[str, int] = {}
+        self._saved = SavedBytes(run.model)
+
+    def forward(self, batch: Batch, number: int) -> AbstractContextManager[Any]:
+        """To enter around the forward pass of micro-batch ``number``; the first has the longest rows."""
+        if number > 1:
+            return nullcontext()
+        self.shape = shape_of(batch)
+        return self._saved
+
+    def gradients(self) -> None:
+        """To call when the last backward is done and nothing is updated yet."""
+        self.found[ACTIVATIONS] = self._saved.bytes
+        self.found |= _gradients(self.run.engine, self.run.model)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        with self.traffic, _watch_gathered(self.run.model, self._gathered):
+            yield
+        base = self.run.drawing.base if self.run.drawing else None
+        self.found = measure_memory(self.run.model, self.run.state, base) | self.found
+
+    def _gathered(self, size: int) -> None:
+        self.found[GATHERED] = max(size, self.found.get(GATHERED, 0))
+
+    def report(self) -> Report:
+        """Beside what was predicted, activations for the shape of the micro-batch that was measured."""
+        account, predicted = self.run.account, dict(self.run.account.memory)
+        if self.shape is not None:
+            traced = predict_activations(self.run, self.shape)
+            predicted |= activation_terms(traced)
+        account = dataclasses.replace(account, memory=predicted)
+        return Report(account, self.found | self.run.held, measured_traffic(self.traffic))
+
+
+@contextlib.contextmanager
+def peak_of(run: Run, name: str) -> Iterator[None]:
+    """Adds to ``run.held`` the most that operators in the block have made and not let go."""
+    live = LiveBytes()
+    for tensor in (*run.model.parameters(), *run.model.buffers(), *run.state.tensors()):
+        live.know(tensor)
+    for parameter in run.model.parameters():
+        live.know(distributed.own_numbers(parameter))
+    with live:
+        yield
+    run.held[name] = max(live.peak, run.held.get(name, 0))
+
+
+def note_collected(run: Run, tensors: list[Tensor]) -> None:
+    """What a collector keeps between two steps, on this rank."""
+    run.held[COLLECTED] = max(sum(t.nbytes for t in tensors), run.held.get(COLLECTED, 0))
+
+
+def _gradients(engine: Any, model: nn.Module) -> dict[str, int]:
+    """Numbers of this rank's gradients where DeepSpeed keeps them when a step is due, and its buffers if they are there."""
+    optimizer = engine.optimizer
+    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    if flat is not None:  # stage 3
+        return {"gradients": flat.nbytes, BUCKETS: sum(b.buffer.nbytes for b in optimizer.ipg_buckets.values())}
+    averaged = getattr(optimizer, "averaged_gradients", None)
+    if averaged is not None:  # stages 1 and 2
+        parts = [t for group in averaged.values() if group is not None for t in group]
+        return {"gradients": sum(t.nbytes for t in parts)}
+    return {"gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)}
+
+
+@contextlib.contextmanager
+def _watch_gathered(model: nn.Module, take: Callable[[int], None]) -> Iterator[None]:
+    """Gives the bytes of what is gathered at stage 3, after the forward of each module that has parameters."""
+    divided = [p for p in model.parameters() if distributed.comes_and_goes(p)]
+    if not divided:
+        yield
+        return
+
+    def count(*_: Any) -> None:
+        take(sum(p.nbytes for p in divided))
+
+    # prepended: before DeepSpeed lets the module's parameters go
+    hooks = [
+        module.register_forward_hook(count, prepend=True)
+        for module in model.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,116 @@
+"""The doctor's findings, what failures say, and the logs of ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, run
+
+from rosa_ds import logs
+from rosa_ds.config import RunConfig
+from rosa_ds.errors import INTERRUPTED_STATUS
+from rosa_ds.planning import doctor
+from rosa_ds.training.accounting import ACTIVATIONS, Account
+from rosa_ds.training.failures import explain_memory, explain_status, is_out_of_memory, suggestions
+
+GIB = 2**30
+
+
+@pytest.mark.ranks
+def test_two_ranks_are_examined_and_timed(tmp_path: Path) -> None:
+    output = run(
+        "torchrun", 2, str(ROOT / "launch" / "doctor.py"), "--output", str(tmp_path), "--megabytes", "1", cwd=tmp_path
+    )
+    for wanted in ("torch: 2", "compiler:", "/dev/shm:", "write speed:", "network interfaces:", "kernel sddmm: torch"):
+        assert output.count(wanted) == 1  # one host, however many ranks
+    assert "all-reduce of 1 MB, gloo:" in output
+    assert "all-gather of 1 MB, gloo:" in output
+    assert "findings with something to do" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_findings_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "apt-get install g++" in next(iter(doctor.compilers())).advice
+    monkeypatch.setattr(doctor, "SHARED_BUFFER", 2**50)
+    assert "--shm-size" in next(iter(doctor.memory_and_limits())).advice
+    monkeypatch.setattr(doctor, "_mount_of", lambda path: ("/net", "nfs4"))
+    found = {finding.what: finding.advice for finding in doctor.disks(tmp_path / "not" / "there")}
+    assert "network disk" in found["Triton cache (TRITON_CACHE_DIR)"]
+    assert "network disk" not in found["model cache (HF_HOME)"]
+    alone = doctor.examine_ranks(2**20)
+    assert "torchrun --nproc_per_node N" in alone[-1].advice
+
+
+@pytest.mark.parametrize(
+    ("status", "meaning"),
+    [
+        (-9, "lack of host memory"),
+        (137, "lack of host memory"),
+        (INTERRUPTED_STATUS, "--resume goes on"),
+        (74, "waited too long"),
+        (1, "an error"),
+        (-15, "SIGTERM"),
+        (130, "signal 2"),
+        (3, "not one of ours"),
+        (0, "all is well"),
+    ],
+)
+def test_exit_statuses_in_words(status: int, meaning: str) -> None:
+    assert meaning in explain_status(status)
+
+
+def test_lack_of_memory_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("Connection closed by peer"))
+
+
+def test_lack_of_memory_names_what_was_held_and_the_largest_remedy_first() -> None:
+    account = Account({"base": 60 * GIB, ACTIVATIONS: 12 * GIB, "optimizer": GIB}, {}, {})
+    message = explain_memory(account, RunConfig(), 2, 4, RuntimeError("no more"))
+    assert "base 60.00, activations 12.00, optimizer 1.00" in message
+    assert message.index("(1) --config ds_configs/zero3.json") < message.index("(2) --training.gradient_checkpointing")
+    account.memory["base"] = GIB
+    first, second, _ = suggestions(account, RunConfig(), 2, 4)
+    assert "gradient_checkpointing" in first
+    assert "--ds.train_micro_batch_size_per_gpu 2" in second
+    settings = RunConfig(training={"gradient_checkpointing": True})
+    assert "train_micro_batch_size_per_gpu" in suggestions(account, settings, 2, 4)[0]
+    assert not any("micro_batch" in text for text in suggestions(account, settings, 3, 1))
+
+
+@pytest.fixture
+def our_logger() -> Iterator[logging.Logger]:
+    ours = logging.getLogger("rosa_ds")
+    before = (ours.handlers, ours.propagate, ours.level)
+    yield ours
+    for handler in ours.handlers:
+        handler.close()
+    ours.handlers, ours.propagate = before[:2]
+    ours.setLevel(before[2])
+
+
+def test_each_rank_has_its_log_with_what_was_said_before(
+    tmp_path: Path, our_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    logs.set_up_logging()
+    our_logger.info("before there is a folder")
+    logs.log_to(tmp_path / "logs")
+    our_logger.info("and after")
+    our_logger.warning("on the screen, too")
+    lines = (tmp_path / "logs" / "rank-0003.log").read_text().splitlines()
+    assert [line.partition(" rank 3 ")[2] for line in lines] == [
+        "INFO before there is a folder",
+        "INFO and after",
+        "WARNING on the screen, too",
+    ]
+    assert "[rank 3] on the screen, too" in (screen := capsys.readouterr().err)
+    assert "folder" not in screen
