@@ -142,7 +142,7 @@ class DrawSettings(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate of A and B grows again after each draw but the first."""
     residual: bool = True
-    """With a bfloat16 model: keep the bits that rounding the base takes away (2 bytes a number, divided over the ranks), so that many draws do not add up their roundings."""
+    """With a bfloat16 model and a base that is not quantised: keep the bits that rounding the base takes away (2 bytes a number, divided over the ranks), so that many draws do not add up their roundings."""
 
     @field_validator("every", mode="before")
     @classmethod

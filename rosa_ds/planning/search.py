@@ -99,7 +99,7 @@ class Planner:
         self.settings, self.deepspeed = settings, dict(deepspeed)
         self.model, self.report = build_skeleton(config, settled, self.dtype)
         self.activations = ActivationPlan(config, settled, self.dtype)
-        self.numbers = sum(p.numel() for p in self.model.parameters() if p.is_floating_point())
+        self.numbers = self.report.trained + self.report.frozen
 
     @property
     def counts(self) -> InjectReport:

@@ -198,10 +198,11 @@ def _add_draws(
     memory: dict[str, int],
     total: dict[str, int],
 ) -> None:
-    sizes = [layer.weight_shape for layer in adapted_layers(model).values() if layer.rank]
-    if keeps_residual(settings.draw, getattr(torch, plan.dtype)):
-        total[RESIDUAL] = 2 * sum(rows * columns for rows, columns in sizes)
-        memory[RESIDUAL] = 2 * sum(_share(rows * columns, ranks) for rows, columns in sizes)
+    layers = [layer for layer in adapted_layers(model).values() if layer.rank]
+    kept = [layer.weight_numel for layer in layers if keeps_residual(settings.draw, layer, getattr(torch, plan.dtype))]
+    if kept:
+        total[RESIDUAL] = 2 * sum(kept)
+        memory[RESIDUAL] = 2 * sum(_share(numel, ranks) for numel in kept)
     memory[DRAWING], memory[WORKSPACE] = _draw_bytes(model, plan, settings, ranks)
 
 
@@ -211,13 +212,14 @@ def _draw_bytes(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, rank
     _, turns = share_draws(layers, settings.draw, ranks)
     narrow = plan.dtype != "float32"
     copied = plan.stage == 3 or narrow
-    stored = getattr(torch, plan.dtype).itemsize + 2 * keeps_residual(settings.draw, getattr(torch, plan.dtype))
+    dtype = getattr(torch, plan.dtype)
     most = side = 0
     for mine in (names for turn in turns for names in turn):
         sizes = [layers[name].weight_shape for name in mine]
         factors = [4 * layers[name].rank * sum(layers[name].weight_shape) for name in mine]
         held = sum(4 * rows * columns * copied for rows, columns in sizes) + sum(factors)
-        for (rows, columns), factor in zip(sizes, factors, strict=True):
+        for name, (rows, columns), factor in zip(mine, sizes, factors, strict=True):
+            stored = dtype.itemsize + 2 * keeps_residual(settings.draw, layers[name], dtype)
             matrix, side = 4 * rows * columns, max(side, min(rows, columns))
             # the fold; then Gram matrix and its eigenvectors, or what is left and its error, of a 16-bit one twice
             found = 0 if settings.draw.directions == "projection" else 8 * min(rows, columns) ** 2

@@ -14,9 +14,12 @@ from rosa_ds.config import DrawSettings
 from rosa_ds.training.checkpoint import SavedBase
 
 
-def keeps_residual(settings: DrawSettings, dtype: torch.dtype) -> bool:
-    """Whether a base of this type is kept with its lower bits."""
-    return settings.residual and dtype == torch.bfloat16
+def keeps_residual(settings: DrawSettings, layer: AdaptedLinear, dtype: torch.dtype) -> bool:
+    """Whether a layer's base is kept with its lower bits, in a model of this type.
+
+    Not beside a quantised weight, which has lost a hundred times as much as rounding the change to it loses.
+    """
+    return settings.residual and dtype == torch.bfloat16 and layer.form is None
 
 
 Packed = tuple[Tensor, Tensor]
@@ -42,7 +45,7 @@ class ChangedBase:
         self.saved: SavedBase | None = None
         self.residuals: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            if keeps_residual(settings, layer.dtype):
+            if keeps_residual(settings, layer, layer.dtype):
                 # where the base is, which may be offloaded; as bytes, since NCCL sends no 16-bit integers
                 place = distributed.own_numbers(layer.drawn_parameter).device
                 self.residuals[name] = torch.zeros(layer.weight_numel, 2, dtype=torch.uint8, device=place)
