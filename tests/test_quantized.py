@@ -23,6 +23,7 @@ from rosa_ds.config import AdapterConfig, ModelSettings, RunConfig
 from rosa_ds.export.merge import export_merged, export_peft
 from rosa_ds.export.source import MergeBase
 from rosa_ds.export.verify import verify
+from rosa_ds.files import write_manifest
 from rosa_ds.models.load import load_model
 from rosa_ds.models.quantized import Form, Kind, QuantizedLinear
 
@@ -214,6 +215,65 @@ def test_the_base_is_there_when_adapters_are_off(
     rosa_ds.remove_adapter(base, "lora")
     rosa_ds.remove_adapter(base, "robust-subspace")
     assert torch.equal(base(**batch).logits, expected)
+
+
+def test_an_adapter_says_how_its_base_is_quantised(stored: Path, tmp_path: Path, batch: dict[str, Tensor]) -> None:
+    """Saved and exported without a word about the base: what is merged is what was trained."""
+    for method in ("lora", "subspace"):
+        model = AutoModelForCausalLM.from_pretrained(stored).eval()
+        rosa_ds.quantize(model, "nf4", double=False)
+        rosa_ds.inject(model, AdapterConfig(method=method, rank=2, dropout=0.0))
+        with torch.no_grad():
+            for layer in rosa_ds.adapted_layers(model).values():
+                layer.B.add_(0.02)
+        rosa_ds.save_adapter(model, tmp_path / method)
+        out = export_merged(tmp_path / method, tmp_path / f"{method}-out", None)
+        found = AutoModelForCausalLM.from_pretrained(out)(**batch).logits
+        torch.testing.assert_close(found, model(**batch).logits, rtol=1e-4, atol=1e-5)
+        description = rosa_ds.load_adapter(
+            rosa_ds.quantize(AutoModelForCausalLM.from_pretrained(stored), "nf4"), tmp_path / method
+        )
+        assert (description.base["quantization"], description.base["double_quantization"]) == ("nf4", False)
+    text = (tmp_path / "subspace" / "adapter_config.json").read_text()
+    (tmp_path / "subspace" / "adapter_config.json").write_text(
+        text.replace('"quantization": "nf4"', '"quantization": "none"')
+    )
+    write_manifest(tmp_path / "subspace")
+    with pytest.raises(ValueError, match="was drawn from a quantised base, and the model's is dense"):
+        export_merged(tmp_path / "subspace", tmp_path / "wrong", None)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_base_that_is_loaded_whole_has_the_same_bits(stored: Path, tmp_path: Path) -> None:
+    """In every compute type: training in 16 bits and export in 32 quantise the same numbers."""
+    model = AutoModelForCausalLM.from_pretrained(stored)
+    torch.save(model.state_dict(), stored / "pytorch_model.bin")
+    (stored / "model.safetensors").unlink()
+    settings = ModelSettings(name_or_path=str(stored), quantization="nf4")
+    wide, narrow = (load_quantized(settings, dtype, []) for dtype in (torch.float32, torch.bfloat16))
+    for name, module in wide.named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert torch.equal(module.weight, narrow.get_submodule(name).weight)
+            assert torch.equal(module.weight_scales, narrow.get_submodule(name).weight_scales)
+    assert narrow.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_an_undrawn_adapter_does_not_go_into_a_drawn_model(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    undrawn, drawn = (copy.deepcopy(llama).float() for _ in range(2))
+    rosa_ds.inject(undrawn, AdapterConfig(method="subspace", rank=2), draw=None)
+    rosa_ds.save_adapter(undrawn, tmp_path / "adapter", base={"name_or_path": "x"})
+    rosa_ds.inject(drawn, AdapterConfig(method="subspace", rank=2))
+    with pytest.raises(ValueError, match="the model has been drawn from its own: load it into the plain base"):
+        rosa_ds.load_adapter(drawn, tmp_path / "adapter")
+    broken = copy.deepcopy(llama).float()
+    broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    before = copy.deepcopy(broken.state_dict())
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: its weight is not finite"):
+        rosa_ds.inject(broken, AdapterConfig(method="subspace", rank=2))
+    assert not rosa_ds.adapted_layers(broken)
+    assert all(
+        torch.equal(before[name].nan_to_num(), value.nan_to_num()) for name, value in broken.state_dict().items()
+    )
 
 
 @pytest.fixture

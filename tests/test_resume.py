@@ -12,6 +12,8 @@ import pytest
 import torch
 from launching import ROOT, TRAIN, losses, run
 
+from rosa_ds.export.merge import export_merged
+
 pytestmark = pytest.mark.ranks
 COMMON = (
     *faults.STEPS[2:],
@@ -50,6 +52,13 @@ def test_other_ranks_and_stages(tmp_path: Path) -> None:
         output = run(launcher, ranks, TRAIN, *zero(stage), *COMMON, "--resume", cwd=tmp_path)
         assert f"step {step}" in output
         assert_close(losses(folder), straight)
+    # what two ranks of ZeRO-3 have saved is exported as what one rank saves of the same state
+    last = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    exported = [export_merged(path, tmp_path / f"out{n}", None) for n, path in enumerate((folder, last))]
+    run("python", 1, TRAIN, *zero(0), *COMMON, "--resume", cwd=tmp_path)
+    exported.append(export_merged(folder, tmp_path / "alone", None))
+    contents = {(path / "model.safetensors").read_bytes() for path in exported}
+    assert len(contents) == 1
 
 
 @pytest.mark.parametrize(("stage", "goes_on"), [(0, [1]), (1, [1]), (2, [2]), (3, [2, 1])])

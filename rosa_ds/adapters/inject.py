@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
-from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, keep
+from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, check_exchangeable, keep
 from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
 from rosa_ds.config import (
     LOW_RANK_METHODS,
@@ -171,6 +171,10 @@ def inject(
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:
         _check_drawable(model)
+        _check_finite({name: targets[name] for name, plan in plans.items() if plan.rank})
+    if keep_base:
+        changed = [layer for layer in targets.values() if config.method in SUBSPACE_METHODS]
+        check_exchangeable(p for m in (*changed, *map(model.get_submodule, whole)) for p in m.parameters())
 
     model.requires_grad_(False)
     for name, plan in plans.items():
@@ -193,13 +197,22 @@ def inject(
     return _report(model, tuple(whole))
 
 
+def _check_finite(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError, before anything is changed, for a weight that no draw could take apart."""
+    for name, layer in layers.items():
+        assert isinstance(layer.weight, Tensor)
+        if layer.weight.is_floating_point() and not bool(torch.isfinite(layer.weight).all()):
+            raise ValueError(f"{name}: its weight is not finite")
+
+
 def _check_trainable(model: nn.Module, modules: list[str]) -> None:
     """Raise ValueError for a quantised layer in modules that are to be trained whole."""
     for name, module in ((name, model.get_submodule(name)) for name in modules):
         for inner, layer in module.named_modules(prefix=name):
             if isinstance(layer, QuantizedLinear):
                 raise ValueError(
-                    f"{inner} is quantised, so it cannot be trained whole: leave it out of rosa_ds.quantize (skip=...)"
+                    f"{inner} is quantised, so it cannot be trained whole: leave it out of rosa_ds.quantize (skip=...), or in a run "
+                    "name its module in adapter.modules_to_save"
                 )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_ds import distributed
-from rosa_ds.adapters.layer import MAX_POSITIONS
+from rosa_ds.adapters.layer import MAX_POSITIONS, stored_shape
 from rosa_ds.adapters.targets import Value, find_targets, linear_layers
 from rosa_ds.config import AdapterConfig, Method
 from rosa_ds.files import TensorFiles
@@ -268,7 +268,7 @@ def read_peft(folder: Path, model: nn.Module) -> PeftAdapter:
     if low_rank:
         settings, trained = _low_rank(folder, files, layers, config)
     if config["peft_type"] != "LORA":
-        shapes = {name: tuple(distributed.full_shape(linear[name].weight)) for name in layers}
+        shapes = {name: tuple(stored_shape(linear[name])) for name in layers}
         of_sparse, values, positions = _sparse(folder, files, layers, shapes)  # type: ignore[arg-type]
         settings |= of_sparse
         trained |= values

@@ -14,8 +14,9 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, set_submodule
 from rosa_ds.adapters.targets import head_names, linear_layers, match_names
 from rosa_ds.config import ModelSettings
+from rosa_ds.models.load import stored_dtype
 from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear, require_bitsandbytes
-from rosa_ds.models.stream import Base, allocate, open_base
+from rosa_ds.models.stream import Base, NotStreamableError, allocate, load_whole, stream_base
 
 AT_ONCE = 8
 """Layers that the ranks quantise at the same time, one each."""
@@ -46,6 +47,10 @@ def quantize(
         raise ValueError(f"{kind!r} is no way to quantise: {' and '.join(get_args(Kind))} are")
     if adapted_layers(model):
         raise ValueError("this model has adapters already: quantise the base first, then inject")
+    if any(distributed.is_partitioned(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "this model's parameters are partitioned by ZeRO-3: quantise it before, or let launch/train.py do both"
+        )
     dense = _stay_dense(model, skip)
     for name, layer in linear_layers(model).items():
         if name in dense or isinstance(layer, QuantizedLinear):
@@ -66,7 +71,7 @@ def quantize(
 def _stay_dense(model: nn.Module, skip: Iterable[str]) -> set[str]:
     """Linear layers that are not quantised: the head, and those in modules that are trained whole."""
     layers = linear_layers(model)
-    whole = match_names(skip, [name for name, _ in model.named_modules() if name], "adapter.modules_to_save")
+    whole = match_names(skip, [name for name, _ in model.named_modules() if name], "skip (adapter.modules_to_save)")
     inside = {name for name in layers for module in whole if f"{name}.".startswith(f"{module}.")}
     return head_names(model, layers) | inside
 
@@ -77,13 +82,14 @@ class QuantizedNumbers:
     Layers are asked for in the order of ``forms``, the same on all ranks; each array once.
     """
 
-    def __init__(self, forms: Mapping[str, Form], base: Base) -> None:
+    def __init__(self, forms: Mapping[str, Form], base: Base, device: torch.device | None = None) -> None:
         self.forms, self.base = forms, base
+        self.device = distributed.device() if device is None else device
         self._order = list(forms)
         self._ready: dict[str, dict[str, Tensor]] = {}
 
     def read(self, name: str, part: str) -> Tensor:
-        """``weight`` or ``weight_scales`` of a layer, whole, on this rank's device. Collective."""
+        """``weight`` or ``weight_scales`` of a layer, whole, on :attr:`device`. Collective."""
         if name not in self._ready:
             self._make(self._order.index(name))
         arrays = self._ready[name]
@@ -101,12 +107,12 @@ class QuantizedNumbers:
             for name, owner in owners.items():
                 if owner == distributed.rank():
                     weight = self.base.rows(f"{name}.weight", slice(None))
-                    mine = self.forms[name].pack(weight.to(distributed.device()))
+                    mine = self.forms[name].pack(weight.to(self.device))
         for name, owner in owners.items():
             self._ready[name] = {}
             for part, (shape, dtype) in self.forms[name].sizes().items():
                 own = owner == distributed.rank()
-                array = mine[part] if own else torch.empty(shape, dtype=dtype, device=distributed.device())
+                array = mine[part] if own else torch.empty(shape, dtype=dtype, device=self.device)
                 assert (tuple(array.shape), array.dtype) == (shape, dtype), f"{name}: {part} is {array.shape}"
                 self._ready[name][part] = distributed.broadcast(array.contiguous(), owner)
 
@@ -118,29 +124,46 @@ def quantized_forms(model: nn.Module) -> dict[str, Form]:
     }
 
 
-def quantize_as(model: nn.Module, settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str]) -> None:
-    """:func:`quantize` as the settings say, on this rank's device; nothing where they say none."""
+def quantize_as(
+    model: nn.Module,
+    settings: ModelSettings,
+    dtype: torch.dtype,
+    skip: Iterable[str],
+    device: torch.device | None = None,
+) -> None:
+    """:func:`quantize` as the settings say, by default on this rank's device; nothing where they say none."""
     if settings.quantization != "none":
-        quantize(model, settings.quantization, settings.double_quantization, dtype, skip, distributed.device())
+        device = distributed.device() if device is None else device
+        quantize(model, settings.quantization, settings.double_quantization, dtype, skip, device)
 
 
 def open_quantized(
-    settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str]
+    settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str], device: torch.device | None = None
 ) -> tuple[PreTrainedModel, Base | None]:
     """As :func:`rosa_ds.models.stream.open_base`, with the layers quantised that ``settings`` want to be.
+
+    The numbers that are quantised are those of the base's files whatever ``dtype`` is, so that every later use has the same bits.
+    ``device``: to quantise on, by default this rank's.
 
     Raises: ValueError as :func:`quantize`.
     """
     assert settings.quantization != "none"
     require_bitsandbytes("model.quantization")  # before anything is downloaded
-    model, base = open_base(settings, dtype)
-    quantize_as(model, settings, dtype, skip)
+    try:
+        model, base = stream_base(settings, dtype)
+    except NotStreamableError as reason:
+        model, base = load_whole(settings, stored_dtype(settings), reason), None
+    quantize_as(model, settings, dtype, skip, device)
+    for tensor in (*model.parameters(), *model.buffers()) if base is None else ():
+        if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
+            tensor.data = tensor.data.to(dtype)
     return model, base
 
 
-def allocate_quantized(model: PreTrainedModel, base: Base) -> None:
-    """Give a model of :func:`open_quantized` all its numbers, on this rank's device. Collective."""
-    numbers = QuantizedNumbers(quantized_forms(model), base)
+def allocate_quantized(model: PreTrainedModel, base: Base, device: torch.device | None = None) -> None:
+    """Give a model of :func:`open_quantized` all its numbers, by default on this rank's device. Collective."""
+    device = distributed.device() if device is None else device
+    numbers = QuantizedNumbers(quantized_forms(model), base, device)
 
     def fill(name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
         module, _, part = name.rpartition(".")
@@ -149,16 +172,17 @@ def allocate_quantized(model: PreTrainedModel, base: Base) -> None:
         else:
             base.fill(name, parameter, target, rows)
 
-    allocate(model, fill)
+    allocate(model, fill, device)
     base.close()
 
 
 def load_quantized(settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str]) -> PreTrainedModel:
-    """The base with quantised layers, which compute in ``dtype``, on this rank's device. Collective.
+    """The base with quantised layers, which compute in ``dtype``, on the CPU, for one process.
 
     Raises: ValueError as :func:`open_quantized`.
     """
-    model, base = open_quantized(settings, dtype, skip)
+    cpu = torch.device("cpu")
+    model, base = open_quantized(settings, dtype, skip, cpu)
     if base is not None:
-        allocate_quantized(model, base)
+        allocate_quantized(model, base, cpu)
     return model.eval()

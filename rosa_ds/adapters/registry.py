@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,11 +72,12 @@ def check_enabled(model: nn.Module) -> None:
 def keep(model: nn.Module, names: list[str]) -> None:
     """Copy these parameters, which the active adapter is about to change. Raises: ValueError if they are not whole here."""
     parameters = dict(model.named_parameters())
-    _check_exchangeable([parameters[name] for name in names])
+    check_exchangeable([parameters[name] for name in names])
     adapters_of(model).kept = {name: parameters[name].detach().clone() for name in names}
 
 
-def _check_exchangeable(parameters: list[nn.Parameter]) -> None:
+def check_exchangeable(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise ValueError for parameters that are not whole here."""
     if any(distributed.is_partitioned(parameter) or parameter.is_meta for parameter in parameters):
         raise ValueError(
             "parameters that the adapter changes are partitioned by ZeRO-3, or not there, and cannot be exchanged for the base's: "
@@ -87,7 +89,7 @@ def _check_exchangeable(parameters: list[nn.Parameter]) -> None:
 def exchange(model: nn.Module, changed: list[str]) -> None:
     """Swap these parameters' numbers, which the adapter has changed, with what was kept. Raises: ValueError, before it does."""
     known, parameters = adapters_of(model), dict(model.named_parameters())
-    _check_exchangeable([parameters[name] for name in changed])
+    check_exchangeable([parameters[name] for name in changed])
     if missing := [name for name in changed if name not in known.kept]:
         raise ValueError(
             f"the base's own {missing[0]} is not there any more ({len(missing)} parameters were changed by the adapter): use "

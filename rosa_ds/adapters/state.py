@@ -29,6 +29,7 @@ from rosa_ds.files import (
     write_tensors,
     written_folder,
 )
+from rosa_ds.models.quantized import quantization_of
 from rosa_ds.suggest import did_you_mean
 
 FORMAT_VERSION = 1
@@ -66,12 +67,17 @@ def known_positions(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(model: nn.Module, base: Mapping[str, Any] | None = None) -> AdapterDescription:
-    """The description of an injected model. ``base`` says where it comes from; by default the name it was loaded by."""
+    """The description of an injected model. ``base`` says where it comes from; by default the name it was loaded by, and how it
+    is quantised.
+    """
     injected = getattr(model, "rosa_injected", None)
     if injected is None:
         raise ValueError("this model has no adapter: rosa_ds.inject(model, config) comes first")
     if base is None:
-        base = {"name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
+        base = {
+            "name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+            **quantization_of(model),
+        }
     config, seed = injected
     return AdapterDescription(config, seed, dict(base))
 
@@ -222,7 +228,7 @@ def load_adapter(
             known = adapters_of(model)
             if known.active is not None:
                 known.whole, known.kept = [], {}  # nothing was written: there is nothing to put back
-                remove_adapter(model, name)
+                remove_adapter(model, known.active)
             if before is not None:
                 set_adapter(model, before)
             raise
@@ -253,6 +259,10 @@ def fill_adapter(
     parameters = trained_parameters(model)
     check_without_engine(model)
     changed = [name for name in base if not name.endswith("/residual")]
+    if not changed and any(layer.drawn for layer in adapted_layers(model).values()):
+        raise ValueError(
+            f"{where} has no changed base, and the model has been drawn from its own: load it into the plain base model"
+        )
     layers = {layer.drawn_name: layer for layer in adapted_layers(model).values() if layer.rank and changed}
     _check_quantized(where, changed, layers)
     check_fit(where, trained, list(trained), parameters)
@@ -274,6 +284,15 @@ def _check_quantized(where: str | Path, changed: list[str], layers: Mapping[str,
         raise ValueError(
             f"{where} was drawn from {kinds[0]}, and the model's is {kinds[1]}: give the base that it was trained on"
         )
+
+
+def check_changes(where: str | Path, base: Iterable[str], model: nn.Module) -> None:
+    """Raise ValueError for a changed base that no layer of the model is drawn from."""
+    changed = [name for name in base if not name.endswith("/residual")]
+    layers = {layer.drawn_name: layer for layer in adapted_layers(model).values()}
+    _check_quantized(where, changed, layers)
+    if wrong := sorted(set(changed) - set(layers)):
+        raise ValueError(f"{where}: {wrong[0]} is not in the model.{did_you_mean(wrong[0], layers)}")
 
 
 def check_fit(

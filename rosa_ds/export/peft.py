@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.state import check_fit, trained_parameters
+from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
 from rosa_ds.adapters.subspace import singular_directions
 from rosa_ds.adapters.targets import by_pattern
 from rosa_ds.export.source import Source
@@ -193,6 +193,7 @@ def write_peft(model: PreTrainedModel, base: Base | None, source: Source, folder
     Raises: ValueError for what PEFT has no format for, by name.
     """
     check_fit(source.folder, source.trained, list(source.trained), trained_parameters(model))
+    check_changes(source.folder, source.base, model)
     method, whole = source.description.config.method, _whole_modules(model, source)
     if method == "lora":
         made = _lora(model, source, whole)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.quantize import quantized_forms
-from rosa_ds.adapters.state import check_fit, trained_parameters
+from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
 from rosa_ds.export.source import MergeBase, Source
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import INDEX, SINGLE, Base
@@ -69,6 +69,7 @@ class MergedRows:
         first = {id(parameter): name for name, parameter in model.named_parameters()}
         self.trained_name = {name: first[id(parameter)] for name, parameter in named.items()}
         check_fit(source.folder, source.trained, list(source.trained), trained_parameters(model))
+        check_changes(source.folder, source.base, model)
         self._part: tuple[str, dict[str, Tensor]] = ("", {})
 
     def stored_dtype(self, name: str) -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ import rosa_kernels
 
 Kind = Literal["nf4", "int8"]
 BLOCK, SCALE_BLOCK = 64, 256
+ROWS_AT_ONCE = 2**23  # numbers that an int8 weight's float32 form is made of at a time
 PACKED, SCALES = "weight", "weight_scales"
 
 
@@ -107,7 +108,12 @@ class Form:
 
         dtype = self.dtype if dtype is None else dtype
         if self.kind == "int8":
-            return bnb.int8_vectorwise_dequant(packed, _floats(scales, 0, self.shape[0])).to(dtype)
+            rows = _floats(scales, 0, self.shape[0])
+            dense = torch.empty(self.shape, dtype=dtype, device=packed.device)
+            for part in torch.arange(self.shape[0]).split(max(1, ROWS_AT_ONCE // self.shape[1])):  # it makes float32
+                own = slice(int(part[0]), int(part[-1]) + 1)
+                dense[own] = bnb.int8_vectorwise_dequant(packed[own], rows[own])
+            return dense
         groups = -(-self._blocks // SCALE_BLOCK)
         if self.double:
             codes, offset = scales.reshape(-1)[4 * groups + 4 :].clone(), _floats(scales, 4 * groups, 1)
@@ -118,8 +124,8 @@ class Form:
         else:
             absmax = _floats(scales, 0, self._blocks)
         # as rows of one block: 0.50's CPU kernel begins a block with each row, and is wrong for 160 columns
-        rows = (self._blocks, BLOCK) if self.numel % BLOCK == 0 else (self.numel,)
-        state = bnb.QuantState(absmax, torch.Size(rows), blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+        shape = (self._blocks, BLOCK) if self.numel % BLOCK == 0 else (self.numel,)
+        state = bnb.QuantState(absmax, torch.Size(shape), blocksize=BLOCK, quant_type="nf4", dtype=dtype)
         return bnb.dequantize_4bit(packed.reshape(-1, 1), state).reshape(self.shape)
 
 
@@ -160,5 +166,17 @@ class QuantizedLinear(nn.Module):
 def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The input of a quantised layer. Raises: ValueError for another type than the layer's, but under autocast."""
     if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"x is {x.dtype} and the weight is dequantised to {dtype}: cast one of them")
+        raise ValueError(
+            f"x is {x.dtype} and the weight is dequantised to {dtype}: cast x, or give dtype={x.dtype} to rosa_ds.quantize"
+        )
     return x.to(dtype)
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any]:
+    """How a model's layers are quantised, by the names of the settings; nothing for a dense one."""
+    forms = {form for module in model.modules() if isinstance(form := getattr(module, "form", None), Form)}
+    kinds = {(form.kind, form.double) for form in forms}
+    if not kinds:
+        return {}
+    kind, double = sorted(kinds)[0]
+    return {"quantization": kind, "double_quantization": double}

@@ -180,14 +180,19 @@ def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedMo
     try:
         return stream_base(settings, dtype)
     except NotStreamableError as reason:
-        model = load_model(settings, dtype)
-        size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-        logger.warning(
-            "%s is loaded whole on every rank first, %.2f GiB each (%s): save it once with transformers' "
-            "save_pretrained(folder, save_original_format=False) to avoid that",
-            *(settings.name_or_path, size / 2**30, reason),
-        )
-        return model, None
+        return load_whole(settings, dtype, reason), None
+
+
+def load_whole(settings: ModelSettings, dtype: torch.dtype, reason: NotStreamableError) -> PreTrainedModel:
+    """:func:`rosa_ds.models.load.load_model`, with a warning that says why."""
+    model = load_model(settings, dtype)
+    size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    logger.warning(
+        "%s is loaded whole on every rank first, %.2f GiB each (%s): save it once with transformers' "
+        "save_pretrained(folder, save_original_format=False) to avoid that",
+        *(settings.name_or_path, size / 2**30, reason),
+    )
+    return model
 
 
 def stream_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedModel, Base]:
@@ -209,8 +214,8 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrained
 
 
 @torch.no_grad()
-def allocate(model: nn.Module, fill: distributed.Fill) -> None:
-    """Give all parameters that are on the meta device memory on this rank's device, and ``fill`` their numbers.
+def allocate(model: nn.Module, fill: distributed.Fill, device: torch.device) -> None:
+    """Give all parameters that are on the meta device memory on ``device``, and ``fill`` their numbers.
 
     Shared parameters stay shared.
     """
@@ -220,7 +225,7 @@ def allocate(model: nn.Module, fill: distributed.Fill) -> None:
             if not parameter.is_meta:
                 continue
             if id(parameter) not in done:
-                numbers = torch.empty_like(parameter, device=distributed.device())
+                numbers = torch.empty_like(parameter, device=device)
                 fill(name, parameter, numbers, slice(None))
                 done[id(parameter)] = nn.Parameter(numbers, requires_grad=parameter.requires_grad)
             module._parameters[name.rpartition(".")[2]] = done[id(parameter)]

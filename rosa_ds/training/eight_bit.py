@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,30 @@ def is_bitsandbytes(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith("bitsandbytes.")
 
 
+def _fresh(optimizer: Any, group: int, tensor: Tensor) -> dict[str, Any]:
+    """The state that bitsandbytes begins with."""
+    optimizer.state.pop(tensor, None)
+    settings = optimizer.param_groups[group]
+    # ZeRO-3 keeps the groups empty but for the time of a step
+    there, settings["params"] = settings["params"], [tensor]
+    optimizer.init_state(settings, tensor, group, 0)
+    settings["params"] = there
+    state: dict[str, Any] = optimizer.state[tensor]
+    return state
+
+
 @torch.no_grad()
-def expand(optimizer: Any, tensors: Iterable[tuple[int, Tensor]]) -> None:
+def expand(optimizer: Any, tensors: Iterable[tuple[int, Tensor]]) -> dict[int, dict[str, Any]]:
     """Give each tensor's state the form that torch's Adam has: ``step``, ``exp_avg`` and ``exp_avg_sq`` in float32.
 
     Args:
         tensors: what the optimizer steps, each with its parameter group's number.
+
+    Returns: by ``id`` of the tensor the state as it was, whose buffers :func:`collapse` writes into.
     """
     import bitsandbytes.functional as bnb
 
+    originals: dict[int, dict[str, Any]] = {}
     for _, tensor in tensors:
         kept = optimizer.state.get(tensor)
         if not kept:
@@ -35,15 +50,18 @@ def expand(optimizer: Any, tensors: Iterable[tuple[int, Tensor]]) -> None:
             codes = kept[f"state{number}"]
             if codes.dtype != torch.float32:  # small tensors are kept in float32
                 absmax, code = kept[f"absmax{number}"], kept[f"qmap{number}"]
+                codes = codes.to(absmax.device)  # paged ones say that they are on the CPU
                 codes = bnb.dequantize_blockwise(codes.view(-1), absmax=absmax, code=code, blocksize=BLOCK).view_as(
                     codes
                 )
             state[name] = codes
         optimizer.state[tensor] = state
+        originals[id(tensor)] = kept
+    return originals
 
 
 @torch.no_grad()
-def collapse(optimizer: Any, tensors: Iterable[tuple[int, Tensor]]) -> None:
+def collapse(optimizer: Any, tensors: Iterable[tuple[int, Tensor]], originals: Mapping[int, dict[str, Any]]) -> None:
     """The way back. Rounding 8-bit numbers again may move them: a run that saves does it, too, so a resumed one has the same."""
     import bitsandbytes.functional as bnb
 
@@ -51,13 +69,8 @@ def collapse(optimizer: Any, tensors: Iterable[tuple[int, Tensor]]) -> None:
         state = optimizer.state.get(tensor)
         if not state:
             continue
-        del optimizer.state[tensor]
-        settings = optimizer.param_groups[group]
-        # ZeRO-3 keeps the groups empty but for the time of a step
-        kept_there, settings["params"] = settings["params"], [tensor]
-        optimizer.init_state(settings, tensor, group, 0)
-        settings["params"] = kept_there
-        kept = optimizer.state[tensor]
+        kept = originals.get(id(tensor)) or _fresh(optimizer, group, tensor)
+        optimizer.state[tensor] = kept
         kept["step"] = int(state["step"])
         for name, number in MOMENTS.items():
             target = kept[f"state{number}"]

@@ -50,14 +50,14 @@ class TrainedState:
             yield
             return
         tensors = [(index, tensor) for index in range(len(self.groups)) for tensor in self.masters.stepped(index)]
-        expand(self.inner, tensors)
+        originals = expand(self.inner, tensors)
         self.masters.link()
         self._expands = False
         try:
             yield
         finally:
             self._expands = True
-            collapse(self.inner, tensors)
+            collapse(self.inner, tensors, originals)
             self.masters.link()
 
     @torch.no_grad()
