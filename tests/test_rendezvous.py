@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from rosa_ds import distributed
+from rosa_ds.distributed.group import tell_of_locks
 from rosa_ds.distributed.rendezvous import choose_gloo_interface, first_host, interface_to, slurm_ranks, tasks_per_node
 
 # of the sixth of seven tasks on three nodes, as srun sets them
@@ -103,3 +107,16 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_why(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(ValueError, match=r"rank 3 of this host sees 1 GPU\(s\).*--gpu-bind=none"):
         distributed.initialize()
+
+
+def test_a_lock_that_was_left_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name, age in (("now", 0), ("left", 3600)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        os.utime(tmp_path / name / "lock", (time.time() - age, time.time() - age))
+    tell_of_locks()
+    assert [record.args[0] for record in caplog.records] == [tmp_path / "left" / "lock"]
+    assert "60 minutes old" in caplog.text

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import logging
 import os
 import resource
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from torch import Tensor
 
 from rosa_ds.distributed.rendezvous import choose_gloo_interface, join_slurm_step
 from rosa_ds.errors import RunError
+
+logger = logging.getLogger(__name__)
+LOCK_MINUTES = 5.0
 
 
 def _free_port() -> int:
@@ -58,6 +63,7 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     else:
         choose_gloo_interface()
     if not dist.is_initialized():
+        tell_of_locks()
         try:
             deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
         except (dist.DistError, RuntimeError) as error:
@@ -67,6 +73,19 @@ def initialize(timeout_minutes: float = 30.0) -> None:
                 f"{os.environ['WORLD_SIZE']} ranks, which meet at {master}: are all started, the port free and open between the hosts, and the interface right (GLOO_SOCKET_IFNAME on CPUs, "
                 f"NCCL_SOCKET_IFNAME on GPUs)? ({error})"
             ) from error
+
+
+def tell_of_locks() -> None:
+    """Warn of what a process leaves that is killed while it compiles an op: every later one waits for it without a word."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache)).glob("**/lock"):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > LOCK_MINUTES:
+            logger.warning(
+                "%s is %.0f minutes old: if no process compiles there now, one was killed that did, and this run will wait for ever: "
+                "delete the file",
+                *(lock, minutes),
+            )
 
 
 def shutdown() -> None:
