@@ -76,7 +76,7 @@ class Trainee:
     def weights(self) -> dict[str, Tensor]:
         """The drawn layers' bases, with their residuals."""
         found = {name: self.base.read_weight(name, distributed.rank()) for name in self.layers}
-        return {name: weight.clone() for name, weight in found.items() if weight is not None}
+        return {name: both[0].clone() for name, both in found.items() if both is not None}
 
     def masters(self) -> dict[str, Tensor]:
         return {name: self.state.read_one(name).clone() for name in self.state.parameters}
