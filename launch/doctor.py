@@ -13,6 +13,7 @@ from pathlib import Path
 from rosa_ds import distributed
 from rosa_ds.logs import run_program
 from rosa_ds.planning.doctor import examine, examine_ranks
+from rosa_ds.training.failures import explain_status
 
 logger = logging.getLogger("rosa_ds.launch.doctor")
 
@@ -22,8 +23,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of runs; default: runs")
     parser.add_argument("--megabytes", type=int, default=64, help="of the timed collectives; default: 64")
     parser.add_argument("--timeout-minutes", type=float, default=5, help="of a collective; default: 5")
+    parser.add_argument(
+        "--status", type=int, help="only say what this exit status of a rank means, as its launcher gave it"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.status is not None:
+        logger.info("exit status %d: %s", options.status, explain_status(options.status))
+        return
     if options.megabytes < 1 or options.timeout_minutes <= 0:
         raise ValueError("--megabytes is 1 or more, --timeout-minutes above 0")
     try:
