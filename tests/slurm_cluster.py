@@ -178,16 +178,14 @@ STOPS: dict[str, Stop] = {
 }
 
 
+def submit_run(it: Cluster, run: Path, steps: int) -> int:
+    """A job that trains into ``run``; its number."""
+    return it.submit("train.sbatch", *SETTINGS, "--training.max_steps", str(steps), options=SHAPE, RUN_DIR=str(run))
+
+
 def straight(it: Cluster, run: Path, steps: int) -> list[tuple[int, str, float]]:
     """The losses of a run that nobody interrupts."""
-    job = it.submit(
-        "train.sbatch",
-        *SETTINGS,
-        "--training.max_steps",
-        str(steps),
-        options=SHAPE,
-        RUN_DIR=str(run),
-    )
+    job = submit_run(it, run, steps)
     it.finish(job)
     return losses(run)
 
@@ -197,14 +195,7 @@ def interrupted(it: Cluster, run: Path, steps: int, stops: list[tuple[str, int]]
 
     Returns: the steps after which it was stopped; AssertionError if anything is not as it should be.
     """
-    job = it.submit(
-        "train.sbatch",
-        *SETTINGS,
-        "--training.max_steps",
-        str(steps),
-        options=SHAPE,
-        RUN_DIR=str(run),
-    )
+    job = submit_run(it, run, steps)
     log(f"job {job} submitted: {steps} steps to train")
     saved: list[int] = []
     for attempt, (way, step) in enumerate([*stops, ("", 0)], start=1):
