@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import transformers
 
@@ -63,22 +64,30 @@ def log_to(folder: Path) -> None:
         ours.removeHandler(handler)
 
 
-def run_program(main: Callable[[list[str]], None]) -> None:
-    """Call ``main`` with the command line; what a user can mend ends it with one message and exit status 1."""
+def run_program(main: Callable[[list[str]], None]) -> NoReturn:
+    """Call ``main`` with the command line and end the process; what a user can mend is one message and exit status 1."""
     try:
         distributed.join_slurm_step()
     except ValueError as error:
         sys.exit(f"error: {error}")
     set_up_logging()
+    distributed.leave(_status_of(main))
+
+
+def _status_of(main: Callable[[list[str]], None]) -> int:
+    ours = logging.getLogger("rosa_ds")
     try:
         main(sys.argv[1:])
     except InterruptedRunError as error:
-        logging.getLogger("rosa_ds").info("%s", error)
-        sys.exit(INTERRUPTED_STATUS)
+        ours.info("%s", error)
+        return INTERRUPTED_STATUS
     except (ValueError, OSError, RunError) as error:
-        logging.getLogger("rosa_ds").debug("where it was found", exc_info=True)
+        ours.debug("where it was found", exc_info=True)
         rank = os.environ.get("RANK", "0")
-        sys.exit(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}")
+        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"[rank {rank}] error: {error}\n")
+        return 1
     except Exception:
-        logging.getLogger("rosa_ds").debug("ended by", exc_info=True)  # for the rank's file; Python prints it, too
-        raise
+        ours.debug("ended by", exc_info=True)  # for the rank's file
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -18,9 +20,19 @@ SMALL = ("--data.train", "builtin:sql[:96]", "--data.eval", "builtin:sql[:16]")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that Linux gives to outgoing connections; another at every call.
+
+    Processes that test at the same time begin at different ones, so that none takes what another has just been given.
+    """
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+_FIRST, _LAST = 20000, 32000
+_ports = itertools.islice(itertools.cycle(range(_FIRST, _LAST)), os.getpid() * 97 % (_LAST - _FIRST), None)
 
 
 def command(launcher: str, ranks: int, arguments: tuple[str, ...]) -> list[str]:

@@ -49,8 +49,8 @@ except RunError as error:
 else:
     raise AssertionError("nothing was raised")
 distributed.barrier()
-distributed.shutdown()
 open(f"{sys.argv[1]}/{rank}.ok", "w").close()
+distributed.leave()
 """
 
 
@@ -115,8 +115,11 @@ def test_a_layer_says_what_it_is() -> None:
 STALL = """
 import time
 from rosa_ds import distributed
+from rosa_ds.distributed import watch
 
 distributed.initialize()
+if distributed.rank() == 1:  # it stays, whoever notices first
+    watch._end_process = lambda message: None
 distributed.start_watch(2.0)
 distributed.progress("step 1")
 if distributed.rank() == 1:
@@ -150,6 +153,37 @@ def test_a_stalled_rank_is_named(tmp_path: Path) -> None:
     assert f"no progress for 2 s: rank 1 on {socket.gethostname()} at 'step 1' for" in waiting
     assert "the others wait at 'step 2'" in waiting
     assert "in barrier" in waiting  # the stack of the rank that waits
+
+
+BUSY = """
+import atexit
+import sys
+import threading
+import torch
+from rosa_ds import distributed
+
+def work():
+    while True:
+        torch.randn(100) + 1
+
+distributed.initialize()
+threading.Thread(target=work, daemon=True).start()
+atexit.register(print, "handlers ran")
+print("flushed", end="")
+distributed.leave(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_busy_thread_does_not_change_the_exit_status(tmp_path: Path, status: int) -> None:
+    """With ``sys.exit`` this script ends with SIGABRT: the thread asks for Python's lock while Python is torn down."""
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    arguments = [sys.executable, str(script), str(status)]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == status, done.stderr
+    assert "flushedhandlers ran\n" in done.stdout
 
 
 def test_all_ranks_at_one_point_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:

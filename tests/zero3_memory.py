@@ -37,4 +37,4 @@ if __name__ == "__main__":
     peak, after = load(sys.argv[1])
     Path(f"memory-{distributed.rank()}.json").write_text(json.dumps({"peak": peak, "after": after}))
     distributed.barrier()
-    distributed.shutdown()
+    distributed.leave()

@@ -275,7 +275,7 @@ def main() -> None:
             if distributed.is_main():
                 sys.stdout.write(f"passed {name}\n")
                 sys.stdout.flush()
-    distributed.shutdown()
+    distributed.leave()
 
 
 if __name__ == "__main__":

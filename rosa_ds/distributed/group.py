@@ -6,6 +6,7 @@ same order.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import hashlib
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from rosa_ds.errors import RunError
 
 logger = logging.getLogger(__name__)
 LOCK_MINUTES = 5.0
+_joined = False
 
 
 def _free_port() -> int:
@@ -44,8 +46,10 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     Raises:
         ValueError: SLURM's tasks without what tells their ranks, or without a GPU for each rank.
     """
+    global _joined
     import deepspeed  # slow, and needed by nobody who only imports this module
 
+    _joined = True
     join_slurm_step()
     if "RANK" not in os.environ:
         os.environ.update(
@@ -93,6 +97,23 @@ def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _remove_shared_buffer()
+
+
+def leave(status: int = 0) -> NoReturn:
+    """End this process; where it has been in a process group, with everything that Python does at the end except its own teardown.
+
+    A thread of gloo lets go of a collective's tensors some time after the collective, which takes Python's lock. If Python
+    is being torn down by then, the process ends with SIGABRT instead of its status, and its launcher takes the run for
+    failed (pytorch issue 190489). DeepSpeed keeps groups alive, so that leaving them does not end those threads.
+    """
+    if not _joined:
+        sys.exit(status)
+    shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads any more
+            stream.flush()
+    os._exit(status)
 
 
 def _remove_shared_buffer() -> None:
