@@ -27,8 +27,8 @@ from rosa_ds.export.source import MergeBase, Source
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import INDEX, SINGLE, Base
 
-BLOCK_BYTES = 8 * 2**20
-"""Of float32 numbers that are merged at once: more would not stay in the processor's caches."""
+BLOCK_BYTES = 2 * 2**20
+"""Of float32 numbers that are merged at once: few enough to stay in a core's cache and in memory that malloc uses again."""
 WRITTEN_BEHIND = 2
 """Blocks that may wait to be written while the next one is made."""
 _DTYPES = {
