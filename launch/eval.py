@@ -1,4 +1,7 @@
-"""Evaluate a run or a model: ``python launch/eval.py MODEL_OR_RUN_DIR --data FILE --metric exact_match --output FILE.json``."""
+"""Evaluate a run or a model: ``python launch/eval.py MODEL_OR_RUN_DIR --data FILE --metric exact_match --output FILE.json``.
+
+Under ``torchrun`` or ``deepspeed`` the rows are divided over the ranks; each has the whole model. lm-eval's tasks: ``--harness``.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,33 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
 from rosa_ds.adapters.state import CONFIG_FILE
 from rosa_ds.config import DataSettings, ModelSettings
-from rosa_ds.evaluation.metrics import exact_match, perplexity
-from rosa_ds.export.merge import load_merged, run_tokenizer
+from rosa_ds.evaluation.generate import Generation
+from rosa_ds.evaluation.harness import harness_metrics
+from rosa_ds.evaluation.metrics import perplexity, written_metrics
+from rosa_ds.evaluation.scores import GENERATED, check_available
+from rosa_ds.export.merge import load_adapted, load_merged, run_tokenizer
 from rosa_ds.export.source import open_source
 from rosa_ds.files import write_json
 from rosa_ds.logs import run_program
 from rosa_ds.models.load import load_model, load_tokenizer
 from rosa_ds.training.checkpoint import is_checkpoint
 
-METRICS = ("exact_match", "perplexity")
+METRICS = (*GENERATED, "perplexity")
 logger = logging.getLogger("rosa_ds.launch.eval")
 
 
-def main(arguments: list[str]) -> None:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
     parser.add_argument("model", help="run, checkpoint or adapter folder, model folder, hub name, .gguf file or tiny")
-    parser.add_argument("--data", required=True, help="as data.train, e.g. rows.jsonl[700:800] or builtin:sql")
+    parser.add_argument("--data", help="as data.train, e.g. rows.jsonl[700:800] or builtin:sql")
     parser.add_argument(
         "--metric", action="append", choices=METRICS, help="may be given more than once; default: exact_match"
     )
@@ -36,36 +44,83 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32"
     )
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row, for perplexity")
+    parser.add_argument("--unmerged", action="store_true", help="keep a run's adapter beside its base")
+    parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature; default: 1")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the 95 %% intervals; 0: none")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row, for perplexity; default: 2048")
     parser.add_argument("--prompt-column")
     parser.add_argument("--completion-column")
+    parser.add_argument("--harness", action="append", metavar="TASK", help="of lm-eval; may be given more than once")
+    parser.add_argument("--harness-tasks", type=Path, metavar="FOLDER", help="with task files of your own")
+    parser.add_argument("--harness-limit", type=int, metavar="N", help="rows of each of lm-eval's tasks")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    settings = DataSettings(
-        prompt_column=options.prompt_column, completion_column=options.completion_column, max_length=options.max_length
-    )
+    if options.data is None and not options.harness:
+        raise ValueError("there is nothing to evaluate: give --data, or --harness with a task of lm-eval")
+    if options.data is None and options.metric:
+        raise ValueError(f"--metric {options.metric[0]} needs --data")
+    if options.harness and distributed.planned_world_size() > 1:
+        raise ValueError("--harness runs in one process: start it with plain python")
+    if options.bootstrap < 0:
+        raise ValueError(f"--bootstrap is 0 or more, given {options.bootstrap}")
+    return options
+
+
+def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path, dtype = Path(options.model), getattr(torch, options.dtype)
     ours = (path / "adapter", path / CONFIG_FILE, path / "metrics.jsonl")
     if any(part.exists() for part in ours) or is_checkpoint(path):
         source = open_source(path)
-        model, tokenizer = load_merged(source, dtype), run_tokenizer(source)
-    else:
-        base = ModelSettings(name_or_path=options.model)
-        model, tokenizer = load_model(base, dtype), load_tokenizer(base)
-    model.to(distributed.device()).eval()
-    figures: dict[str, object] = {"model": options.model, "data": options.data, "dtype": options.dtype}
-    for metric in dict.fromkeys(options.metric or ["exact_match"]):
+        model = load_adapted(source, dtype) if options.unmerged else load_merged(source, dtype)
+        return model, run_tokenizer(source)
+    if options.unmerged:
+        raise ValueError(f"--unmerged is for runs, checkpoints and adapters; {options.model} is a model")
+    base = ModelSettings(name_or_path=options.model)
+    return load_model(base, dtype), load_tokenizer(base)
+
+
+def _evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace, how: Generation
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {"model": options.model, "data": options.data, "dtype": options.dtype}
+    metrics = list(dict.fromkeys(options.metric or ["exact_match"])) if options.data else []
+    settings = DataSettings(
+        prompt_column=options.prompt_column, completion_column=options.completion_column, max_length=options.max_length
+    )
+    if written := [metric for metric in metrics if metric in GENERATED]:
+        figures |= written_metrics(model, tokenizer, options.data, settings, written, how, options.bootstrap)
+    if "perplexity" in metrics:
+        figures |= perplexity(model, tokenizer, options.data, settings, how.batch_size, options.bootstrap)
+    if options.harness:
+        limit, folder = options.harness_limit, options.harness_tasks
+        figures["harness"] = harness_metrics(model, tokenizer, options.harness, folder, limit, how.batch_size)
+    return figures
+
+
+def main(arguments: list[str]) -> None:
+    options = _parse(arguments)
+    names = ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")
+    how = Generation(**{name: getattr(options, name) for name in names})
+    check_available(options.metric or [])
+    try:
+        if distributed.planned_world_size() > 1:
+            distributed.initialize()
+            distributed.use_threads()
+        with distributed.together():
+            model, tokenizer = _load(options)
+        model.to(distributed.device()).eval()
         start = time.monotonic()
-        if metric == "exact_match":
-            result = exact_match(model, tokenizer, options.data, settings, options.batch_size, options.max_new_tokens)
-        else:
-            result = perplexity(model, tokenizer, options.data, settings, options.batch_size)
-        shown = {name: value for name, value in result.items() if name != "samples"}
-        logger.info("%s: %s (%.1f s)", metric, json.dumps(shown), time.monotonic() - start)
-        figures |= result
-    if options.output:
-        write_json(options.output, figures)
+        figures = _evaluate(model, tokenizer, options, how)
+        shown = {name: value for name, value in figures.items() if name != "samples"}
+        logger.info("%s (%.1f s)", json.dumps(shown, indent=1), time.monotonic() - start)
+        if options.output and distributed.is_main():
+            write_json(options.output, figures)
+    finally:
+        distributed.shutdown()
 
 
 if __name__ == "__main__":

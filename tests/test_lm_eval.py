@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT
 
 import rosa_ds
 from rosa_ds.config import AdapterConfig, ModelSettings
+from rosa_ds.evaluation.harness import harness_metrics
 from rosa_ds.export.merge import export_merged
 from rosa_ds.models.load import load_model, load_tokenizer
 
@@ -27,11 +30,55 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'rosa-ds[lm-eval]'"
-)
-@pytest.mark.filterwarnings("default")  # the harness' own, at its import
-def test_the_harness_sees_what_the_adapter_model_computes(tmp_path: Path) -> None:
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'rosa-ds[lm-eval]'"
+    ),
+    pytest.mark.filterwarnings("default"),  # the harness' own, at its import
+]
+WORDS = ["table", "name", "a", "SELECT"]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder with a task of four questions."""
+    rows = [{"question": f"The {word} of number {n}", "choices": WORDS, "answer": n} for n, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "which_word.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
+    return tmp_path / "tasks"
+
+
+def test_a_task_by_the_program(tasks: Path, tmp_path: Path) -> None:
+    """``launch/eval.py`` gives the harness' figures, of the model that is in memory."""
+    arguments = [
+        "tiny",
+        "--harness",
+        "which_word",
+        "--harness-tasks",
+        str(tasks),
+        "--output",
+        str(tmp_path / "out.json"),
+    ]
+    runpy.run_path(str(ROOT / "launch" / "eval.py"))["main"](arguments)
+    found = json.loads((tmp_path / "out.json").read_text())["harness"]
+    right = 0
+    model, tokenizer = load_model(ModelSettings(), torch.float32), load_tokenizer(ModelSettings())
+    for number, asked in enumerate(WORDS):
+        question, scores = f"The {asked} of number {number}", []
+        for word in WORDS:
+            ids = torch.tensor([tokenizer(f"{question} {word}")["input_ids"]])
+            before = len(tokenizer(question)["input_ids"])
+            with torch.no_grad():
+                log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scores.append(float(log_p.gather(1, ids[0, 1:, None])[before - 1 :].sum()))
+        right += scores.index(max(scores)) == number
+    assert found["which_word"]["acc,none"] == right / 4
+    with pytest.raises(ValueError, match=r"--harness no_such_task: lm-eval .* has no such task"):
+        harness_metrics(model, tokenizer, ["no_such_task"], tasks)
+
+
+def test_the_harness_sees_what_the_adapter_model_computes(tasks: Path, tmp_path: Path) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -45,16 +92,11 @@ def test_the_harness_sees_what_the_adapter_model_computes(tmp_path: Path) -> Non
     rosa_ds.save_adapter(model, tmp_path / "adapter", base={"name_or_path": "tiny"})
     out = export_merged(tmp_path / "adapter", tmp_path / "out", torch.float32)
 
-    words = ["table", "name", "a", "SELECT"]
-    rows = [{"question": f"The {word} of number {n}", "choices": words, "answer": n} for n, word in enumerate(words)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "which_word.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
     result = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(out), "dtype": "float32"},
         tasks=["which_word"],
-        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         device="cpu",
         batch_size=2,
         bootstrap_iters=0,

@@ -1,12 +1,44 @@
-"""Batched greedy generation."""
+"""Batched generation with a KV cache, greedy or sampled, divided over ranks."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rosa_ds import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How continuations are made.
+
+    Attributes:
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        top_p: tokens are drawn from the likeliest that together have this probability.
+        seed: of the draws.
+    """
+
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.max_new_tokens) < 1:
+            raise ValueError(
+                f"--batch-size and --max-new-tokens are 1 or more, given {self.batch_size} and {self.max_new_tokens}"
+            )
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"--temperature is 0 (greedy) or more, --top-p above 0 and at most 1; given {self.temperature} and {self.top_p}"
+            )
+        if not self.temperature and self.top_p < 1:
+            raise ValueError("--top-p has no meaning for greedy generation: give a --temperature above 0, too")
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -16,39 +48,56 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
 
 
+def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raise ValueError where a prompt and what follows it go beyond the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if positions is not None and longest + new > positions:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, and with --max-new-tokens {new} that is more than the model's {positions} "
+            "positions: give fewer new tokens, or shorter rows"
+        )
+
+
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    batch_size: int,
-    max_new_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Generation
 ) -> list[str]:
-    """The greedy continuation of each prompt, decoded without special tokens, in the order given.
+    """The continuation of each prompt, decoded without special tokens, in the order given: the same on every rank.
 
-    Prompts of similar length share a batch; they are padded on the left.
+    Prompts of similar length share a batch; they are padded on the left. Each rank has the whole model and does every n-th
+    batch; what is drawn for a batch depends on its number and the seed alone, so not on the number of ranks.
+
+    Raises: ValueError for a prompt beyond the model's positions.
     """
-    stops = stop_tokens(model, tokenizer)
+    _check_room(model, prompts, how.max_new_tokens)
+    drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature else {}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stops,
+        max_new_tokens=how.max_new_tokens,
+        do_sample=bool(how.temperature),
+        eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        **drawn,
     )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch", disable=None):
-        chosen = order[start : start + batch_size]
+    batches = [order[start : start + how.batch_size] for start in range(0, len(order), how.batch_size)]
+    mine: dict[int, str] = {}
+    turns = range(distributed.rank(), len(batches), distributed.world_size())
+    for number in tqdm(turns, desc="generating", unit="batch", disable=None if distributed.is_main() else True):
+        chosen = batches[number]
         longest = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for row, index in enumerate(chosen):
             ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
-        output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(how.seed * 1_000_003 + number)
+            output = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
         for row, index in enumerate(chosen):
-            texts[index] = tokenizer.decode(output[row, longest:], skip_special_tokens=True)
-    return texts
+            mine[index] = tokenizer.decode(output[row, longest:], skip_special_tokens=True)
+    texts = {index: text for part in distributed.gather_objects(mine) for index, text in part.items()}
+    return [texts[index] for index in range(len(prompts))]

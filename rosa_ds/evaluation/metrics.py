@@ -1,59 +1,96 @@
-"""Numbers that say how good a model is on rows of data."""
+"""Numbers that say how good a model is on rows of data, each with its 95 % bootstrap interval over the rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rosa_ds import distributed
 from rosa_ds.config import DataSettings
-from rosa_ds.data.formats import parse_row
-from rosa_ds.data.prepare import columns_of, prepare
-from rosa_ds.data.sources import load_rows
-from rosa_ds.data.tokenise import prompt_and_reference
-from rosa_ds.evaluation.generate import generate
-from rosa_ds.training.evaluate import evaluate_loss
-from rosa_ds.training.loss import accepts_kept_positions
+from rosa_ds.data.batches import load_batch
+from rosa_ds.data.prepare import prepare
+from rosa_ds.evaluation.generate import Generation, generate
+from rosa_ds.evaluation.questions import load_questions
+from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, interval, over_all
+from rosa_ds.training.loss import accepts_kept_positions, token_losses
 
 
-def exact_match(
+def written_metrics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    settings: DataSettings,
+    metrics: Sequence[str],
+    how: Generation,
+    resamples: int = 1000,
+) -> dict[str, Any]:
+    """Metrics of what the model writes. Collective: every rank does a part and returns the same.
+
+    Args:
+        source: rows with prompt and answer; those with the same prompt are one question with several right answers.
+        metrics: some of :data:`rosa_ds.evaluation.scores.GENERATED`.
+        resamples: of the bootstrap; 0: no intervals.
+
+    Returns: each metric by its name (a share of 1, BLEU and chrF of 100), ``<metric>_interval``, ``rows`` (questions), and
+        ``samples``: of every question prompt, references, prediction and its ``scores``.
+    """
+    check_available(metrics)
+    with distributed.main_first():
+        questions = load_questions(source, tokenizer, settings)
+    predictions = [text.strip() for text in generate(model, tokenizer, [q.prompt for q in questions], how)]
+    references = [question.references for question in questions]
+    figures: dict[str, Any] = {}
+    scores = {metric: by_question(metric, predictions, references) for metric in metrics}
+    for metric in metrics:
+        if metric in CORPUS_SCORES:
+            figures |= over_all(metric, predictions, references, resamples)
+            continue
+        figures[metric] = sum(scores[metric]) / len(questions)
+        if resamples:
+            figures[f"{metric}_interval"] = interval(scores[metric], resamples)
+    samples = [
+        {
+            "prompt": tokenizer.decode(question.prompt),
+            "references": list(question.references),
+            "prediction": prediction,
+            "scores": {metric: scores[metric][number] for metric in metrics},
+        }
+        for number, (question, prediction) in enumerate(zip(questions, predictions, strict=True))
+    ]
+    return {**figures, "rows": len(questions), "samples": samples}
+
+
+@torch.no_grad()
+def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source: str,
     settings: DataSettings,
     batch_size: int,
-    max_new_tokens: int,
+    resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Share of rows whose greedy completion equals the reference after both are stripped of outer white space.
+    """``exp`` of the mean negative log-likelihood of the completions' tokens, as training sees them. Collective.
 
-    Returns: ``exact_match``, ``rows``, and ``samples`` with every prompt, reference and prediction.
+    Returns: ``perplexity``, ``perplexity_interval``, ``loss`` (nats a token), ``examples``, ``trained_tokens``.
     """
-    rows = load_rows(source, "eval")
-    prompts, references = [], []
-    for index, row in enumerate(rows):
-        try:
-            ids, reference = prompt_and_reference(parse_row(row, columns_of(settings)), tokenizer, settings.separator)
-        except ValueError as error:
-            raise ValueError(f"{rows.where(index)}: {error}") from None
-        prompts.append(ids)
-        references.append(reference.strip())
-    predictions = [text.strip() for text in generate(model, tokenizer, prompts, batch_size, max_new_tokens)]
-    hits = [prediction == reference for prediction, reference in zip(predictions, references, strict=True)]
-    samples = [
-        {"prompt": tokenizer.decode(ids), "reference": reference, "prediction": prediction, "match": hit}
-        for ids, reference, prediction, hit in zip(prompts, references, predictions, hits, strict=True)
-    ]
-    return {"exact_match": sum(hits) / len(hits), "rows": len(hits), "samples": samples}
-
-
-def perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, settings: DataSettings, batch_size: int
-) -> dict[str, Any]:
-    """``exp`` of the mean negative log-likelihood of the completions' tokens, as training sees them."""
-    data = prepare(source, "eval", tokenizer, settings)
-    with torch.inference_mode():
-        loss = evaluate_loss(model, data, batch_size, tokenizer.pad_token_id, accepts_kept_positions(model))
-    assert loss is not None, "nobody interrupts this evaluation"
-    return {"perplexity": math.exp(loss), "loss": loss, "rows": len(data), "trained_tokens": int(data.trained.sum())}
+    with distributed.main_first():
+        data = prepare(source, "eval", tokenizer, settings)
+    selects = accepts_kept_positions(model)
+    order = np.argsort(-data.lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    sums = torch.zeros(len(data), dtype=torch.float64)
+    for indices in batches[distributed.rank() :: distributed.world_size()]:
+        losses = token_losses(model, load_batch(data, indices, tokenizer.pad_token_id), model.device, selects)
+        sums[torch.from_numpy(indices)] = losses.double().sum(dim=1).cpu()
+    sums = distributed.sum_over_ranks(sums.to(distributed.device())).cpu()
+    loss = float(sums.sum()) / int(data.trained.sum())
+    figures: dict[str, Any] = {"perplexity": math.exp(loss), "loss": loss, "examples": len(data)}
+    if resamples:
+        ends = interval((sums.numpy() / data.trained).tolist(), resamples, weights=data.trained.tolist())
+        figures["perplexity_interval"] = [math.exp(end) for end in ends]
+    return {**figures, "trained_tokens": int(data.trained.sum())}

@@ -23,16 +23,28 @@ def token_loss_sum(model: Any, batch: Batch, device: torch.device, selects: bool
         model: the model or its DeepSpeed engine.
         selects: see :func:`accepts_kept_positions`; otherwise logits of all positions are computed and selected.
     """
+    logits = _logits(model, batch, device, selects)
+    targets = batch.targets.to(device)
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def token_losses(model: Any, batch: Batch, device: torch.device, selects: bool) -> Tensor:
+    """The negative log-likelihood of every target, float32 (rows, kept positions), 0 where there is none. Arguments as above."""
+    logits = _logits(model, batch, device, selects)
+    targets = batch.targets.to(device)
+    return nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORE, reduction="none")
+
+
+def _logits(model: Any, batch: Batch, device: torch.device, selects: bool) -> Tensor:
+    """Of the kept positions: (rows, kept, vocabulary)."""
     kept = batch.kept.to(device)
     arguments = {"logits_to_keep": kept} if selects else {}
-    logits = model(
+    logits: Tensor = model(
         input_ids=batch.input_ids.to(device),
         attention_mask=batch.attention_mask.to(device),
         use_cache=False,
         **arguments,
     ).logits
-    if not selects:
-        logits = logits[:, kept]
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch.targets.to(device).flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return logits if selects else logits[:, kept]

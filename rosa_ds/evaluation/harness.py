@@ -1,0 +1,46 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on a model in memory. Extra: ``lm-eval``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def harness_metrics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    folder: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """The harness' own figures of each task, as it names them (``acc,none``), with its standard errors.
+
+    Args:
+        tasks: names that the harness knows, or that task files in ``folder`` give.
+        limit: rows of each task; ``None``: all.
+
+    Raises: ValueError where the harness is not installed, or does not know a task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"--harness needs lm-eval ({error}): pip install 'rosa-ds[lm-eval]'") from error
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise ValueError(
+            f"--harness {unknown[0]}: lm-eval {lm_eval.__version__} has no such task: `lm-eval ls tasks` lists them; your own are found "
+            "with --harness-tasks FOLDER"
+        )
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    result = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit)
+    assert result is not None, "the harness answers on the first rank, and there is one"
+    return {
+        task: {key: value for key, value in found.items() if key != "alias"}
+        for task, found in result["results"].items()
+    }

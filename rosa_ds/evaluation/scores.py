@@ -1,0 +1,141 @@
+"""How good a prediction is: by question, and BLEU and chrF over all of them, with 95 % intervals.
+
+What is a library's is the library's: SQL is read by sqlglot, BLEU and chrF are sacrebleu's. Both are in the extra ``evaluation``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def exact_match(prediction: str, reference: str) -> bool:
+    """Are both the same text?"""
+    return prediction == reference
+
+
+def answer_match(prediction: str, reference: str) -> bool:
+    """Do both end with the same number? GSM8K's: what follows ``####``, else the last number; ``1,200.0`` is ``1200``.
+
+    Raises: ValueError for a reference without a number.
+    """
+    expected = _last_number(reference)
+    if expected is None:
+        raise ValueError(
+            f"answer_match compares numbers, and the reference {reference!r} has none: use exact_match, or other rows"
+        )
+    return _last_number(prediction) == expected
+
+
+def _last_number(text: str) -> float | None:
+    _, mark, behind = text.rpartition("####")
+    numbers = _NUMBER.findall(behind if mark else text)
+    return None if not numbers else float((numbers[0] if mark else numbers[-1]).replace(",", ""))
+
+
+def sql_match(prediction: str, reference: str) -> bool:
+    """Are both the same query, but for spaces, the case of names and keywords, kinds of quotes and a last semicolon?
+
+    Texts that are no SQL are compared as they are, without regard to case and spaces.
+    """
+    return _normalised_sql(prediction) == _normalised_sql(reference)
+
+
+@functools.lru_cache(maxsize=4096)
+def _normalised_sql(text: str) -> str:
+    sqlglot = _require("sqlglot", "sql_match")
+    try:
+        # MySQL's words: both kinds of quotes make a string, as in SQLite wherever no column is called like it
+        statements = sqlglot.parse(text, read="mysql")
+    except sqlglot.errors.SqlglotError:
+        return " ".join(text.lower().split()).rstrip("; ")
+    for statement in statements:
+        for name in statement.find_all(sqlglot.exp.Identifier) if statement is not None else ():
+            name.set("this", name.this.lower())
+            name.set("quoted", False)
+    return ";".join(s.sql(dialect="mysql", comments=False) for s in statements if s is not None)
+
+
+QUESTION_SCORES: dict[str, Callable[[str, str], bool]] = {
+    "exact_match": exact_match,
+    "sql_match": sql_match,
+    "answer_match": answer_match,
+}
+"""Each compares a prediction with one reference."""
+CORPUS_SCORES = ("bleu", "chrf")
+GENERATED = (*QUESTION_SCORES, *CORPUS_SCORES)
+"""All metrics that look at what a model writes."""
+
+
+def check_available(metrics: Sequence[str]) -> None:
+    """Raise ValueError for metrics whose library is not installed, before anything is computed."""
+    for metric in metrics:
+        if metric == "sql_match":
+            _require("sqlglot", metric)
+        if metric in CORPUS_SCORES:
+            _require("sacrebleu", metric)
+
+
+def by_question(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """The score of every prediction, (n,): 1 where it matches one of its references, else 0; or sentence BLEU and chrF, 0 to 100."""
+    pairs = list(zip(predictions, references, strict=True))
+    if metric in QUESTION_SCORES:
+        score = QUESTION_SCORES[metric]
+        return [float(any(score(prediction, one) for one in allowed)) for prediction, allowed in pairs]
+    sacrebleu = _require("sacrebleu", metric)
+    sentence = {"bleu": sacrebleu.sentence_bleu, "chrf": sacrebleu.sentence_chrf}[metric]
+    return [float(sentence(prediction, list(allowed)).score) for prediction, allowed in pairs]
+
+
+def over_all(
+    metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]], resamples: int
+) -> dict[str, Any]:
+    """BLEU or chrF of all predictions together: score, 95 % interval, and sacrebleu's signature of how it was computed."""
+    metrics = _require("sacrebleu.metrics", metric)
+    computed = {"bleu": metrics.BLEU, "chrf": metrics.CHRF}[metric]()
+    most = max(map(len, references))
+    # sacrebleu wants the first reference of every question, then the second, ...; None where a question has no more
+    columns = [[allowed[k] if k < len(allowed) else None for allowed in references] for k in range(most)]
+    score = computed.corpus_score(list(predictions), columns, n_bootstrap=resamples or 1)
+    said = json.loads(score.format(is_json=True, signature=computed.get_signature().format()))
+    found: dict[str, Any] = {metric: score.score, f"{metric}_signature": computed.get_signature().format()}
+    if resamples:
+        middle, half = said.get("confidence_mean", 0.0), said.get("confidence_var", 0.0)  # left out where all is 0
+        found[f"{metric}_interval"] = [round(middle - half, 2), round(middle + half, 2)]
+    return found
+
+
+def interval(
+    values: Sequence[float], resamples: int, weights: Sequence[float] | None = None, seed: int = 0
+) -> list[float]:
+    """95 % percentile bootstrap interval of the (weighted) mean: low and high end.
+
+    Args:
+        values: one for each question, (n,).
+        weights: of each in the mean; by default all alike.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    weight = np.ones_like(given) if weights is None else np.asarray(weights, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for number in range(resamples):
+        drawn = generator.integers(0, len(given), len(given))
+        means[number] = np.average(given[drawn], weights=weight[drawn])
+    return [float(end) for end in np.percentile(means, [2.5, 97.5])]
+
+
+def _require(module: str, metric: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"--metric {metric} needs {module.partition('.')[0]}: pip install 'rosa-ds[evaluation]'"
+        ) from error
