@@ -53,6 +53,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the 95 %% intervals; 0: none")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row, for perplexity; default: 2048")
     parser.add_argument("--prompt-column")
+    parser.add_argument("--prompt-template", help='of several columns: "{context}\\n{question}"')
     parser.add_argument("--completion-column")
     parser.add_argument("--harness", action="append", metavar="TASK", help="of lm-eval; may be given more than once")
     parser.add_argument("--harness-tasks", type=Path, metavar="FOLDER", help="with task files of your own")
@@ -88,9 +89,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {"model": options.model, "data": options.data, "dtype": options.dtype}
     metrics = list(dict.fromkeys(options.metric or ["exact_match"])) if options.data else []
-    settings = DataSettings(
-        prompt_column=options.prompt_column, completion_column=options.completion_column, max_length=options.max_length
-    )
+    names = ("prompt_column", "prompt_template", "completion_column", "max_length")
+    settings = DataSettings(**{name: getattr(options, name) for name in names})
     if written := [metric for metric in metrics if metric in GENERATED]:
         figures |= written_metrics(model, tokenizer, options.data, settings, written, how, options.bootstrap)
     if "perplexity" in metrics:

@@ -107,7 +107,9 @@ def _split(arguments: Sequence[str]) -> _SplitArguments:
         elif name.startswith("ds."):
             split.deepspeed[name[3:]] = value_of(flag, inline)
         elif name in known:
-            split.ours.append(f"{flag}={value_of(flag, inline)}")
+            value = value_of(flag, inline)
+            # pydantic-settings cuts flag=value at the first line's end; argparse takes a lone -1 for a flag
+            split.ours += [f"{flag}={value}"] if value.startswith("-") else [flag, value]
         else:
             allowed = [*known, "config", "resume", "dry-run", "help"]
             raise ValueError(f"unknown setting --{name}.{did_you_mean(name, allowed)} --help lists all settings")
@@ -158,7 +160,7 @@ def validation_message(error: ValidationError, source: str) -> str:
 
 
 def build_config(section: Mapping[str, Any], arguments: Sequence[str] = (), source: str = "settings") -> RunConfig:
-    """The validated configuration of a section ``"rosa"`` and ``--name=value`` overrides.
+    """The validated configuration of a section ``"rosa"`` and ``--name value`` overrides.
 
     Raises:
         ValueError: an unknown setting (with the nearest name), a wrong value or a wrong combination.

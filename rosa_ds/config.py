@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rosa_ds.data.formats import Template
+
 Method = Literal["full", "lora", "sparse", "robust", "subspace", "robust-subspace"]
 Score = Literal["mean_squared", "mean", "random", "magnitude", "gradient_over_magnitude"]
 
@@ -171,6 +173,8 @@ class DataSettings(Section):
     """As data.train. Where not given: a held-out set for builtin:sql, else no evaluation."""
     prompt_column: str | None = None
     """Column with the prompt, where the column names do not tell."""
+    prompt_template: str | None = None
+    """The prompt's text, made of several columns, in place of prompt_column: "{context}\\nQuestion: {question}"."""
     completion_column: str | None = None
     """Column with the completion, where the column names do not tell."""
     max_length: Annotated[int, Field(ge=2)] = 1024
@@ -181,6 +185,17 @@ class DataSettings(Section):
     """Put between prompt and completion where the tokenizer has no chat template."""
     batching: Literal["sorted", "random"] = "sorted"
     """Inside one optimizer step, micro-batches of examples of similar length (less padding) or in drawn order."""
+
+    @model_validator(mode="after")
+    def _prompt_and_completion(self) -> DataSettings:
+        if self.prompt_column is not None and self.prompt_template is not None:
+            raise ValueError("data.prompt_column and data.prompt_template both say what the prompt is: give one")
+        if (self.prompt_column is None and self.prompt_template is None) != (self.completion_column is None):
+            given = "prompt_template" if self.prompt_template is not None else "prompt_column"
+            raise ValueError(f"data.{given} and data.completion_column belong together: give both or neither")
+        if self.prompt_template is not None:
+            Template(self.prompt_template)
+        return self
 
 
 class TrainingSettings(Section):
@@ -254,8 +269,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> RunConfig:
         self.adapter_config()
-        if (self.data.prompt_column is None) != (self.data.completion_column is None):
-            raise ValueError("data.prompt_column and data.completion_column belong together: give both or neither")
         if self.method == "full" and self.model.quantization != "none":
             raise ValueError(
                 f"method full trains the base itself, which model.quantization {self.model.quantization} freezes: set it to none, "

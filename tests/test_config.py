@@ -63,6 +63,11 @@ def test_values_of_every_kind() -> None:
     assert config.data.separator == " "
 
 
+@pytest.mark.parametrize("text", ["\n\n", "a\nb", "-1", "-a b", " a ", "[a", 'a"b', "a,b", "{a}"])
+def test_a_text_arrives_as_it_was_given(text: str) -> None:
+    assert parse_command_line([f"--data.separator={text}"]).config.data.separator == text
+
+
 def test_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("method", "lora")
     monkeypatch.setenv("METHOD", "lora")
@@ -103,6 +108,9 @@ def test_resolved_configuration_round_trips() -> None:
         (["--adapter.density", "0", "--method", "sparse"], "adapter.density is 0, but method sparse"),
         (["--method", "full", "--adapter.modules_to_save", "norm"], "modules_to_save has no meaning with method full"),
         (["--data.prompt_column", "a"], "belong together: give both or neither"),
+        (["--data.completion_column", "a"], "belong together: give both or neither"),
+        (["--data.prompt_template", "{a}"], "data.prompt_template and data.completion_column belong together"),
+        (["--data.prompt_template", "{a}", "--data.prompt_column", "b"], "both say what the prompt is"),
         (["--adapter", "3"], "a section is an object of settings|error parsing CLI"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config import DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, BatchPlan, collate, epoch_order, load_batch
-from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
+from rosa_ds.data.formats import Conversation, Pair, PlainText, Template, parse_row
 from rosa_ds.data.prepare import prepare
 from rosa_ds.data.sources import load_rows
 from rosa_ds.data.sql import generate_pairs
@@ -83,6 +83,20 @@ def test_rows(row: dict[str, Any], columns: tuple[str, str] | None, expected: ob
 def test_rejects_rows(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_row(row)
+
+
+def test_a_prompt_of_several_columns() -> None:
+    row = {"question": "How many?", "table schema": "t (a)", "answer": "3"}
+    template = Template("Given {{{table schema}}}:\n{question}")
+    assert parse_row(row, (template, "answer")) == Pair("Given {t (a)}:\nHow many?", "3")
+    with pytest.raises(ValueError, match="there is no column 'quest'"):
+        parse_row(row, (Template("{quest}"), "answer"))
+
+
+@pytest.mark.parametrize("text", ["no column", "{}", "{a", "a}"])
+def test_a_template_that_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match="the template"):
+        Template(text)
 
 
 def test_named_column_that_is_missing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,11 +38,36 @@ class PlainText:
 Example = Conversation | Pair | PlainText
 
 
-def parse_row(row: Mapping[str, Any], columns: tuple[str, str] | None = None) -> Example:
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A prompt made of several columns: ``"{context}\\n{question}"``; ``{{`` and ``}}`` are braces.
+
+    Raises: ValueError if it names no column, or is not of this form.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None]
+        except ValueError as error:
+            raise ValueError(
+                f"the template {self.text!r} cannot be read ({error}): a column is {{name}}, a brace {{{{"
+            ) from None
+        if not names or "" in names:
+            raise ValueError(f"the template {self.text!r} names no column: write {{name}} where a column's text goes")
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """The prompt of a row. Raises: ValueError for a column that is not there or has no text."""
+        parts = string.Formatter().parse(self.text)
+        return "".join(text + (_text(row, name) if name is not None else "") for text, name, _, _ in parts)
+
+
+def parse_row(row: Mapping[str, Any], columns: tuple[str | Template, str] | None = None) -> Example:
     """Read one row: ``messages``; prompt and completion (or question and answer); or ``text``.
 
     Args:
-        columns: names of the prompt and the completion column, where the names do not tell.
+        columns: name of the prompt's column, or a template for it, and of the completion's, where the names do not tell.
 
     Raises:
         ValueError: the row fits no format, or a field has the wrong content. The caller adds file and row.
@@ -57,7 +83,7 @@ def parse_row(row: Mapping[str, Any], columns: tuple[str, str] | None = None) ->
         return PlainText(_text(row, "text"))
     raise ValueError(
         f"the columns {', '.join(sorted(row))} fit no format (messages; prompt and completion; question and answer; text): "
-        "name two with data.prompt_column and data.completion_column"
+        "name two with data.prompt_column (or make the prompt of several with data.prompt_template) and data.completion_column"
     )
 
 
@@ -72,8 +98,9 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     return value
 
 
-def _pair(row: Mapping[str, Any], columns: tuple[str, str]) -> Pair:
-    return Pair(_text(row, columns[0]), _text(row, columns[1]))
+def _pair(row: Mapping[str, Any], columns: tuple[str | Template, str]) -> Pair:
+    prompt, completion = columns
+    return Pair(prompt.fill(row) if isinstance(prompt, Template) else _text(row, prompt), _text(row, completion))
 
 
 def _conversation(messages: Any) -> Conversation:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config import DataSettings
-from rosa_ds.data.formats import PlainText, parse_row
+from rosa_ds.data.formats import PlainText, Template, parse_row
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens, tokenise
 
@@ -51,10 +51,13 @@ class TokenSet:
         return Tokens(row["ids"], row["trained"])
 
 
-def columns_of(settings: DataSettings) -> tuple[str, str] | None:
-    """The named prompt and completion column, for :func:`rosa_ds.data.formats.parse_row`."""
-    if settings.prompt_column is None or settings.completion_column is None:
+def columns_of(settings: DataSettings) -> tuple[str | Template, str] | None:
+    """The named prompt (or its template) and completion column, for :func:`rosa_ds.data.formats.parse_row`."""
+    if settings.completion_column is None:
         return None
+    if settings.prompt_template is not None:
+        return Template(settings.prompt_template), settings.completion_column
+    assert settings.prompt_column is not None, "they belong together"
     return settings.prompt_column, settings.completion_column
 
 
