@@ -11,11 +11,19 @@ import torch
 from launching import ROOT, run
 
 from rosa_ds import logs
-from rosa_ds.config import RunConfig
-from rosa_ds.errors import INTERRUPTED_STATUS
+from rosa_ds.cli import parse_command_line
+from rosa_ds.config import ModelSettings, RunConfig
+from rosa_ds.errors import INTERRUPTED_STATUS, RunError
 from rosa_ds.planning import doctor
+from rosa_ds.training import run as run_module
 from rosa_ds.training.accounting import ACTIVATIONS, Account
-from rosa_ds.training.failures import explain_memory, explain_status, is_out_of_memory, suggestions
+from rosa_ds.training.failures import (
+    explain_loading,
+    explain_memory,
+    explain_status,
+    is_out_of_memory,
+    suggestions,
+)
 
 GIB = 2**30
 
@@ -25,7 +33,15 @@ def test_two_ranks_are_examined_and_timed(tmp_path: Path) -> None:
     output = run(
         "torchrun", 2, str(ROOT / "launch" / "doctor.py"), "--output", str(tmp_path), "--megabytes", "1", cwd=tmp_path
     )
-    for wanted in ("torch: 2", "compiler:", "/dev/shm:", "write speed:", "network interfaces:", "kernel sddmm: torch"):
+    for wanted in (
+        "torch: 2",
+        "compiler:",
+        "/dev/shm:",
+        "write speed:",
+        "network interfaces:",
+        "kernel sddmm: torch",
+        "kernel tried:",
+    ):
         assert output.count(wanted) == 1  # one host, however many ranks
     assert "all-reduce of 1 MB, gloo:" in output
     assert "all-gather of 1 MB, gloo:" in output
@@ -44,6 +60,22 @@ def test_findings_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "network disk" not in found["model cache (HF_HOME)"]
     alone = doctor.examine_ranks(2**20)
     assert "torchrun --nproc_per_node N" in alone[-1].advice
+
+
+def test_a_kernel_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.probe(torch.device("cpu"))
+    assert not found.advice, found
+    right = doctor.rosa_kernels.sddmm
+    monkeypatch.setattr(doctor.rosa_kernels, "sddmm", lambda *given: 1.1 * right(*given))
+    assert "its results are wrong" in doctor.probe(torch.device("cpu")).advice
+
+    def fails(*given: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(doctor.rosa_kernels, "sddmm", fails)
+    found = doctor.probe(torch.device("cpu"))
+    assert found.found == "RuntimeError: no compiler"
+    assert "ROSA_KERNELS=torch" in found.advice
 
 
 @pytest.mark.parametrize(
@@ -77,6 +109,7 @@ def test_lack_of_memory_names_what_was_held_and_the_largest_remedy_first() -> No
     message = explain_memory(account, RunConfig(), 2, 4, RuntimeError("no more"))
     assert "base 60.00, activations 12.00, optimizer 1.00" in message
     assert message.index("(1) --config ds_configs/zero3.json") < message.index("(2) --training.gradient_checkpointing")
+    assert "out of memory (MemoryError)" in explain_memory(account, RunConfig(), 2, 4, MemoryError())
     account.memory["base"] = GIB
     first, second, _ = suggestions(account, RunConfig(), 2, 4)
     assert "gradient_checkpointing" in first
@@ -114,3 +147,16 @@ def test_each_rank_has_its_log_with_what_was_said_before(
     ]
     assert "[rank 3] on the screen, too" in (screen := capsys.readouterr().err)
     assert "folder" not in screen
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("")])
+def test_memory_that_ends_while_the_model_is_built(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run_module, "_train", fails)
+    command = parse_command_line(["--ds.zero_optimization.stage", "2"])
+    with pytest.raises(RunError, match=r"while the model was built at stage 2 .* \(1\) --config ds_configs/zero3.json"):
+        run_module.train(command)
+    quantised = RunConfig(model=ModelSettings(quantization="nf4"))
+    assert "(1) more ranks at stage 3; (2) --config ds_configs/zero3_offload" in explain_loading(quantised, 3, error)

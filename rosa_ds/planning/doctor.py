@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 import rosa_kernels
 from rosa_ds import distributed
+from rosa_kernels.testing import random_positions, relative_rms
 
 SHARED_BUFFER = 66 * 2**20  # of DeepSpeed's communication op for CPUs, a rank
 _NETWORK_DISKS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")
@@ -102,11 +103,33 @@ def compilers() -> Iterator[Finding]:
 
 
 def kernels() -> Iterator[Finding]:
-    """What our operators run with on this rank's device, tried once."""
+    """What our operators run with on this rank's device, and whether the sampled product comes out right."""
     if importlib.util.find_spec("triton") is None:
         yield Finding("triton", "not installed", "pip install triton, if this machine has a GPU")
     for op, chosen in rosa_kernels.explain(distributed.device()).items():
         yield Finding(f"kernel {op}", f"{chosen.implementation} ({chosen.reason})")
+    yield probe(distributed.device())
+
+
+def probe(device: torch.device) -> Finding:
+    """Run one kernel, compiled at first use where it is Triton's, against a dense product in float64."""
+    generator = torch.Generator().manual_seed(0)
+    grad, x = (torch.randn(96, width, generator=generator).to(device) for width in (80, 112))
+    positions = random_positions(80, 112, 0.05).to(device)
+    begun = time.monotonic()
+    advice = "ROSA_KERNELS=torch runs without Triton; is a C compiler there, and the Triton cache writable?"
+    try:
+        values = rosa_kernels.sddmm(grad, x, positions).cpu()
+    except Exception as error:  # of the compiler, the driver, the cache
+        return Finding("kernel tried", f"{type(error).__name__}: {error}", advice)
+    seconds = time.monotonic() - begun
+    off = relative_rms(values, (grad.double().T @ x.double()).flatten()[positions.long()].cpu())
+    wrong = off > 1e-2  # TF32 and its like are within
+    return Finding(
+        "kernel tried",
+        f"{seconds:.2f} s, relative error {off:.0e}",
+        "its results are wrong: " + advice if wrong else "",
+    )
 
 
 def network() -> Iterator[Finding]:

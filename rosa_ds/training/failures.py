@@ -53,6 +53,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said
 
 
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def suggestions(account: Account, settings: RunConfig, stage: int, micro_batch: int) -> list[str]:
     """Three things to do, the one that helps most first, by what the account says is largest."""
     held = account.memory
@@ -86,7 +90,22 @@ def explain_memory(account: Account, settings: RunConfig, stage: int, micro_batc
     terms = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in held if size > 0.01 * held[0][1])
     numbered = enumerate(suggestions(account, settings, stage, micro_batch), start=1)
     return (
-        f"out of memory ({str(error).splitlines()[0]}). The account of this rank, GiB: {terms}. What helps, most first: "
+        f"out of memory ({_first_line(error)}). The account of this rank, GiB: {terms}. What helps, most first: "
         + "; ".join(f"({number}) {text}" for number, text in numbered)
         + ". --dry-run and launch/plan.py tell before the start what fits; --resume goes on from the last checkpoint"
+    )
+
+
+def explain_loading(settings: RunConfig, stage: int, error: BaseException) -> str:
+    """What to do where memory ends before the first step, while the model is built and given to the engine."""
+    ways = []
+    if stage < 3:
+        ways.append("--config ds_configs/zero3.json, where each rank reads its share of the base alone")
+    if settings.model.quantization == "none" and settings.method != "full":
+        ways.append("--model.quantization nf4, a quarter of a 16-bit base")
+    ways += ["more ranks at stage 3", "--config ds_configs/zero3_offload.json, which keeps the base on the host"]
+    numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(ways[:3], start=1))
+    return (
+        f"out of memory while the model was built at stage {stage} ({_first_line(error)}). What helps, most first: {numbered}. "
+        "--dry-run and launch/plan.py tell before the start what fits"
     )

@@ -34,7 +34,7 @@ from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.context import Run
 from rosa_ds.training.draw import Drawing
 from rosa_ds.training.engine import build_engine, parameter_groups
-from rosa_ds.training.failures import all_statuses, explain_memory, is_out_of_memory
+from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
 from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
 from rosa_ds.training.measuring import full_account
@@ -234,8 +234,16 @@ def train(command: CommandLine) -> Path:
         RunError: the run cannot go on.
         InterruptedRunError: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    with Interruption() as interruption:
-        return _train(command, interruption)
+    try:
+        with Interruption() as interruption:
+            return _train(command, interruption)
+    except RunError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        stage = command.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        raise RunError(explain_loading(command.config, stage, error)) from error
 
 
 def _fill_caches(settings: RunConfig) -> None:
