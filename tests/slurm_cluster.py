@@ -58,6 +58,7 @@ SETTINGS = (
     *("--mask.steps", "3", "--training.warmup_steps", "2", "--training.save_steps", "5"),
 )
 TIMEOUT = 240.0
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED")
 
 
 class Cluster:
@@ -101,9 +102,7 @@ class Cluster:
         end = time.monotonic() + TIMEOUT
         while not ready():
             state = self.job(number)["JobState"]
-            assert state in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), (
-                f"{state} before {what}:\n{self.output(number)[-5000:]}"
-            )
+            assert state in ALIVE, f"{state} before {what}:\n{self.output(number)[-5000:]}"
             assert time.monotonic() < end, (
                 f"no {what} in {TIMEOUT:.0f} s, {state}:\n{self.output(number)[-5000:]}\n{self.call('sinfo')}"
             )
@@ -112,7 +111,7 @@ class Cluster:
     def finish(self, number: int | str, state: str = "COMPLETED") -> None:
         """Until the job has ended, in this state."""
         end = time.monotonic() + TIMEOUT
-        while (now := self.job(number)["JobState"]) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        while (now := self.job(number)["JobState"]) in ALIVE:
             assert time.monotonic() < end, f"{now} after {TIMEOUT:.0f} s:\n{self.output(number)[-5000:]}"
             time.sleep(0.2)
         assert now == state, f"{now}:\n{self.output(number)[-5000:]}"
