@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import launching
 import pytest
 from PIL import Image
 from safetensors import safe_open
+
+from rosa_ds.training import interrupt
 
 COMPARE = str(launching.ROOT / "launch" / "compare.py")
 LR = "adapter.low_rank_lr"
@@ -26,16 +30,27 @@ STUDY = {
     },
     "tune": {LR: [1e-3, 1e-2]},
     "seeds": [1, 2],
-    "evaluate": {"data": "builtin:sql[8:16]", "metric": "exact_match", "options": {"max-new-tokens": 4}},
+    "evaluate": [{"data": "builtin:sql[8:16]", "metric": "exact_match", "options": {"max-new-tokens": 4}}],
     "reference": "lora",
 }  # fmt: skip
 
 
-def test_a_study_of_the_built_in_model(tmp_path: Path) -> None:
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[list[str]], None]]:
+    """compare.py in this process, which saves its start; the programs that it starts are real ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    held = list(interrupt._held)
+    yield runpy.run_path(COMPARE)["main"]
+    for stream in interrupt._held[len(held) :]:
+        stream.close()
+    interrupt._held[:] = held
+
+
+def test_a_study_of_the_built_in_model(tmp_path: Path, main: Callable[[list[str]], None]) -> None:
     study = tmp_path / "study.json"
-    study.write_text(json.dumps(STUDY | {"evaluate": [STUDY["evaluate"]]}))
-    arguments = (COMPARE, str(study), "--output", "out", "--jobs", "2")
-    launching.run("python", 1, *arguments, cwd=tmp_path, timeout=500)
+    study.write_text(json.dumps(STUDY))
+    main([str(study), "--output", "out", "--jobs", "2"])
     out = tmp_path / "out"
     found = json.loads((out / "results.json").read_text())
     assert {run["state"] for run in found["trials"] + found["finals"]} == {"finished"}
@@ -64,9 +79,6 @@ def test_a_study_of_the_built_in_model(tmp_path: Path) -> None:
             assert min(image.size) > 200
             assert len(image.convert("RGB").getcolors(2**24)) > 10
     assert not list(out.rglob("checkpoints"))
-    begun = {path: path.stat().st_mtime for path in out.rglob("log.txt")}
-    launching.run("python", 1, *arguments[:-2], cwd=tmp_path)
-    assert begun == {path: path.stat().st_mtime for path in out.rglob("log.txt")}  # nothing was run again
 
 
 def _validation_loss(folder: Path) -> float:
@@ -79,9 +91,27 @@ def _trained(folder: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def test_wrong_evaluations_are_found_before_anything_is_run(tmp_path: Path) -> None:
+def test_what_cannot_work_is_found_before_anything_is_run(tmp_path: Path, main: Callable[[list[str]], None]) -> None:
     study = tmp_path / "study.json"
     study.write_text(json.dumps(STUDY | {"evaluate": [{"data": "builtin:sql", "metric": "exact_mach"}]}))
-    output = launching.run("python", 1, COMPARE, str(study), "--output", "out", cwd=tmp_path, status=1)
-    assert "invalid choice: 'exact_mach'" in output
+    with pytest.raises(ValueError, match=r"evaluate builtin:sql: [^$]*invalid choice: 'exact_mach'"):
+        main([str(study), "--output", "out"])
+    with pytest.raises(ValueError, match=r"--jobs is 1 or more, given 0"):
+        main([str(study), "--output", "out", "--jobs", "0"])
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named_with_their_extra(
+    tmp_path: Path, main: Callable[[list[str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else object())
+    with pytest.raises(ValueError, match=r"compare\.py needs scipy: pip install 'rosa-ds\[compare\]'"):
+        main(["study.json", "--output", "out"])
+
+
+def test_two_do_not_write_to_one_folder(tmp_path: Path, main: Callable[[list[str]], None]) -> None:
+    (tmp_path / "study.json").write_text(json.dumps(STUDY | {"seeds": []}))
+    with pytest.raises(ValueError, match=r"seeds: list should have"):
+        main(["study.json", "--output", "out"])
+    with pytest.raises(ValueError, match=r"--output .*out: a run is writing there"):
+        main(["study.json", "--output", "out"])

@@ -55,6 +55,9 @@ def test_p_values_need_three_pairs_and_a_spread() -> None:
     assert alike is not None
     assert alike.t_p is None
     assert alike.sign_p == pytest.approx(0.25)
+    same = compare_seeds({1: 0.3, 2: 0.4, 3: 0.5}, {1: 0.3, 2: 0.4, 3: 0.5})
+    assert same is not None
+    assert same.t_p is same.sign_p is None
     assert compare_seeds({1: 0.5}, {2: 0.5}) is None
 
 

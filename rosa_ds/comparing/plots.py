@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from rosa_ds.comparing.results import Results, RunResult
 from rosa_ds.comparing.updates import Changes, LayerMask, cumulated_shares
@@ -42,7 +43,13 @@ def plot_metric(results: Results, metric: str) -> Figure:
             panel.scatter(x, y, s=14, color=color, alpha=0.6)
             panel.scatter([x.mean()], [y.mean()], s=70, color=color, marker="D", edgecolor="black", label=variant)
     panel.set(xlabel="trained parameters", ylabel=metric, xscale="log")
-    panel.legend(fontsize="small")
+    counts = [result.trained for result in results.finals if result.trained is not None]
+    if counts:
+        panel.set_xlim(min(counts) / 1.6, max(counts) * 1.6)  # budgets that are nearly equal should look so
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    _legend(panel)
     return figure
 
 
@@ -88,7 +95,6 @@ def plot_singular_values(changes: Mapping[str, Changes], layers: Sequence[str], 
                 panel.plot(np.arange(1, len(kept) + 1), kept, color=colors[variant], label=variant)
         panel.set_title(layer, fontsize="small")
         panel.set(xlabel="number of the singular value", ylabel="share of the largest", yscale="log")
-        panel.set_ylim(SMALLEST_SHARE, 2)
         _legend(panel)
     return figure
 
@@ -116,7 +122,7 @@ def plot_masks(changes: Mapping[str, Changes], layers: Sequence[str], colors: Ma
             panel.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
             panel.set_title(f"share of entries in the busiest {kind}", fontsize="x-small")
             panel.set(xlabel=f"share of {kind}", xlim=(0, 1), ylim=(0, 1.02))
-            _legend(panel)
+            panel.legend(fontsize="small", loc="lower right")
     return figure
 
 

@@ -190,7 +190,7 @@ def write_report(
     parts += _results(results)
     for metric in results.metrics:
         parts += _picture(plots, metric, f"{metric} against trained parameters: seeds, and the mean of each variant.")
-    parts += _comparisons(results.comparisons())
+    parts += _comparisons(results.comparisons)
     parts += _picture(plots, "losses", "Loss against steps, mean over seeds and their range.")
     parts += _tuning(results, choices, plots)
     if changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -163,6 +164,7 @@ class Results:
         """Numbers of trained parameters that the variant's runs have: one, but for masks of other sizes."""
         return sorted({result.trained for result in self.finals_of(variant) if result.trained is not None})
 
+    @functools.cached_property
     def comparisons(self) -> list[Comparison]:
         """Every variant beside every reference, in every metric that both have."""
         found = []
@@ -239,5 +241,5 @@ def as_json(results: Results, folder: Path) -> dict[str, Any]:
         "trials": [of_run(result) for result in results.trials],
         "finals": [of_run(result) for result in results.finals],
         "summaries": summaries,
-        "comparisons": [dataclasses.asdict(comparison) for comparison in results.comparisons()],
+        "comparisons": [dataclasses.asdict(comparison) for comparison in results.comparisons],
     }

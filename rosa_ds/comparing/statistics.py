@@ -35,7 +35,8 @@ class PairedSeeds:
     Attributes:
         differences: seed -> variant minus reference.
         t_p: two-sided p-value of the paired t-test; ``None`` for fewer than three pairs, or where all differences are equal.
-        sign_p: of the test that turns the sign of each difference (exact for up to 13 pairs); ``None`` as above for few pairs.
+        sign_p: of the test that turns the sign of each difference (exact for up to 13 pairs); ``None`` for fewer than three, or
+            where there is no difference at all.
     """
 
     differences: dict[int, float]
@@ -52,7 +53,7 @@ def compare_seeds(values: Mapping[int, float], reference: Mapping[int, float]) -
     ours, theirs = (np.array([figures[seed] for seed in seeds], float) for figures in (values, reference))
     differences = ours - theirs
     t_p = sign_p = None
-    if len(seeds) >= FEWEST_PAIRS:
+    if len(seeds) >= FEWEST_PAIRS and differences.any():
         if np.ptp(differences) > 1e-12 * np.abs(ours).max():  # else rounding alone would be the spread
             t_p = float(stats.ttest_rel(ours, theirs).pvalue)
         permuted = stats.permutation_test(
