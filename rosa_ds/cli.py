@@ -145,13 +145,19 @@ def _override(config: dict[str, Any], dotted: str, text: str) -> None:
         config[last] = text
 
 
-def validation_message(error: ValidationError, source: str) -> str:
-    """One line for each thing that is wrong: setting, what was given, what is allowed."""
+def validation_message(error: ValidationError, source: str, names: Sequence[str] | None = None) -> str:
+    """One line for each thing that is wrong: setting, what was given, what is allowed.
+
+    Args:
+        names: the settings that there are; by default those of a run.
+    """
     lines = []
+    allowed = setting_names() if names is None else list(names)
+    remedy = "--help lists all settings" if names is None else f"There are {', '.join(names)}"
     for item in error.errors(include_url=False):
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {name}.{did_you_mean(name, setting_names())} --help lists all settings")
+            lines.append(f"unknown setting {name}.{did_you_mean(name, allowed)} {remedy}")
         elif item["type"] == "value_error":
             lines.append(item["msg"].removeprefix("Value error, ") + (f" ({name})" if name else ""))
         else:

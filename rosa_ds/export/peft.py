@@ -152,7 +152,7 @@ def _difference(
     tensors, ranks, left = {}, {}, 0.0
     total = 0.0
     for name, layer in adapted_layers(model).items():
-        difference = _changed_by_draws(layer, source, base)
+        difference = changed_by_draws(layer, source, base)
         A, B = source.trained[f"{name}.A"].float(), source.trained[f"{name}.B"].float()
         difference = torch.addmm(difference, B, A, alpha=layer.scale)
         ranks[name] = min(rank, *difference.shape)
@@ -170,7 +170,7 @@ def _difference(
     return _Peft({**config, "alpha_pattern": patterns, "lora_dropout": 0.0}, tensors)
 
 
-def _changed_by_draws(layer: AdaptedLinear, source: Source, base: Base | None) -> Tensor:
+def changed_by_draws(layer: AdaptedLinear, source: Source, base: Base | None) -> Tensor:
     """``W_fixed − W`` of a layer, (N, M) float32."""
     changed = source.changed(layer.drawn_name)
     if changed is None:

@@ -60,8 +60,11 @@ def take_save_request(folder: Path) -> bool:
     return True
 
 
-def hold_folder(folder: Path) -> None:
+def hold_folder(folder: Path, setting: str = "training.output_dir") -> None:
     """Keep other runs out of a folder until this process ends, however it ends. A lock beside it, since runs are moved aside.
+
+    Args:
+        setting: that named the folder, for messages.
 
     Raises: ValueError if another run holds it.
     """
@@ -71,9 +74,7 @@ def hold_folder(folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")
     except OSError as error:
-        raise ValueError(
-            f"training.output_dir {folder}: its lock {path} cannot be made ({error}); give another folder"
-        ) from None
+        raise ValueError(f"{setting} {folder}: its lock {path} cannot be made ({error}); give another folder") from None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -81,7 +82,7 @@ def hold_folder(folder: Path) -> None:
         holder = stream.read().strip() or "another process"
         stream.close()
         raise ValueError(
-            f"training.output_dir {folder}: a run is writing there ({holder}); wait for it, end it, or give another folder"
+            f"{setting} {folder}: a run is writing there ({holder}); wait for it, end it, or give another folder"
         ) from None
     except OSError as error:  # a file system without locks
         logger.warning("%s cannot be locked (%s): make sure that no other run writes to %s", path, error, folder)

@@ -1,0 +1,63 @@
+"""Compare methods: ``python launch/compare.py STUDY.json --output studies/NAME [--jobs N] [--only PATTERN] [--report-only]``.
+
+Does every run of the study that is not finished, and writes report.md, results.json and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+from rosa_ds.logs import run_program
+
+LAUNCH = Path(__file__).resolve().parent
+
+
+def check_evaluations(study: Path) -> None:
+    """Raise ValueError for an evaluation that eval.py would refuse: with --help it reads its options and does nothing."""
+    from rosa_ds.comparing.study import read_study
+
+    main = runpy.run_path(str(LAUNCH / "eval.py"))["main"]
+    for entry in read_study(study).evaluate:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                main(["tiny", *entry.arguments(), "--help"])
+            except SystemExit as end:
+                if end.code:
+                    raise ValueError(f"study {study}: evaluate {entry.title}: {said.getvalue().strip()}") from None
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__)
+    parser.add_argument("study", type=Path, help="JSON file; launch/recipes has examples")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the study; what is finished in it stays")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--only", metavar="PATTERN", help="these runs alone, e.g. lora, 'robust*' or '*/final-seed1'")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, write the report of what there is")
+    options = parser.parse_args(arguments)
+    missing = [name for name in ("matplotlib", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"compare.py needs {' and '.join(missing)}: pip install 'rosa-ds[compare]'")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is 1 or more, given {options.jobs}")
+    from rosa_ds.comparing.compare import Options, compare
+    from rosa_ds.comparing.running import Programs
+    from rosa_ds.training.interrupt import hold_folder
+
+    if not options.report_only:
+        hold_folder(options.output, "--output")
+    check_evaluations(options.study)
+    programs = Programs(*([sys.executable, str(LAUNCH / name)] for name in ("train.py", "eval.py")))
+    command = shlex.join(["python", "launch/compare.py", *arguments])
+    compare(Options(**vars(options), command=command), programs)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,115 @@
+"""The runs of a study, each with its resolved settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rosa_ds.cli import CommandLine, parse_command_line
+from rosa_ds.comparing.study import Settings, Study, digest_of
+from rosa_ds.config import RunConfig
+from rosa_ds.training.run import sources
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One training run.
+
+    Attributes:
+        label: ``trial2-seed1`` or ``final-seed1``.
+        choice: what of the variant's grid this run has.
+        folder: of the run in the study's; a final run whose settings are those of a trial has the trial's.
+        config: a DeepSpeed JSON file with the section ``rosa``: all of its settings but the output folder.
+        settings: ours among them, with their defaults.
+        digest: of the settings with their defaults: other ones make another run.
+    """
+
+    variant: str
+    label: str
+    seed: int
+    choice: Settings
+    folder: Path
+    config: dict[str, Any]
+    settings: RunConfig
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}/{self.label}"
+
+
+def _text(value: Any) -> str:
+    """A setting's value as train.py's command line has it."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _resolve(study: Study, name: str, settings: Settings) -> CommandLine:
+    given = {} if study.validation is None else {"data.eval": study.validation}
+    arguments = [f"--{key}={_text(value)}" for key, value in (given | settings).items()]
+    try:
+        return parse_command_line([*([] if study.config is None else ["--config", study.config]), *arguments])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _plan(study: Study, root: Path, variant: str, label: str, seed: int, own: Settings, choice: Settings) -> PlannedRun:
+    settings = study.settings | study.variants[variant] | own | choice | {"training.seed": seed}
+    command = _resolve(study, f"{variant}/{label}", settings)
+    unused = [entry for entry in command.config.settings_without_effect() if entry.split(" ")[0] in choice]
+    if unused:
+        raise ValueError(
+            f"tune: {unused[0]} changes nothing in variant {variant}: give it a grid of its own, tune.{variant}"
+        )
+    content = {**command.deepspeed, "rosa": command.config.model_dump(mode="json", exclude_unset=True)}
+    resolved = command.config.model_dump(mode="json")
+    resolved["training"].pop("output_dir")
+    digest = digest_of({"deepspeed": command.deepspeed, "rosa": resolved})
+    return PlannedRun(variant, label, seed, choice, root / "runs" / variant / label, content, command.config, digest)
+
+
+def plan_trials(study: Study, root: Path) -> list[PlannedRun]:
+    """The trials of all variants: the first of each, then the second, and so on.
+
+    Raises: ValueError for settings that train.py would refuse, or a grid that changes nothing.
+    """
+    trials = [
+        _plan(study, root, variant, f"trial{number}-seed{study.seed_of_trials}", study.seed_of_trials, own, choice)
+        for variant in study.variants
+        for own in [study.tune_settings]
+        for number, choice in enumerate(study.choices(variant), start=1)
+    ]
+    for run in trials:
+        if all(purpose != "eval" for _, purpose in sources(run.settings)):
+            raise ValueError(f"{run.name}: tuning needs rows to choose by: give validation")
+    return sorted(trials, key=lambda run: int(run.label.removeprefix("trial").partition("-")[0]))
+
+
+def plan_finals(study: Study, root: Path, best: dict[str, PlannedRun | None]) -> list[PlannedRun]:
+    """The final runs, all variants of a seed before the next seed.
+
+    Args:
+        best: variant -> the trial whose choice it has; ``None``: it was to be tuned and no trial has ended well, so that there
+            are no runs of it. A variant that is not there is not tuned.
+    """
+    runs = []
+    for seed in study.seeds:
+        for variant in study.variants:
+            trial = best.get(variant)
+            if variant in best and trial is None:
+                continue
+            run = _plan(study, root, variant, f"final-seed{seed}", seed, {}, trial.choice if trial else {})
+            if trial is not None and trial.digest == run.digest:  # it has been trained already
+                run = dataclasses.replace(run, folder=trial.folder)
+            runs.append(run)
+    return runs
+
+
+def check_variants(study: Study, root: Path) -> None:
+    """Raise ValueError for settings of a final run that train.py would refuse, whatever tuning chooses."""
+    for variant in study.variants:
+        for choice in study.choices(variant) or [{}]:
+            _plan(study, root, variant, "final", study.seeds[0], {}, choice)
