@@ -156,12 +156,12 @@ def inject(
         model.requires_grad_(True)
         _enter(model, config, seed, keep_base)
         return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
-    targets = find_targets(model, config.target_modules)
+    all_names = [name for name, _ in model.named_modules() if name]
+    whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
+    targets = find_targets(model, config.target_modules, whole)
     check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
     check_patterns(config.alpha_pattern, targets, "adapter.alpha_pattern")
     check_patterns(config.density_pattern, targets, "adapter.density_pattern")
-    all_names = [name for name, _ in model.named_modules() if name]
-    whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
     both = [name for name in targets if any(name == other or name.startswith(other + ".") for other in whole)]
     if both:
         raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")

@@ -1,4 +1,4 @@
-"""The loss: a sum over trained tokens, so that its mean does not depend on how a batch is split."""
+"""The loss: a sum over trained tokens, or classified rows, so that its mean does not depend on how a batch is split."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ def token_loss_sum(model: Any, batch: Batch, device: torch.device, selects: bool
 
     Args:
         model: the model or its DeepSpeed engine.
-        selects: see :func:`accepts_kept_positions`; otherwise logits of all positions are computed and selected.
+        selects: see :func:`accepts_kept_positions`.
     """
-    kept = batch.kept.to(device)
-    arguments = {"logits_to_keep": kept} if selects else {}
-    logits = model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        use_cache=False,
-        **arguments,
-    ).logits
-    if not selects:
-        logits = logits[:, kept]
+    return loss_of(batch.logits(model, device, selects), batch.targets.to(device))
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the negative log-likelihoods of targets that are not :data:`IGNORE`, float32.
+
+    Shapes: logits (B, K, classes); targets (B, K) int64.
+    """
     return nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch.targets.to(device).flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
