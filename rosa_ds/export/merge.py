@@ -173,7 +173,7 @@ def _write_configs(model: PreTrainedModel, settings: ModelSettings, dtype: torch
     model.config.dtype = dtype or stored_dtype(settings)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 
 
