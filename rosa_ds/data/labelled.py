@@ -125,13 +125,14 @@ def _class_names(rows: Rows, column: str) -> Callable[[Any], str]:
     if isinstance(feature, datasets.ClassLabel):
         names = feature.names
         return lambda value: names[value] if value is not None and 0 <= value < len(names) else ""
-    if feature.dtype.startswith(("float", "double", "decimal")):
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    if kind.startswith(("float", "double", "decimal")):
         raise ValueError(
             f"{rows.name}: {column!r} is a column of floating-point numbers (row {rows.first + 1}: {rows.data[0][column]!r}), and "
             "regression is not trained here: give classes as whole numbers or texts"
         )
-    if not feature.dtype.startswith(("int", "uint", "bool", "string", "large_string")):
-        raise ValueError(f"{rows.name}: {column!r} holds {feature.dtype}: a class is a whole number or a text")
+    if not kind.startswith(("int", "uint", "bool", "string", "large_string")):
+        raise ValueError(f"{rows.name}: {column!r} holds {kind}: a class is a whole number or a text")
     return lambda value: "" if value is None else str(value).strip()
 
 
@@ -140,8 +141,8 @@ def _label_of(name: str, value: Any, numbers: Mapping[str, int], column: str) ->
         raise ValueError(f"{column!r} is a class, given {value!r}")
     if name not in numbers:
         raise ValueError(
-            f"{column!r} is {name!r}, which is none of the classes {', '.join(numbers)}{did_you_mean(name, numbers)}: they are "
-            "those of data.train, or of model.labels"
+            f"{column!r} is {name!r}, which is none of the classes {', '.join(numbers)} that data.train or model.labels have."
+            f"{did_you_mean(name, numbers)}"
         )
     return numbers[name]
 

@@ -31,9 +31,10 @@ def scores(labels: NDArray[np.int64], predictions: NDArray[np.int64]) -> dict[st
         raise ValueError(
             "metrics of classification need the package scikit-learn: pip install 'rosa-ds[classification]'"
         ) from None
+    several = len(np.union1d(labels, predictions)) > 1
     return {
         "accuracy": float(metrics.accuracy_score(labels, predictions)),
-        "mcc": float(metrics.matthews_corrcoef(labels, predictions)),
+        "mcc": float(metrics.matthews_corrcoef(labels, predictions)) if several else 0.0,
         "f1": float(metrics.f1_score(labels, predictions, average="macro", zero_division=0.0)),
     }
 

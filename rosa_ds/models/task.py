@@ -130,7 +130,8 @@ def settle_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
         return int(tokenizer.pad_token_id)
     config = model.config.get_text_config()
     known = config.pad_token_id
-    pad_id = known if isinstance(known, int) and known >= 0 else tokenizer.pad_token_id
+    own = (known if isinstance(known, int) and known >= 0 else None, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad_id = next((number for number in own if number is not None), None)
     if pad_id is None:
         raise ValueError(
             f"{model.name_or_path} and its tokenizer have no padding token and no end-of-text token: set pad_token_id in its config"
