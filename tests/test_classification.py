@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifiers import DECODERS, ENCODERS, make_base, make_rows, make_tokenizer, write_rows
+from classifiers import DECODERS, ENCODERS, SIZES, make_base, make_rows, make_tokenizer, write_rows
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AlbertConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import rosa_ds
 from rosa_ds.adapters.quantize import quantize
@@ -82,6 +82,17 @@ def test_a_pooler_that_is_there_is_adapted_and_not_new(tmp_path: Path) -> None:
     assert "classifier" not in find_targets(model, ["all-linear"])
 
 
+def test_a_pooler_that_is_one_layer(tmp_path: Path) -> None:
+    """ALBERT's, which its language models lack."""
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    AutoModelForMaskedLM.from_config(AlbertConfig(vocab_size=24, embedding_size=32, **sizes)).save_pretrained(tmp_path)
+    config = build_config({"model": settings(tmp_path).model_dump(), "adapter": {"rank": 2}})
+    model = load_model(config.model, torch.float32)
+    report = rosa_ds.inject(model, with_head(config, model).adapter_config())
+    assert sorted(report.trained_whole) == ["albert.pooler", "classifier"]
+    assert not any("pooler" in name for name in report.adapted)
+
+
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 def test_a_head_for_the_same_classes_goes_on(tmp_path: Path, kind: str) -> None:
     make_base(tmp_path / "base", kind)
@@ -97,6 +108,9 @@ def test_a_head_for_the_same_classes_goes_on(tmp_path: Path, kind: str) -> None:
         assert not base.new
         assert whole_modules(again) == whole_modules(streamed) == ["classifier"]
         assert all(torch.equal(p, first.get_parameter(name)) for name, p in again.named_parameters())
+    known = load_model(ModelSettings(name_or_path=str(tmp_path / "base"), task="classification"), torch.float32)
+    assert torch.equal(next(known.classifier.parameters()), next(first.classifier.parameters()))
+    assert known.config.id2label == {0: "good", 1: "bad"}
     for labels in (("bad", "good"), ("good", "bad", "other"), ("yes", "no")):
         other = load_model(settings(tmp_path / "base", *labels), torch.float32, seed=2)
         _, base = stream_base(settings(tmp_path / "base", *labels), torch.float32, seed=2)

@@ -78,7 +78,9 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
     if wanted == ["all-linear"]:
         heads = head_names(model, layers)
         poolers = tuple(f"{name}." for name in whole if is_classifier(model) and is_pooler(name))
-        return {name: layer for name, layer in layers.items() if name not in heads and not name.startswith(poolers)}
+        return {
+            name: layer for name, layer in layers.items() if name not in heads and not f"{name}.".startswith(poolers)
+        }
     names = match_names(wanted, [name for name, _ in model.named_modules() if name], "adapter.target_modules")
     not_linear = [name for name in names if name not in layers]
     if not_linear:

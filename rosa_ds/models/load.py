@@ -76,8 +76,9 @@ def base_classes(settings: ModelSettings) -> list[str]:
 
 
 def keeps_head(settings: ModelSettings) -> bool:
-    """Whether training goes on with the base's own head: one for just these classes."""
-    return settings.task == "classification" and base_classes(settings) == settings.labels
+    """Whether training goes on with the base's own head: one for just these classes, or for any where none are given."""
+    classes = base_classes(settings) if settings.task == "classification" else []
+    return bool(classes) and settings.labels in ([], classes)
 
 
 def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> PreTrainedModel:
