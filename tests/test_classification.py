@@ -152,7 +152,7 @@ def test_a_base_that_lacks_more_than_a_head_is_refused(tmp_path: Path) -> None:
         load_model(settings(tmp_path / "base"), torch.float32)
 
 
-def test_the_head_is_trained_whole_and_stays_dense(tmp_path: Path) -> None:
+def test_the_head_is_trained_whole_and_stays_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_base(tmp_path / "base", "bert")
     config = build_config({"model": settings(tmp_path / "base").model_dump(), "method": "robust"})
     model = load_model(config.model, torch.float32)
@@ -166,9 +166,14 @@ def test_the_head_is_trained_whole_and_stays_dense(tmp_path: Path) -> None:
     kinds = {name for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)}
     assert len(kinds) == 12
     assert not any(name.startswith(("classifier", "bert.pooler")) for name in kinds)
+    idle = copy.deepcopy(model)
+    caplog.clear()
     report = rosa_ds.inject(model, config.adapter_config())
     assert report.trained_whole == ("bert.pooler", "classifier")
     assert len(report.adapted) == 12
+    assert not caplog.records
+    rosa_ds.inject(idle, AdapterConfig(method="lora", rank=2))
+    assert "the classifier's head (classifier) stays as it is: modules_to_save would train it" in caplog.text
 
 
 def test_an_adapter_says_its_task_and_classes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -25,8 +26,10 @@ from rosa_ds.config import (
     Factorization,
 )
 from rosa_ds.models.quantized import QuantizedLinear
+from rosa_ds.models.task import head_modules
 
 _DRAW = DrawSettings()
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,8 @@ def inject(
         raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
 
     _check_trainable(model, whole)
+    if idle := [name for name in head_modules(model) if not any(f"{name}.".startswith(f"{w}.") for w in whole)]:
+        logger.warning("the classifier's head (%s) stays as it is: modules_to_save would train it", ", ".join(idle))
     plans = {name: plan_layer(name, layer, config) for name, layer in targets.items()}
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:
