@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rosa_ds import distributed
 from rosa_ds.adapters.state import CONFIG_FILE
 from rosa_ds.config import DataSettings, ModelSettings
+from rosa_ds.evaluation.classification import CLASSIFIED, classify
 from rosa_ds.evaluation.generate import Generation
 from rosa_ds.evaluation.harness import harness_metrics
 from rosa_ds.evaluation.metrics import perplexity, written_metrics
@@ -27,9 +28,11 @@ from rosa_ds.export.source import open_source
 from rosa_ds.files import write_json
 from rosa_ds.logs import run_program
 from rosa_ds.models.load import load_model, load_tokenizer
+from rosa_ds.models.task import is_classifier
 from rosa_ds.training.checkpoint import is_checkpoint
 
-METRICS = (*GENERATED, "perplexity")
+METRICS = (*GENERATED, "perplexity", *CLASSIFIED)
+COLUMNS = ("prompt_column", "prompt_template", "completion_column", "text_column", "pair_column", "label_column")
 logger = logging.getLogger("rosa_ds.launch.eval")
 
 
@@ -38,7 +41,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", help="run, checkpoint or adapter folder, model folder, hub name, .gguf file or tiny")
     parser.add_argument("--data", help="as data.train, e.g. rows.jsonl[700:800] or builtin:sql")
     parser.add_argument(
-        "--metric", action="append", choices=METRICS, help="may be given more than once; default: exact_match"
+        "--metric",
+        action="append",
+        choices=METRICS,
+        help="may be given more than once; default: exact_match, of a classifier accuracy",
     )
     parser.add_argument("--output", type=Path, help="JSON file with the figures and every sample")
     parser.add_argument(
@@ -52,9 +58,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the 95 %% intervals; 0: none")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row, for perplexity; default: 2048")
-    parser.add_argument("--prompt-column")
-    parser.add_argument("--prompt-template", help='of several columns: "{context}\\n{question}"')
-    parser.add_argument("--completion-column")
+    for name in COLUMNS:
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"as data.{name} of train.py")
     parser.add_argument("--harness", action="append", metavar="TASK", help="of lm-eval; may be given more than once")
     parser.add_argument("--harness-tasks", type=Path, metavar="FOLDER", help="with task files of your own")
     parser.add_argument("--harness-limit", type=int, metavar="N", help="rows of each of lm-eval's tasks")
@@ -80,7 +85,8 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
         return model, run_tokenizer(source)
     if options.unmerged:
         raise ValueError(f"--unmerged is for runs, checkpoints and adapters; {options.model} is a model")
-    base = ModelSettings(name_or_path=options.model)
+    classifies = any(metric in CLASSIFIED for metric in options.metric or [])
+    base = ModelSettings(name_or_path=options.model, task="classification" if classifies else "causal-lm")
     return load_model(base, dtype), load_tokenizer(base)
 
 
@@ -88,11 +94,18 @@ def _evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace, how: Generation
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {"model": options.model, "data": options.data, "dtype": options.dtype}
-    metrics = list(dict.fromkeys(options.metric or ["exact_match"])) if options.data else []
-    names = ("prompt_column", "prompt_template", "completion_column", "max_length")
+    default = ["accuracy"] if is_classifier(model) else ["exact_match"]
+    metrics = list(dict.fromkeys(options.metric or default)) if options.data else []
+    if is_classifier(model) and (others := [metric for metric in metrics if metric not in CLASSIFIED]):
+        raise ValueError(
+            f"--metric {others[0]} is of language models, {options.model} is a classifier: use {', '.join(CLASSIFIED)}"
+        )
+    names = [*COLUMNS, "max_length"]
     settings = DataSettings(**{name: getattr(options, name) for name in names})
     if written := [metric for metric in metrics if metric in GENERATED]:
         figures |= written_metrics(model, tokenizer, options.data, settings, written, how, options.bootstrap)
+    if any(metric in CLASSIFIED for metric in metrics):
+        figures |= classify(model, tokenizer, options.data, settings, how.batch_size, options.bootstrap)
     if "perplexity" in metrics:
         figures |= perplexity(model, tokenizer, options.data, settings, how.batch_size, options.bootstrap)
     if options.harness:

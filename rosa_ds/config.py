@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rosa_ds.data.formats import Template
 
 Method = Literal["full", "lora", "sparse", "robust", "subspace", "robust-subspace"]
+Task = Literal["causal-lm", "classification"]
 Score = Literal["mean_squared", "mean", "random", "magnitude", "gradient_over_magnitude"]
 
 Directions = Literal["random", "window", "top", "bottom", "projection"]
@@ -47,6 +48,23 @@ class ModelSettings(Section):
     """With nf4: the scales of its blocks in 8 bits, too (4.13 bits a number instead of 4.5)."""
     attn_implementation: str | None = None
     """Attention of transformers: eager, sdpa, flash_attention_2, ... (its own choice where not given)."""
+    task: Task = "causal-lm"
+    """causal-lm: the next token; classification: the class of a text or a pair of texts, with a head that is trained whole."""
+    labels: list[str] = []
+    """Classes of task classification, in the order of the head's outputs. Where not given: those of data.train, or of a base that is a classifier of the same ones."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_are_names(cls, value: Any) -> Any:
+        return [str(label) for label in value] if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> ModelSettings:
+        if self.labels and self.task != "classification":
+            raise ValueError(f"model.labels are of model.task classification, given is {self.task}: remove them")
+        if self.labels and (len(set(self.labels)) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError(f"model.labels names two or more different classes, given {self.labels}")
+        return self
 
 
 class AdapterSettings(Section):
@@ -177,12 +195,18 @@ class DataSettings(Section):
     """The prompt's text, made of several columns, in place of prompt_column: "{context}\\nQuestion: {question}"."""
     completion_column: str | None = None
     """Column with the completion, where the column names do not tell."""
+    text_column: str | None = None
+    """Column with the text to classify, where the column names do not tell."""
+    pair_column: str | None = None
+    """Column with the second text of a pair to classify; data.text_column names the first."""
+    label_column: str | None = None
+    """Column with the class; where not given: label."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Longest example in tokens."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with an example of more tokens."""
     separator: str = "\n"
-    """Put between prompt and completion where the tokenizer has no chat template."""
+    """Put between prompt and completion where the tokenizer has no chat template, and between the texts of a pair where it has no separator token."""
     batching: Literal["sorted", "random"] = "sorted"
     """Inside one optimizer step, micro-batches of examples of similar length (less padding) or in drawn order."""
 
@@ -208,7 +232,7 @@ class TrainingSettings(Section):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps instead of epochs."""
     learning_rate: Annotated[float, Field(ge=0)] = 2e-5
-    """Learning rate of method full and of adapter.modules_to_save."""
+    """Learning rate of method full, of adapter.modules_to_save and of a classifier's head."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of everything that is trained."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
@@ -269,6 +293,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> RunConfig:
         self.adapter_config()
+        self._check_columns()
         if self.method == "full" and self.model.quantization != "none":
             raise ValueError(
                 f"method full trains the base itself, which model.quantization {self.model.quantization} freezes: set it to none, "
@@ -282,6 +307,17 @@ class RunConfig(Section):
                 "checkpoints have all of it"
             )
         return self
+
+    def _check_columns(self) -> None:
+        """Raise ValueError for columns of another task."""
+        data, other = self.data, ["text_column", "pair_column", "label_column"]
+        if self.model.task == "classification":
+            other = ["prompt_column", "prompt_template", "completion_column"]
+        for name in other:
+            if getattr(data, name) is not None:
+                raise ValueError(f"data.{name} has no meaning with model.task {self.model.task}: remove it")
+        if data.pair_column is not None and data.text_column is None:
+            raise ValueError("data.pair_column is the second text of a pair: give data.text_column, too")
 
     def adapter_config(self) -> AdapterConfig:
         """The adapter section together with the method."""
@@ -329,7 +365,7 @@ class RunConfig(Section):
         unused = self._parts_without_effect()
         if self.method == "full":
             unused["adapter.target_modules"] = "method full trains everything"
-        elif not self.adapter.modules_to_save:
+        elif not self.adapter.modules_to_save and self.model.task == "causal-lm":
             unused["training.learning_rate"] = "adapters have adapter.low_rank_lr and adapter.sparse_lr"
         if self.draws and self.draw.directions == "projection":
             unused["draw.factorization"] = "draw.directions projection factorises nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -25,8 +26,10 @@ from rosa_ds.config import (
     Factorization,
 )
 from rosa_ds.models.quantized import QuantizedLinear
+from rosa_ds.models.task import head_modules
 
 _DRAW = DrawSettings()
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +159,19 @@ def inject(
         model.requires_grad_(True)
         _enter(model, config, seed, keep_base)
         return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
-    targets = find_targets(model, config.target_modules)
+    all_names = [name for name, _ in model.named_modules() if name]
+    whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
+    targets = find_targets(model, config.target_modules, whole)
     check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
     check_patterns(config.alpha_pattern, targets, "adapter.alpha_pattern")
     check_patterns(config.density_pattern, targets, "adapter.density_pattern")
-    all_names = [name for name, _ in model.named_modules() if name]
-    whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
     both = [name for name in targets if any(name == other or name.startswith(other + ".") for other in whole)]
     if both:
         raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
 
     _check_trainable(model, whole)
+    if idle := [name for name in head_modules(model) if not any(f"{name}.".startswith(f"{w}.") for w in whole)]:
+        logger.warning("the classifier's head (%s) stays as it is: modules_to_save would train it", ", ".join(idle))
     plans = {name: plan_layer(name, layer, config) for name, layer in targets.items()}
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:

@@ -24,6 +24,7 @@ from rosa_ds.adapters.layer import MAX_POSITIONS, stored_shape
 from rosa_ds.adapters.targets import Value, find_targets, linear_layers
 from rosa_ds.config import AdapterConfig, Method
 from rosa_ds.files import TensorFiles
+from rosa_ds.models.task import PEFT_TASKS, is_classifier
 from rosa_ds.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,15 @@ def _refuse(folder: Path, what: str, remedy: str = _MERGE) -> NoReturn:
     raise ValueError(f"{folder} has {what}, which no adapter here can be: {remedy}")
 
 
-def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_config(folder: Path, config: Mapping[str, Any], model: nn.Module) -> None:
     kind, task = config["peft_type"], config.get("task_type")
+    own = PEFT_TASKS["classification" if is_classifier(model) else "causal-lm"]
     if kind not in _PARTS:
         _refuse(folder, f"peft_type {kind} (known: {', '.join(_PARTS)})")
-    if task not in (None, "CAUSAL_LM"):
-        _refuse(folder, f"task_type {task}", "only CAUSAL_LM is trained here")
+    if task not in (None, own):
+        known = f"only {' and '.join(PEFT_TASKS.values())} are trained here"
+        other = f"{type(model).__name__} is a model of {own}"
+        _refuse(folder, f"task_type {task}", other if task in PEFT_TASKS.values() else known)
     if config.get("bias", "none") != "none":
         _refuse(folder, f"bias {config['bias']!r}")
     if config.get("init_lora_weights") not in _LEAVES_THE_BASE:
@@ -251,7 +255,7 @@ def read_peft(folder: Path, model: nn.Module) -> PeftAdapter:
     Raises: ValueError for a pickle, for what no adapter of ours computes (by name), and for layers the model does not have.
     """
     config = json.loads((folder / CONFIG_FILE).read_text())
-    _check_config(folder, config)
+    _check_config(folder, config, model)
     files = _open(folder)
     layers, others = _sort_tensors(files, config["peft_type"])
     linear = linear_layers(model)
@@ -280,4 +284,6 @@ def read_peft(folder: Path, model: nn.Module) -> PeftAdapter:
     modules = _spell_names({name.rpartition(".")[0] for name in whole}, model)
     made = AdapterConfig(method=method, target_modules=targets, modules_to_save=modules, **settings)
     base = {"name_or_path": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+    if is_classifier(model):
+        base["task"] = "classification"
     return PeftAdapter(made, trained, positions, base)

@@ -17,6 +17,7 @@ from rosa_ds.config import ModelSettings
 from rosa_ds.models.load import stored_dtype
 from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear, require_bitsandbytes
 from rosa_ds.models.stream import Base, NotStreamableError, allocate, load_whole, stream_base
+from rosa_ds.models.task import whole_modules
 
 AT_ONCE = 8
 """Layers that the ranks quantise at the same time, one each."""
@@ -72,6 +73,7 @@ def _stay_dense(model: nn.Module, skip: Iterable[str]) -> set[str]:
     """Linear layers that are not quantised: the head, and those in modules that are trained whole."""
     layers = linear_layers(model)
     whole = match_names(skip, [name for name, _ in model.named_modules() if name], "skip (adapter.modules_to_save)")
+    whole += whole_modules(model)
     inside = {name for name in layers for module in whole if f"{name}.".startswith(f"{module}.")}
     return head_names(model, layers) | inside
 
@@ -138,21 +140,25 @@ def quantize_as(
 
 
 def open_quantized(
-    settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str], device: torch.device | None = None
+    settings: ModelSettings,
+    dtype: torch.dtype,
+    skip: Iterable[str],
+    device: torch.device | None = None,
+    seed: int = 42,
 ) -> tuple[PreTrainedModel, Base | None]:
     """As :func:`rosa_ds.models.stream.open_base`, with the layers quantised that ``settings`` want to be.
 
     The numbers that are quantised are those of the base's files whatever ``dtype`` is, so that every later use has the same bits.
-    ``device``: to quantise on, by default this rank's.
+    ``device``: to quantise on, by default this rank's. ``seed``: as in :func:`rosa_ds.models.load.load_model`.
 
     Raises: ValueError as :func:`quantize`.
     """
     assert settings.quantization != "none"
     require_bitsandbytes("model.quantization")  # before anything is downloaded
     try:
-        model, base = stream_base(settings, dtype)
+        model, base = stream_base(settings, dtype, seed)
     except NotStreamableError as reason:
-        model, base = load_whole(settings, stored_dtype(settings), reason), None
+        model, base = load_whole(settings, stored_dtype(settings), reason, seed), None
     quantize_as(model, settings, dtype, skip, device)
     for tensor in (*model.parameters(), *model.buffers()) if base is None else ():
         if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):

@@ -30,6 +30,7 @@ from rosa_ds.files import (
     written_folder,
 )
 from rosa_ds.models.quantized import quantization_of
+from rosa_ds.models.task import check_task
 from rosa_ds.suggest import did_you_mean
 
 FORMAT_VERSION = 1
@@ -221,6 +222,7 @@ def load_adapter(
         park(model)
         try:
             stored = open_adapter(folder, model)
+            check_task(folder, stored.description.base, model)
             inject(model, stored.description.config, stored.description.seed, draw=None, keep_base=keep_base)
             adapters_of(model).active = name
             fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
@@ -249,6 +251,7 @@ def fill_adapter(
 
     Errors as :func:`load_adapter`, which name ``where``.
     """
+    check_task(where, description.base, model)
     if getattr(model, "rosa_injected", None) is None:
         inject(model, description.config, description.seed, draw=None)
     elif _shape_of(describe(model).config) != _shape_of(description.config):

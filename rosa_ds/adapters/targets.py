@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rosa_ds.models.quantized import QuantizedLinear
+from rosa_ds.models.task import head_modules, is_classifier, is_pooler
 from rosa_ds.suggest import did_you_mean
 
 Value = TypeVar("Value", int, float)
@@ -30,7 +31,7 @@ def head_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     head = get_head() if get_head is not None else None
     names = {name for name, layer in layers.items() if layer is head}
     # Heads of classification models are not output embeddings, but train whole or not at all.
-    return names | {name for name in layers if name in ("score", "classifier")}
+    return names | {name for name in layers if name.partition(".")[0] in ("score", "classifier", *head_modules(model))}
 
 
 def _matches(name: str, wanted: str) -> bool:
@@ -61,11 +62,12 @@ def match_names(wanted: Iterable[str], names: Iterable[str], setting: str) -> li
     return [name for name in names if name in found]
 
 
-def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, Linear]:
+def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ()) -> dict[str, Linear]:
     """The layers to adapt, by name, in the model's order.
 
     Args:
         wanted: ``["all-linear"]``, or names, name endings and regular expressions.
+        whole: modules that are trained whole. Where a classifier's pooler is one, ``all-linear`` leaves it out.
 
     Raises:
         ValueError: nothing matches, a matched module is not linear, or its weight is tied to another module's.
@@ -75,7 +77,10 @@ def find_targets(model: nn.Module, wanted: list[str]) -> dict[str, Linear]:
         raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
     if wanted == ["all-linear"]:
         heads = head_names(model, layers)
-        return {name: layer for name, layer in layers.items() if name not in heads}
+        poolers = tuple(f"{name}." for name in whole if is_classifier(model) and is_pooler(name))
+        return {
+            name: layer for name, layer in layers.items() if name not in heads and not f"{name}.".startswith(poolers)
+        }
     names = match_names(wanted, [name for name, _ in model.named_modules() if name], "adapter.target_modules")
     not_linear = [name for name in names if name not in layers]
     if not_linear:

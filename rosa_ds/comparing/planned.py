@@ -10,7 +10,7 @@ from typing import Any
 from rosa_ds.cli import CommandLine, parse_command_line
 from rosa_ds.comparing.study import Settings, Study, digest_of
 from rosa_ds.config import RunConfig
-from rosa_ds.training.run import sources
+from rosa_ds.training.task import sources
 
 
 @dataclasses.dataclass(frozen=True)

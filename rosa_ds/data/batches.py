@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -84,6 +84,39 @@ class Batch:
     def trained_tokens(self) -> int:
         return int((self.targets != IGNORE).sum())
 
+    def logits(self, model: Any, device: torch.device, selects: bool) -> Tensor:
+        """What a model, or its DeepSpeed engine, says of each target.
+
+        Args:
+            selects: it computes logits of chosen positions alone; otherwise those of all positions are selected from.
+
+        Shapes: result (B, K, classes or tokens), the model's dtype.
+        """
+        kept = self.kept.to(device)
+        logits: Tensor = model(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            use_cache=False,
+            **({"logits_to_keep": kept} if selects else {}),
+        ).logits
+        return logits if selects else logits[:, kept]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledBatch(Batch):
+    """A padded micro-batch whose rows have one target each, their class.
+
+    Shapes: as :class:`Batch` with K = 1; types (B, L) int64, if the model has such.
+    """
+
+    types: Tensor | None
+
+    def logits(self, model: Any, device: torch.device, selects: bool) -> Tensor:
+        """See :meth:`Batch.logits`. Shapes: result (B, 1, classes)."""
+        types = {} if self.types is None else {"token_type_ids": self.types.to(device)}
+        made = model(input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device), **types)
+        return made.logits[:, None]
+
 
 def collate(examples: Sequence[Tokens], pad_id: int) -> Batch:
     """Pad on the right and keep only positions whose next token is trained in some row."""
@@ -105,5 +138,4 @@ def collate(examples: Sequence[Tokens], pad_id: int) -> Batch:
 
 def load_batch(data: TokenSet, indices: Sequence[int] | NDArray[np.int64], pad_id: int) -> Batch:
     """The examples of ``indices`` as a batch; -1 gives a row of two padding tokens without a target."""
-    blank = Tokens([pad_id, pad_id], [False, False])
-    return collate([blank if index == PADDING_ROW else data.tokens(index) for index in indices], pad_id)
+    return data.batch(indices, pad_id)

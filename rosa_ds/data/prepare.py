@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config import DataSettings
+from rosa_ds.data.batches import PADDING_ROW, Batch, collate
 from rosa_ds.data.formats import PlainText, Template, parse_row
 from rosa_ds.data.sources import Rows, load_rows
-from rosa_ds.data.tokenise import Tokens, tokenise
+from rosa_ds.data.tokenise import Tokens, show_sample, tokenise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,25 @@ class TokenSet:
         row = self.data[int(index)]
         return Tokens(row["ids"], row["trained"])
 
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int) -> Batch:
+        """See :func:`rosa_ds.data.batches.load_batch`."""
+        blank = Tokens([pad_id, pad_id], [False, False])
+        return collate([blank if index == PADDING_ROW else self.tokens(index) for index in indices], pad_id)
+
+    def summary(self) -> str:
+        """How much there is to train on, in words."""
+        return f"{self._size()}, {100 * self.trained.sum() / self.lengths.sum():.1f} % trained{self._left_out()}"
+
+    def _size(self) -> str:
+        return f"{len(self)} examples, {self.lengths.sum():,} tokens"
+
+    def _left_out(self) -> str:
+        return f" ({self.dropped})" if self.dropped else ""
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The first example, with what is trained of it."""
+        return f"an example, trained between ⟦ and ⟧:\n{show_sample(self.tokens(0), tokenizer)}"
+
 
 def columns_of(settings: DataSettings) -> tuple[str | Template, str] | None:
     """The named prompt (or its template) and completion column, for :func:`rosa_ds.data.formats.parse_row`."""
@@ -61,9 +82,10 @@ def columns_of(settings: DataSettings) -> tuple[str | Template, str] | None:
     return settings.prompt_column, settings.completion_column
 
 
-def _fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> str:
+def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *more: object) -> str:
+    """A name for what these rows become with this tokenizer and these settings, and what else decides it."""
     vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    relevant = (columns_of(settings), settings.separator, settings.max_length, settings.too_long == "truncate")
+    relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate")
     key = (rows.data._fingerprint, rows.name, rows.first, vocabulary, tokenizer.chat_template, relevant, "v1")
     return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
@@ -101,14 +123,15 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
         encode,
         with_indices=True,
         remove_columns=rows.data.column_names,
-        new_fingerprint=_fingerprint(rows, tokenizer, settings),
+        new_fingerprint=fingerprint(rows, tokenizer, settings, columns),
         desc=f"tokenising {rows.name}",
     )
     return _select(encoded, rows, settings)
 
 
-def _select(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> TokenSet:
-    lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))
+def check_lengths(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> list[str]:
+    """How many rows were cut, or have to be dropped. Raises: ValueError for a row that is too long, if that is an error."""
+    lengths = np.asarray(encoded["length"], dtype=np.int64)
     long = np.flatnonzero(lengths > settings.max_length)
     if len(long) and settings.too_long == "error":
         raise ValueError(
@@ -116,6 +139,17 @@ def _select(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> To
             f"({len(long)} of {len(lengths)} rows are longer, the longest has {lengths.max()}): raise data.max_length, or "
             "set data.too_long to truncate or drop"
         )
+    reasons = []
+    if cut := int((np.asarray(encoded["full_length"]) > lengths).sum()):
+        reasons.append(f"{cut} cut to {settings.max_length} tokens")
+    if len(long):
+        reasons.append(f"{len(long)} dropped, longer than {settings.max_length} tokens")
+    return reasons
+
+
+def _select(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> TokenSet:
+    lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))
+    reasons = check_lengths(encoded, rows, settings)
     if trained.sum() == 0:
         raise ValueError(f"{rows.name}: no token is trained: the completions are empty, or cut off by data.max_length")
     if not any(encoded["plain"]) and trained.sum() >= (lengths - 1).sum():
@@ -123,11 +157,6 @@ def _select(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> To
             f"{rows.name}: every token is trained, so no prompt was found: check columns and chat template"
         )
     keep = (lengths <= settings.max_length) & (trained > 0)
-    reasons = []
-    if cut := int((np.asarray(encoded["full_length"]) > lengths).sum()):
-        reasons.append(f"{cut} cut to {settings.max_length} tokens")
-    if len(long):
-        reasons.append(f"{len(long)} dropped, longer than {settings.max_length} tokens")
     if untrained := int(((lengths <= settings.max_length) & (trained == 0)).sum()):
         reasons.append(f"{untrained} dropped, no trained token")
     if not keep.all():

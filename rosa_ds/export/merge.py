@@ -21,6 +21,7 @@ from rosa_ds.export.stream import MergedRows, write_merged
 from rosa_ds.files import TensorFiles, write_json, written_folder
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import NotStreamableError, open_base, stream_base
+from rosa_ds.models.task import settle_padding
 
 logger = logging.getLogger(__name__)
 EXPORT_FILE = "rosa_ds.json"
@@ -54,6 +55,7 @@ def load_adapted(source: Source, dtype: torch.dtype, merge_base: MergeBase = "de
         model = load_quantized(settings, dtype, description.config.modules_to_save)
     else:
         return _load_on_original(source, load_model(settings, dtype))
+    settle_padding(model, run_tokenizer(source))
     fill_adapter(model, source.folder, description, source.trained, source.positions, source.base)
     return model.eval()
 
@@ -62,6 +64,7 @@ def load_adapted(source: Source, dtype: torch.dtype, merge_base: MergeBase = "de
 def _load_on_original(source: Source, model: PreTrainedModel) -> PreTrainedModel:
     """What a quantised run has trained, on the dense base."""
     changes = TensorFiles([])
+    settle_padding(model, run_tokenizer(source))
     fill_adapter(model, source.folder, source.description, source.trained, source.positions, changes)
     for name, layer in adapted_layers(model).items():
         if (change := source.changed(f"{name}.change")) is not None:
@@ -134,6 +137,7 @@ def export_merged(
         "dtype": "stored" if dtype is None else str(dtype).removeprefix("torch."),
         **({} if chosen is None else {"merge_base": chosen}),
     }
+    tokenizer = run_tokenizer(source)
     with written_folder(out) as temporary:
         try:
             model, base = stream_base(settings, dtype or stored_dtype(settings))
@@ -152,8 +156,9 @@ def export_merged(
             if rows.quantization_error:
                 origin["quantization_error"] = rows.quantization_error
                 _tell_errors(settings, rows.quantization_error)
+            settle_padding(model, tokenizer)
             _write_configs(model, settings, dtype, temporary)
-        run_tokenizer(source).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         _sign(temporary, origin)
     return out
 
@@ -168,7 +173,7 @@ def _write_configs(model: PreTrainedModel, settings: ModelSettings, dtype: torch
     model.config.dtype = dtype or stored_dtype(settings)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 
 

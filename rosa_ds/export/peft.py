@@ -23,7 +23,9 @@ from rosa_ds.adapters.subspace import singular_directions
 from rosa_ds.adapters.targets import by_pattern
 from rosa_ds.export.source import Source
 from rosa_ds.files import write_tensors
+from rosa_ds.models.load import identified
 from rosa_ds.models.stream import Base
+from rosa_ds.models.task import PEFT_TASKS, whole_modules
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
@@ -57,18 +59,26 @@ def _whole_modules(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
     return found
 
 
-def _common(kind: str, source: Source, layers: list[str], whole: dict[str, Tensor]) -> dict[str, Any]:
+def _common(
+    model: PreTrainedModel, kind: str, source: Source, layers: list[str], whole: dict[str, Tensor]
+) -> dict[str, Any]:
     base = source.description.base
-    modules = sorted({name.rpartition(".")[0] for name in whole})
+    modules = sorted({_saved_module(name, whole_modules(model)) for name in whole})
     return {
         "peft_type": kind,
-        "task_type": "CAUSAL_LM",
+        "task_type": PEFT_TASKS[identified(base).task],
         "base_model_name_or_path": base.get("name_or_path"),
         "revision": base.get("revision"),
         "target_modules": layers,
         "modules_to_save": modules or None,
         "inference_mode": True,
     }
+
+
+def _saved_module(parameter: str, heads: list[str]) -> str:
+    """The module of ``modules_to_save`` that a parameter is in. PEFT names a classifier's head itself, as a whole."""
+    inside = (head for head in heads if parameter.startswith(f"{head}."))
+    return next(inside, parameter.rpartition(".")[0])
 
 
 def _lora(model: PreTrainedModel, source: Source, whole: dict[str, Tensor]) -> _Peft:
@@ -87,7 +97,7 @@ def _lora_config(
     model: PreTrainedModel, source: Source, ranks: dict[str, int], rank: int, alpha: float, whole: dict[str, Tensor]
 ) -> dict[str, Any]:
     return {
-        **_common("LORA", source, list(ranks), whole),
+        **_common(model, "LORA", source, list(ranks), whole),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": source.description.config.dropout,
@@ -121,7 +131,7 @@ def _supertuning(model: PreTrainedModel, source: Source, whole: dict[str, Tensor
     low_rank = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     return _Peft(
         {
-            **_common("SUPERTUNING", source, list(layers), whole),
+            **_common(model, "SUPERTUNING", source, list(layers), whole),
             "sparsity": sparsity,
             "save_precomputed_indices": True,
             **(low_rank if config.method == "robust" else {"r": None}),

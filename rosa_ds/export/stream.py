@@ -208,11 +208,13 @@ def write_merged(rows: MergedRows, folder: Path, metadata: dict[str, str]) -> No
     """The merged model as safetensors files, one for each of the base's, with their names and an index like theirs."""
     files: dict[str, list[_Entry]] = {}
     names = {key: name for name, key in rows.base.names.items()}
-    for key, path in rows.base.files.items():
-        if key in names:
-            name = names[key]
-            entry = _Entry(key, name, rows.out_dtype(name), tuple(rows.base.shape(name)))
-            files.setdefault(path.name, []).append(entry)
+    places = [(key, names[key], path.name) for key, path in rows.base.files.items() if key in names]
+    if rows.base.new:  # a head beside the base's model: the names that it has together with that
+        places = [(name, name, file) for _, name, file in places]
+        places += [(name, name, max(file for _, _, file in places)) for name in rows.base.new]
+    for key, name, file in places:
+        entry = _Entry(key, name, rows.out_dtype(name), tuple(rows.base.shape(name)))
+        files.setdefault(file, []).append(entry)
     files = dict(sorted(files.items()))
     total = sum(entry.bytes for entries in files.values() for entry in entries)
     single = len(files) == 1

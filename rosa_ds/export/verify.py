@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.targets import linear_layers
 from rosa_ds.export.merge import load_adapted
 from rosa_ds.export.source import MergeBase, open_source
+from rosa_ds.models.load import identified
+from rosa_ds.models.task import auto_class
 
 PROMPTS = (
     "The capital of France is",
@@ -87,7 +89,7 @@ def largest_entry_error(layer: AdaptedLinear, exported: Tensor, seed: int = 0) -
 
 @torch.no_grad()
 def _logits(model: nn.Module, prompts: list[Tensor]) -> Tensor:
-    return torch.cat([model(input_ids=ids).logits[0].double() for ids in prompts])
+    return torch.cat([torch.atleast_2d(model(input_ids=ids).logits[0].double()) for ids in prompts])
 
 
 def verify(source: str | Path, exported: str | Path, merge_base: MergeBase = "dequantized") -> Verification:
@@ -97,10 +99,12 @@ def verify(source: str | Path, exported: str | Path, merge_base: MergeBase = "de
     """
     tokenizer = AutoTokenizer.from_pretrained(exported)
     prompts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in PROMPTS]
-    adapted = load_adapted(open_source(source), torch.float32, merge_base)
+    opened = open_source(source)
+    adapted = load_adapted(opened, torch.float32, merge_base)
     expected = _logits(adapted, prompts)
     linear = len(linear_layers(adapted)) + len(adapted_layers(adapted))
-    merged = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
+    task = identified(opened.description.base).task
+    merged = auto_class(task).from_pretrained(exported, trust_remote_code=False)
     dtype = merged.dtype
     errors = {
         name: largest_entry_error(layer, merged.get_submodule(name).weight)

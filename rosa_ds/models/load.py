@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from rosa_ds.config import ModelSettings
 from rosa_ds.files import file_hash
+from rosa_ds.models.task import auto_class, classes_of, configure, describe_task, mark_new, new_numbers, new_parameters
 from rosa_ds.suggest import did_you_mean_path
 
 TINY = "tiny"
@@ -54,18 +55,55 @@ def download(settings: ModelSettings) -> None:
         get_checkpoint_shard_files(name, index, revision=revision)
 
 
-def load_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
+def _stored_config(settings: ModelSettings) -> Any:
+    name, arguments = resolve(settings.name_or_path)
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=settings.revision or "main", trust_remote_code=False, **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+
+
+def read_config(settings: ModelSettings) -> Any:
+    """A base's config, for which its folder or hub entry need hold nothing else. Raises: ValueError if it cannot be read."""
+    return configure(_stored_config(settings), settings)
+
+
+def base_classes(settings: ModelSettings) -> list[str]:
+    """The classes of a base that is a classifier already, in its order; none of another."""
+    return classes_of(_stored_config(settings))
+
+
+def keeps_head(settings: ModelSettings) -> bool:
+    """Whether training goes on with the base's own head: one for just these classes, or for any where none are given."""
+    classes = base_classes(settings) if settings.task == "classification" else []
+    return bool(classes) and settings.labels in ([], classes)
+
+
+def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> PreTrainedModel:
     """The base model, dense, in ``dtype``, on the CPU, in evaluation mode. Code from the hub is never run.
+
+    Args:
+        seed: of the head of a classifier, where the base has none for its classes.
 
     Raises:
         ValueError: it cannot be loaded, with transformers' reason.
     """
     name, arguments = resolve(settings.name_or_path)
+    more: dict[str, Any] = dict(arguments)
     if settings.attn_implementation is not None:
-        arguments["attn_implementation"] = settings.attn_implementation
+        more["attn_implementation"] = settings.attn_implementation
+    if settings.task == "classification":
+        more |= {"config": read_config(settings), "ignore_mismatched_sizes": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=settings.revision or "main", trust_remote_code=False, **arguments
+        model, report = auto_class(settings.task).from_pretrained(
+            name,
+            dtype=dtype,
+            revision=settings.revision or "main",
+            trust_remote_code=False,
+            output_loading_info=True,
+            **more,
         )
     except (
         OSError,
@@ -77,11 +115,29 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r} is stored quantised: give the dense model, and model.quantization nf4 or int8"
         )
+    if settings.task == "classification":
+        _begin_head(model, report, settings, seed)
     if "gguf_file" in arguments:
         # The weights are dense now; forget the quantised file so that the model can be trained and saved.
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
     return model.eval()
+
+
+@torch.no_grad()
+def _begin_head(model: PreTrainedModel, report: Mapping[str, Any], settings: ModelSettings, seed: int) -> None:
+    """Give the new parameters of a loaded classifier their numbers. Raises: ValueError if the base lacks others."""
+    parameters = dict(model.named_parameters())
+    lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    new, strange = new_parameters(model, [name for name in lacking if name in parameters], keeps_head(settings))
+    if strange:
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r} has no tensor of the right shape for {strange[0]} "
+            f"({len(strange)} parameters): is it a base of this architecture?"
+        )
+    for name, numbers in new_numbers(model, new, seed).items():
+        parameters[name].copy_(numbers)
+    mark_new(model, new)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -122,7 +178,7 @@ def _content_hash(path: Path) -> str:
 
 
 def identify(settings: ModelSettings) -> dict[str, Any]:
-    """Name, revision, a hash of the weight files, and how they are quantised: what an adapter or a checkpoint belongs to.
+    """Name, revision, a hash of the weight files, how they are quantised, and the classes: what an adapter or a checkpoint belongs to.
 
     Large files are sampled, so that it takes seconds for any model. Of a hub model the files that were downloaded count, so
     it is loaded first.
@@ -140,7 +196,10 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
         )
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter to others
         digest = hashlib.sha256("".join(pool.map(_content_hash, files)).encode()).hexdigest()
-    base = {"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest}
+    base = {
+        **{"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest},
+        **describe_task(settings),
+    }
     if settings.quantization == "none":
         return base
     return {**base, "quantization": settings.quantization, "double_quantization": settings.double_quantization}
@@ -148,5 +207,5 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
 
 def identified(base: Mapping[str, Any]) -> ModelSettings:
     """Settings that load what :func:`identify` described."""
-    keys = ("name_or_path", "revision", "quantization", "double_quantization")
+    keys = ("name_or_path", "revision", "quantization", "double_quantization", "task", "labels")
     return ModelSettings(**{key: base[key] for key in keys if key in base})

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from rosa_ds import distributed
 from rosa_ds.config import ModelSettings
-from rosa_ds.models.load import load_model, resolve
+from rosa_ds.models.load import keeps_head, load_model, read_config, resolve
+from rosa_ds.models.task import auto_class, mark_new, new_numbers, new_parameters
 
 logger = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,10 +38,11 @@ class Base:
     Args:
         files: tensor name in the checkpoint -> its file.
         names: parameter or buffer name in the model -> tensor name.
+        new: numbers of parameters that the checkpoint has not, such as those of a classifier's head.
     """
 
-    def __init__(self, files: dict[str, Path], names: dict[str, str]) -> None:
-        self.files, self.names = files, names
+    def __init__(self, files: dict[str, Path], names: dict[str, str], new: dict[str, Tensor] | None = None) -> None:
+        self.files, self.names, self.new = files, names, new or {}
         self._path: Path | None = None
         self._open: Any = None
 
@@ -53,10 +55,14 @@ class Base:
         return self._open
 
     def shape(self, name: str) -> torch.Size:
+        if name in self.new:
+            return self.new[name].shape
         return torch.Size(self._reader(name).get_slice(self.names[name]).get_shape())
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Rows of a tensor, or all of one without dimensions."""
+        if name in self.new:
+            return self.new[name][rows]
         reader, key = self._reader(name), self.names[name]
         part: Tensor = reader.get_slice(key)[rows] if self.shape(name) else reader.get_tensor(key)
         return part
@@ -108,8 +114,11 @@ def _checkpoint_files(name: str, revision: str) -> dict[str, Path]:
         raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {single}: {error}") from error
 
 
-def _match(model: PreTrainedModel, files: dict[str, Path]) -> Base:
-    """The checkpoint under the model's names. Raises NotStreamableError unless every parameter has its tensor."""
+def _match(model: PreTrainedModel, files: dict[str, Path], seed: int, keeps: bool) -> Base:
+    """The checkpoint under the model's names, and new numbers for a classifier's head unless it ``keeps`` that of the base.
+
+    Raises NotStreamableError unless every other parameter has its tensor.
+    """
     prefix = f"{model.base_model_prefix}."
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
@@ -118,10 +127,13 @@ def _match(model: PreTrainedModel, files: dict[str, Path]) -> Base:
         name = key if key in wanted or key in buffers else prefix + key
         if name in wanted or name in buffers:
             names[name] = key
-    base = Base(files, names)
-    missing = [name for name in wanted if name not in names]
+    new, missing = new_parameters(model, [name for name in wanted if name not in names], keeps)
     if missing:
         raise NotStreamableError(f"it has no tensor for {missing[0]} ({len(missing)} parameters)")
+    numbers = {name: tensor.to(model.dtype) for name, tensor in new_numbers(model, new, seed).items()}
+    names = {name: key for name, key in names.items() if name not in numbers}
+    base = Base(files, names, numbers)
+    mark_new(model, new)
     for name, shape in wanted.items():
         if base.shape(name) != shape:
             raise NotStreamableError(f"{names[name]} is {tuple(base.shape(name))} and {name} {tuple(shape)}")
@@ -146,46 +158,40 @@ def _check_tied(model: PreTrainedModel, base: Base) -> None:
                 raise NotStreamableError(f"{first} and {name} are tied by its config and not equal")
 
 
-def read_config(settings: ModelSettings) -> Any:
-    """A base's config, for which its folder or hub entry need hold nothing else. Raises: ValueError if it cannot be read."""
-    name, arguments = resolve(settings.name_or_path)
-    try:
-        return AutoConfig.from_pretrained(
-            name, revision=settings.revision or "main", trust_remote_code=False, **arguments
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
-
-
 def build_on_meta(config: Any, settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config with its parameters on the meta device. Raises: ValueError if there is no such model."""
     more = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
     try:
         with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **more)
+            model = auto_class(settings.task).from_config(config, dtype=dtype, trust_remote_code=False, **more)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
     model.tie_weights()
     return model
 
 
-def open_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedModel, Base | None]:
+def open_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tuple[PreTrainedModel, Base | None]:
     """A base model whose parameters are on the meta device, and where their numbers are.
 
     A checkpoint that is not safetensors, or whose tensors transformers renames or converts, is loaded whole on every
     rank, with a warning; there is then nothing left to read.
 
+    Args:
+        seed: of a classifier's head, as in :func:`rosa_ds.models.load.load_model`.
+
     Raises: ValueError as :func:`rosa_ds.models.load.load_model`.
     """
     try:
-        return stream_base(settings, dtype)
+        return stream_base(settings, dtype, seed)
     except NotStreamableError as reason:
-        return load_whole(settings, dtype, reason), None
+        return load_whole(settings, dtype, reason, seed), None
 
 
-def load_whole(settings: ModelSettings, dtype: torch.dtype, reason: NotStreamableError) -> PreTrainedModel:
+def load_whole(
+    settings: ModelSettings, dtype: torch.dtype, reason: NotStreamableError, seed: int = 42
+) -> PreTrainedModel:
     """:func:`rosa_ds.models.load.load_model`, with a warning that says why."""
-    model = load_model(settings, dtype)
+    model = load_model(settings, dtype, seed)
     size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     logger.warning(
         "%s is loaded whole on every rank first, %.2f GiB each (%s): save it once with transformers' "
@@ -195,7 +201,7 @@ def load_whole(settings: ModelSettings, dtype: torch.dtype, reason: NotStreamabl
     return model
 
 
-def stream_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrainedModel, Base]:
+def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tuple[PreTrainedModel, Base]:
     """As :func:`open_base`, but NotStreamableError for a checkpoint that cannot be read tensor by tensor."""
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
@@ -206,10 +212,11 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype) -> tuple[PreTrained
     if getattr(config, "transformers_weights", None) is not None:
         raise NotStreamableError("its config names other weight files")
     model, revision = build_on_meta(config, settings, dtype), settings.revision or "main"
-    base = _match(model, _checkpoint_files(name, revision))
+    base = _match(model, _checkpoint_files(name, revision), seed, keeps_head(settings))
     model.name_or_path = name
-    with contextlib.suppress(OSError):  # a base without one uses its config's
-        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # a base without one uses its config's
+            model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
     return model.eval(), base
 
 

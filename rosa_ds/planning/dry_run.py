@@ -15,8 +15,9 @@ from rosa_ds.planning.search import GIB, Planner
 from rosa_ds.planning.trace import Shape
 from rosa_ds.training.accounting import activation_terms, table
 from rosa_ds.training.measuring import longest
-from rosa_ds.training.run import build_schedule, prepare_data
+from rosa_ds.training.run import build_schedule
 from rosa_ds.training.schedule import Schedule
+from rosa_ds.training.task import prepare_data
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def dry_run(command: CommandLine, ranks: int) -> None:
     problem, data, shape = None, None, Shape(plan.micro_batch_size, settings.data.max_length, settings.data.max_length)
     try:
         tokenizer = load_tokenizer(settings.model)
-        data, _ = prepare_data(settings, tokenizer)
+        _, data, _ = prepare_data(settings, tokenizer)
         shape = longest(data, plan.micro_batch_size, tokenizer.pad_token_id)
     except ValueError as error:
         problem = error

@@ -16,6 +16,7 @@ from rosa_ds.config import RunConfig
 from rosa_ds.models.stream import build_on_meta
 from rosa_ds.planning.trace import Activations, Shape, trace, without_numbers
 from rosa_ds.training.model import enable_checkpointing
+from rosa_ds.training.task import with_head
 
 _FEW, _MORE = 1, 2
 
@@ -24,12 +25,16 @@ def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tupl
     """Base and adapters on the meta device, in the types and with the checkpointing that they have in training.
 
     Args:
-        config: a transformers config.
+        config: a transformers config. Whether the base's files have a classifier's pooler it does not say: it counts as there.
         dtype: what the model computes in; DeepSpeed casts trained parameters to it.
 
     Raises: ValueError as :func:`rosa_ds.inject`.
     """
-    model = build_on_meta(copy.deepcopy(config), settings.model, dtype)
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.pad_token_id = text.pad_token_id or 0  # it tells classifiers where rows end
+    model = build_on_meta(config, settings.model, dtype)
+    settings = with_head(settings, model)
     quantize_as(model, settings.model, dtype, settings.adapter.modules_to_save)
     report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
     for parameter in model.parameters():

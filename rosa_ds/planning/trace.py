@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rosa_ds.data.batches import Batch
+from rosa_ds.data.batches import Batch, LabelledBatch
 from rosa_ds.models.quantized import Form
+from rosa_ds.models.task import is_classifier, uses_types
 from rosa_ds.training.loss import accepts_kept_positions, token_loss_sum
 
 
@@ -205,6 +206,14 @@ def without_numbers(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
+def _batch(model: Any, ids: Tensor, kept: int) -> Batch:
+    """What the model's task makes of rows of token ids, with ``kept`` targets each."""
+    if is_classifier(model):
+        none = torch.zeros(1, dtype=torch.int64), torch.zeros(len(ids), 1, dtype=torch.int64)
+        return LabelledBatch(ids, ids, *none, ids if uses_types(model.config) else None)
+    return Batch(ids, ids, torch.zeros(kept, dtype=torch.int64), torch.zeros(len(ids), kept, dtype=torch.int64))
+
+
 def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
     """Forward and backward of one micro-batch of a model that :func:`without_numbers` has emptied."""
     rows, length, kept = shape.rows, shape.length, min(shape.kept, shape.length)
@@ -217,7 +226,7 @@ def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
         # four dimensions: transformers takes such a mask as it is, and does not ask for its numbers; none: rows of one length
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool) if shape.padded else None
         ids = torch.zeros(rows, length, dtype=torch.int64)
-        batch = Batch(ids, ids, torch.zeros(kept, dtype=torch.int64), torch.zeros(rows, kept, dtype=torch.int64))
+        batch = _batch(model, ids, kept)
 
         def masked(**arguments: Any) -> Any:
             return model(**(arguments | {"attention_mask": mask}))

@@ -1,4 +1,4 @@
-"""Evaluation loss of a model, divided over ranks."""
+"""Evaluation loss and accuracy of a model, divided over ranks."""
 
 from __future__ import annotations
 
@@ -7,35 +7,76 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from rosa_ds import distributed
-from rosa_ds.data.batches import load_batch
+from rosa_ds.data.batches import Batch, load_batch
+from rosa_ds.data.labelled import LabelledSet
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.training.loss import token_loss_sum
+from rosa_ds.training.loss import loss_of
+
+Visit = Callable[[NDArray[np.int64], Batch, Tensor], None]
 
 
 @torch.no_grad()
-def evaluate_loss(
-    model: Any, data: TokenSet, batch_size: int, pad_id: int, selects: bool, interrupted: Callable[[], bool] = bool
-) -> float | None:
-    """Mean negative log-likelihood of all trained tokens of ``data``, in nats a token: the same on every rank.
+def visit_batches(
+    model: Any,
+    data: TokenSet,
+    batch_size: int,
+    pad_id: int,
+    selects: bool,
+    visit: Visit,
+    interrupted: Callable[[], bool] = bool,
+) -> bool:
+    """Give ``visit`` this rank's batches: their examples' numbers, themselves, and the model's logits of their targets.
 
     Each rank takes every n-th batch of the examples in order of length. All go through the model equally often, since
     under ZeRO-3 each pass gathers weights: one that has no batch left does the shortest again for nothing.
 
     Args:
-        interrupted: asked after each batch, by all ranks; if it says so, the result is ``None``.
+        interrupted: asked after each batch, by all ranks; if it says so, the result is ``False``.
     """
     order = np.argsort(-data.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     device = model.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
     ranks = distributed.world_size()
     for number in range(distributed.rank(), -(-len(batches) // ranks) * ranks, ranks):
         distributed.progress(f"evaluation, batch {number // ranks + 1}")
         indices = batches[number] if number < len(batches) else batches[-1]
-        loss = token_loss_sum(model, load_batch(data, indices, pad_id), device, selects).double()
-        total += loss if number < len(batches) else 0.0
+        batch = load_batch(data, indices, pad_id)
+        logits = batch.logits(model, device, selects)
+        if number < len(batches):
+            visit(indices, batch, logits)
         if interrupted():
-            return None
-    return float(distributed.sum_over_ranks(total)) / int(data.trained.sum())
+            return False
+    return True
+
+
+def evaluate(
+    model: Any, data: TokenSet, batch_size: int, pad_id: int, selects: bool, interrupted: Callable[[], bool] = bool
+) -> dict[str, float] | None:
+    """``loss``, the mean negative log-likelihood of all targets of ``data`` in nats, and ``accuracy`` where these are classes: the
+    same on every rank. Arguments as :func:`visit_batches`; ``None`` if interrupted.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=model.device)
+    has_classes = isinstance(data, LabelledSet)
+
+    def add(_: NDArray[np.int64], batch: Batch, logits: Tensor) -> None:
+        targets = batch.targets.to(logits.device)
+        totals[0] += loss_of(logits, targets).double()
+        if has_classes:
+            totals[1] += (logits.argmax(-1) == targets).sum()
+
+    if not visit_batches(model, data, batch_size, pad_id, selects, add, interrupted):
+        return None
+    loss, hits = (distributed.sum_over_ranks(totals) / int(data.trained.sum())).tolist()
+    return {"loss": loss, **({"accuracy": hits} if has_classes else {})}
+
+
+def evaluate_loss(
+    model: Any, data: TokenSet, batch_size: int, pad_id: int, selects: bool, interrupted: Callable[[], bool] = bool
+) -> float | None:
+    """The ``loss`` of :func:`evaluate`."""
+    figures = evaluate(model, data, batch_size, pad_id, selects, interrupted)
+    return None if figures is None else figures["loss"]

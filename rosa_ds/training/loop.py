@@ -26,7 +26,7 @@ from rosa_ds.training.accounting import DRAWING
 from rosa_ds.training.checkpoint import Checkpoint, SavedBase
 from rosa_ds.training.context import Run, seed_step
 from rosa_ds.training.engine import learning_rates
-from rosa_ds.training.evaluate import evaluate_loss
+from rosa_ds.training.evaluate import evaluate
 from rosa_ds.training.interrupt import leave, take_save_request
 from rosa_ds.training.loss import accepts_kept_positions, token_loss_sum
 from rosa_ds.training.masking import build_collector, fix_mask
@@ -329,13 +329,14 @@ class Loop:
         start = time.monotonic()
         run.engine.eval()
         batch_size = run.settings.training.eval_batch_size
-        loss = evaluate_loss(run.engine, data, batch_size, run.pad_id, self._selects, self._interrupted)
-        if loss is None:
+        figures = evaluate(run.engine, data, batch_size, run.pad_id, self._selects, self._interrupted)
+        if figures is None:
             return  # a resumed run does it again
         self._evaluation_due = False
         seconds = time.monotonic() - start
-        self.log.write(step=self.step, event="eval", loss=loss, examples=len(data), seconds=seconds)
-        logger.info("evaluation loss after step %d: %.4f (%.1f s)", self.step, loss, seconds)
+        self.log.write(step=self.step, event="eval", **figures, examples=len(data), seconds=seconds)
+        shown = ", ".join(f"{name} {number:.4f}" for name, number in figures.items())
+        logger.info("evaluation after step %d: %s (%.1f s)", self.step, shown, seconds)
 
     def _interrupted(self) -> bool:
         """Collective: was any rank asked to stop?"""

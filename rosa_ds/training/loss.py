@@ -1,4 +1,4 @@
-"""The loss: a sum over trained tokens, so that its mean does not depend on how a batch is split."""
+"""The loss: a sum over trained tokens, or classified rows, so that its mean does not depend on how a batch is split."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ def token_loss_sum(model: Any, batch: Batch, device: torch.device, selects: bool
 
     Args:
         model: the model or its DeepSpeed engine.
-        selects: see :func:`accepts_kept_positions`; otherwise logits of all positions are computed and selected.
+        selects: see :func:`accepts_kept_positions`.
     """
-    logits = _logits(model, batch, device, selects)
-    targets = batch.targets.to(device)
+    return loss_of(batch.logits(model, device, selects), batch.targets.to(device))
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the negative log-likelihoods of targets that are not :data:`IGNORE`, float32.
+
+    Shapes: logits (B, K, classes); targets (B, K) int64.
+    """
     return nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
@@ -32,19 +38,5 @@ def token_loss_sum(model: Any, batch: Batch, device: torch.device, selects: bool
 
 def token_losses(model: Any, batch: Batch, device: torch.device, selects: bool) -> Tensor:
     """The negative log-likelihood of every target, float32 (rows, kept positions), 0 where there is none. Arguments as above."""
-    logits = _logits(model, batch, device, selects)
-    targets = batch.targets.to(device)
+    logits, targets = batch.logits(model, device, selects), batch.targets.to(device)
     return nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORE, reduction="none")
-
-
-def _logits(model: Any, batch: Batch, device: torch.device, selects: bool) -> Tensor:
-    """Of the kept positions: (rows, kept, vocabulary)."""
-    kept = batch.kept.to(device)
-    arguments = {"logits_to_keep": kept} if selects else {}
-    logits: Tensor = model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        use_cache=False,
-        **arguments,
-    ).logits
-    return logits if selects else logits[:, kept]

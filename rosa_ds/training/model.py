@@ -23,20 +23,22 @@ from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base, open_base
 
 logger = logging.getLogger(__name__)
+POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+"""What transformers calls embeddings of positions."""
 
 
 def load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel, Base | None]:
     """The base; at stage 3 its shape alone, where possible, and where its numbers are."""
-    dtype = getattr(torch, plan.dtype)
+    dtype, seed = getattr(torch, plan.dtype), settings.training.seed
     quantized = settings.model.quantization != "none"
     base: Base | None = None
     with distributed.main_first():
         if quantized:
-            model, base = open_quantized(settings.model, dtype, settings.adapter.modules_to_save)
+            model, base = open_quantized(settings.model, dtype, settings.adapter.modules_to_save, seed=seed)
         elif plan.stage == 3:
-            model, base = open_base(settings.model, dtype)
+            model, base = open_base(settings.model, dtype, seed)
         else:
-            model = load_model(settings.model, dtype)
+            model = load_model(settings.model, dtype, seed)
     if quantized and base is not None and plan.stage < 3:
         allocate_quantized(model, base)
         base = None
@@ -116,6 +118,21 @@ def check_vocabulary(model: PreTrainedModel, data: Mapping[str, TokenSet], token
                 "save_pretrained), give that folder as model.name_or_path, and train the new rows with "
                 f"adapter.modules_to_save {json.dumps(whole)}"
             )
+
+
+def check_positions(model: PreTrainedModel, data: Mapping[str, TokenSet]) -> None:
+    """Raise ValueError for rows with more tokens than the model has learnt positions for; rotary ones have no end."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in POSITIONS:
+            continue
+        # with a padding index positions are counted from behind it
+        known = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for what, tokens in data.items():
+            if (longest := int(tokens.lengths.max())) > known:
+                raise ValueError(
+                    f"{what} has a row of {longest} tokens, {name} has positions for {known}: set data.max_length "
+                    f"{known} and data.too_long truncate or drop"
+                )
 
 
 def divide_positions(model: nn.Module) -> None:

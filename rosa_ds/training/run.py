@@ -19,14 +19,12 @@ from rosa_ds.adapters.state import StoredAdapter, save_adapter
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import LOW_RANK_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan
-from rosa_ds.data.prepare import TokenSet, prepare
-from rosa_ds.data.sources import BUILTIN
-from rosa_ds.data.tokenise import show_sample
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.logs import log_to
 from rosa_ds.models.load import download, identify, load_tokenizer
+from rosa_ds.models.task import settle_padding
 from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.accounting import Account, predict, table
 from rosa_ds.training.changed_base import ChangedBase
@@ -39,10 +37,11 @@ from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
 from rosa_ds.training.measuring import full_account
 from rosa_ds.training.metrics import MetricsLog
-from rosa_ds.training.model import adapt, check_vocabulary, divide_positions, load_base
+from rosa_ds.training.model import adapt, check_positions, check_vocabulary, divide_positions, load_base
 from rosa_ds.training.resume import check_resumable
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.start import begin_from, check_start
+from rosa_ds.training.task import prepare_data, prepare_sets, with_head
 from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
@@ -69,29 +68,6 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
             *(settings.draw.every, schedule.train_steps),
         )
     return schedule
-
-
-def sources(settings: RunConfig) -> list[tuple[str, str]]:
-    """Data sources, each with what it is for: ``train``, and ``eval`` where there is one."""
-    data = settings.data
-    evaluation = data.eval or (BUILTIN if data.train.startswith(BUILTIN) else None)
-    return [(data.train, "train"), *([(evaluation, "eval")] if evaluation else [])]
-
-
-def prepare_data(settings: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenSet, TokenSet | None]:
-    """Examples to train and to evaluate on, tokenised; says how many, and shows one with its mask."""
-    with distributed.main_first():
-        found = {purpose: prepare(source, purpose, tokenizer, settings.data) for source, purpose in sources(settings)}
-    for source, purpose in sources(settings):
-        tokens = found[purpose]
-        share = tokens.trained.sum() / tokens.lengths.sum()
-        dropped = f" ({tokens.dropped})" if tokens.dropped else ""
-        logger.info(
-            "%s: %d examples, %s tokens, %.1f %% trained%s",
-            *(source, len(tokens), f"{tokens.lengths.sum():,}", 100 * share, dropped),
-        )
-    logger.info("an example, trained between ⟦ and ⟧:\n%s", show_sample(found["train"].tokens(0), tokenizer))
-    return found["train"], found.get("eval")
 
 
 _OUR_FILES = frozenset(
@@ -253,9 +229,7 @@ def _fill_caches(settings: RunConfig) -> None:
     if distributed.planned_local_rank():
         return
     with contextlib.suppress(ValueError, OSError):
-        tokenizer = load_tokenizer(settings.model)
-        for source, purpose in sources(settings):
-            prepare(source, purpose, tokenizer, settings.data)
+        prepare_sets(settings, load_tokenizer(settings.model))
         download(settings.model)
 
 
@@ -292,14 +266,18 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         tokenizer = load_tokenizer(settings.model)
     # in one block no more than one thing that the first rank of a node does first: a rank that fails must not skip a barrier
     with distributed.together():
-        data, eval_data = prepare_data(settings, tokenizer)
+        settings, data, eval_data = prepare_data(settings, tokenizer)
     with distributed.together():
         model, numbers = load_base(settings, plan)
+        pad_id = settle_padding(model, tokenizer)
         sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
-        check_vocabulary(model, {name: tokens for name, tokens in sets.items() if tokens is not None}, tokenizer)
+        known = {name: tokens for name, tokens in sets.items() if tokens is not None}
+        check_vocabulary(model, known, tokenizer)
+        check_positions(model, known)
     with distributed.together():
         base = identify(settings.model)
     settings, start = begin_from(settings, model, base, saved)
+    settings = with_head(settings, model)
     with distributed.together():
         adapt(model, numbers, settings, plan)
         if start is not None:
@@ -340,7 +318,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         data=data,
         data_digest=data_digest,
         eval_data=eval_data,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id,
         base=base,
         account=account,
         interruption=interruption,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from rosa_ds.adapters.inject import LayerPlan, adapted_layers, plan_layer
 from rosa_ds.adapters.mask import check_mask
 from rosa_ds.adapters.state import StoredAdapter, check_fit, open_adapter, trained_parameters
 from rosa_ds.adapters.targets import find_targets, match_names
-from rosa_ds.config import AdapterConfig, RunConfig, StartedAdapterSettings
+from rosa_ds.config import AdapterConfig, ModelSettings, RunConfig, StartedAdapterSettings
 from rosa_ds.files import file_hash
 from rosa_ds.training.checkpoint import Checkpoint
 
@@ -70,6 +71,8 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
                 f"adapter.init_from {folder}: method {method} has changed the base itself: export it merged (launch/export.py) and "
                 "give that folder as model.name_or_path"
             )
+        if problem := _other_task(settings.model, origin):
+            raise ValueError(f"adapter.init_from {folder} {problem}")
         if origin.get("hash") not in (None, base["hash"]):
             raise ValueError(f"adapter.init_from {folder} was trained on other weights than {base['name_or_path']} has")
         if origin.get("hash") is None and origin.get("name_or_path") not in (None, base["name_or_path"]):
@@ -80,6 +83,15 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
     if not distributed.same_everywhere(digest.encode()):
         raise ValueError(f"the ranks see different adapters in {folder}: give a folder that all hosts share")
     return start
+
+
+def _other_task(model: ModelSettings, origin: Mapping[str, Any]) -> str:
+    task, labels = origin.get("task", "causal-lm"), origin.get("labels")
+    if task != model.task:
+        return f"was trained for task {task}, model.task is {model.task}"
+    if labels is not None and labels != model.labels:
+        return f"tells apart the classes {', '.join(labels)}, this run {', '.join(model.labels)}: give --model.labels '{json.dumps(labels)}'"
+    return ""
 
 
 def adopt(settings: RunConfig, found: AdapterConfig, model: nn.Module) -> RunConfig:

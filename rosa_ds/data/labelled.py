@@ -1,0 +1,255 @@
+"""Rows with a class: texts or pairs of texts become token ids, and labels numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rosa_ds.config import DataSettings
+from rosa_ds.data.batches import IGNORE, PADDING_ROW, LabelledBatch
+from rosa_ds.data.prepare import TokenSet, check_lengths, fingerprint
+from rosa_ds.data.sources import Rows, load_rows
+from rosa_ds.data.tokenise import Tokens
+from rosa_ds.suggest import did_you_mean
+
+PAIRS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")),
+    *(("question1", "question2"), ("question", "passage")),
+)
+SINGLE = ("text", "sentence")
+LABEL = "label"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where a text, the second one of a pair, and the class stand."""
+
+    text: str
+    pair: str | None
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledTokens(Tokens):
+    """An example: ``types`` are 0 and 1 for a pair's tokens where the model tells them apart, else empty."""
+
+    types: list[int]
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSet(TokenSet):
+    """Tokenised examples with a class each: ``trained`` is 1 for all, ``classes`` are their names."""
+
+    classes: tuple[str, ...]
+
+    def tokens(self, index: int) -> LabelledTokens:
+        row = self.data[int(index)]
+        return LabelledTokens(row["ids"], [False] * len(row["ids"]), row["types"], row["class"])
+
+    def labels(self) -> NDArray[np.int64]:
+        """The class of each example."""
+        return np.asarray(self.data["class"], dtype=np.int64)
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int) -> LabelledBatch:
+        has_types = bool(self.tokens(0).types)
+        blank = LabelledTokens([pad_id, pad_id], [False, False], [0, 0] if has_types else [], IGNORE)
+        examples = [blank if index == PADDING_ROW else self.tokens(index) for index in indices]
+        length = max(len(example.ids) for example in examples)
+
+        def padded(rows: list[list[int]], with_: int) -> Tensor:
+            return torch.tensor([[*row, *[with_] * (length - len(row))] for row in rows], dtype=torch.int64)
+
+        return LabelledBatch(
+            input_ids=padded([example.ids for example in examples], pad_id),
+            attention_mask=padded([[1] * len(example.ids) for example in examples], 0),
+            kept=torch.zeros(1, dtype=torch.int64),
+            targets=torch.tensor([[example.label] for example in examples], dtype=torch.int64),
+            types=padded([example.types for example in examples], 0) if has_types else None,
+        )
+
+    def digest(self) -> str:
+        content = f"{super().digest()} {self.classes}".encode() + self.labels().tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def summary(self) -> str:
+        counts = np.bincount(self.labels(), minlength=len(self.classes))
+        shares = ", ".join(f"{name} {count}" for name, count in zip(self.classes, counts, strict=True))
+        return f"{self._size()}; {shares}{self._left_out()}"
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        first = self.tokens(0)
+        return f"an example of class {self.classes[first.label]}:\n{tokenizer.decode(first.ids)}"
+
+
+def find_columns(rows: Rows, settings: DataSettings) -> Columns:
+    """The columns that the settings name, or that have the usual names. Raises: ValueError if there are none."""
+    names = rows.data.column_names
+    for name in (settings.text_column, settings.pair_column, settings.label_column or LABEL):
+        if name is not None and name not in names:
+            remedy = (
+                "" if settings.label_column or name != LABEL else " Name the one with the class: data.label_column."
+            )
+            raise ValueError(
+                f"{rows.name}: there is no column {name!r}.{did_you_mean(name, names)} Columns: {', '.join(names)}.{remedy}"
+            )
+    label = settings.label_column or LABEL
+    if settings.text_column is not None:
+        return Columns(settings.text_column, settings.pair_column, label)
+    for first, second in PAIRS:
+        if first in names and second in names:
+            return Columns(first, second, label)
+    single = next((name for name in SINGLE if name in names), None)
+    if single is None:
+        known = (*SINGLE, *(" and ".join(pair) for pair in PAIRS))
+        raise ValueError(
+            f"{rows.name}: the columns {', '.join(names)} hold no text to classify ({'; '.join(known)}): name it with "
+            "data.text_column, and the second one of a pair with data.pair_column"
+        )
+    return Columns(single, None, label)
+
+
+def _class_names(rows: Rows, column: str) -> Callable[[Any], str]:
+    """What reads a class's name from a row's label. Raises: ValueError for labels that are no classes."""
+    feature = rows.data.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+        return lambda value: names[value] if value is not None and 0 <= value < len(names) else ""
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    if kind.startswith(("float", "double", "decimal")):
+        raise ValueError(
+            f"{rows.name}: {column!r} is a column of floating-point numbers (row {rows.first + 1}: {rows.data[0][column]!r}), and "
+            "regression is not trained here: give classes as whole numbers or texts"
+        )
+    if not kind.startswith(("int", "uint", "bool", "string", "large_string")):
+        raise ValueError(f"{rows.name}: {column!r} holds {kind}: a class is a whole number or a text")
+    return lambda value: "" if value is None else str(value).strip()
+
+
+def _label_of(name: str, value: Any, numbers: Mapping[str, int], column: str) -> int:
+    if not name:
+        raise ValueError(f"{column!r} is a class, given {value!r}")
+    if name not in numbers:
+        raise ValueError(
+            f"{column!r} is {name!r}, which is none of the classes {', '.join(numbers)} that data.train or model.labels have."
+            f"{did_you_mean(name, numbers)}"
+        )
+    return numbers[name]
+
+
+def find_classes(source: str, settings: DataSettings, known: Sequence[str] = ()) -> list[str]:
+    """The classes of training data, in order: those of its ClassLabel, or all that occur, numbers and texts sorted.
+
+    Args:
+        known: of a base that is a classifier: its order, where it has the same ones.
+
+    Raises: ValueError for fewer than two, for labels that are no classes, or if none are there.
+    """
+    rows = load_rows(source, "train")
+    column = find_columns(rows, settings).label
+    read = _class_names(rows, column)
+    feature = rows.data.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        classes = list(feature.names)
+    else:
+        found = {value: read(value) for value in rows.data.unique(column)}
+        whole = feature.dtype.startswith(("int", "uint"))
+        order = sorted(
+            (value for value, name in found.items() if name), key=lambda value: value if whole else found[value]
+        )
+        classes = list(dict.fromkeys(found[value] for value in order))
+    if len(classes) < 2:
+        raise ValueError(
+            f"{rows.name}: {column!r} has {'one class, ' + classes[0] if classes else 'no class'}: a classifier tells two or more "
+            "apart; name those that do not occur with model.labels"
+        )
+    return list(known) if set(known) == set(classes) else classes
+
+
+def _read_text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)  # a column of numbers
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} is a text, given {value!r}")
+    return value
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, separator: str, types: bool) -> Callable[..., Mapping[str, list[int]]]:
+    """Texts to ids. A tokenizer that has no token to part a pair's texts gets them as one text."""
+
+    def encode(text: str, pair: str | None, **cut: Any) -> Mapping[str, list[int]]:
+        if pair is not None and tokenizer.sep_token is None:
+            text, pair = text + separator + pair, None
+        made: Mapping[str, list[int]] = tokenizer(text, pair, return_token_type_ids=types, verbose=False, **cut)
+        return made
+
+    return encode
+
+
+def prepare_labelled(
+    source: str,
+    purpose: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    classes: Sequence[str],
+    types: bool = False,
+) -> LabelledSet:
+    """Load and tokenise rows with a class. A second call with the same arguments finds the result on disk.
+
+    Args:
+        types: the model tells a pair's texts apart by type ids.
+
+    Raises:
+        ValueError: a text or a class is not there or none of ``classes``, a row is too long (``data.too_long error``), or none is
+            left.
+    """
+    rows = load_rows(source, purpose)
+    columns = find_columns(rows, settings)
+    read, encode = _class_names(rows, columns.label), _encoder(tokenizer, settings.separator, types)
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def encode_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            pair = None if columns.pair is None else _read_text(row, columns.pair)
+            texts = _read_text(row, columns.text), pair
+            label = _label_of(read(row[columns.label]), row[columns.label], numbers, columns.label)
+            encoded = encode(*texts)
+            full = len(encoded["input_ids"])
+            if full > settings.max_length and settings.too_long == "truncate":
+                encoded = encode(*texts, truncation=True, max_length=settings.max_length)
+            if not full:
+                raise ValueError(f"{columns.text!r} {texts[0]!r} has no token")
+        except ValueError as error:
+            raise ValueError(f"{rows.where(index)}: {error}") from None
+        ids = list(encoded["input_ids"])
+        parts = list(encoded["token_type_ids"]) if types else []
+        return {"ids": ids, "types": parts, "class": label, "length": len(ids), "full_length": full}
+
+    probe = (encode("a", None)["input_ids"], encode("a", "b")["input_ids"])  # special tokens are not in the vocabulary
+    encoded = rows.data.map(
+        encode_row,
+        with_indices=True,
+        remove_columns=rows.data.column_names,
+        new_fingerprint=fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe),
+        desc=f"tokenising {rows.name}",
+    )
+    reasons = check_lengths(encoded, rows, settings)
+    lengths = np.asarray(encoded["length"], dtype=np.int64)
+    keep = lengths <= settings.max_length
+    if not keep.any():
+        raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
+    if not keep.all():
+        encoded = encoded.select(np.flatnonzero(keep))
+    lengths = lengths[keep]
+    return LabelledSet(encoded, lengths, np.ones_like(lengths), ", ".join(reasons), tuple(classes))
