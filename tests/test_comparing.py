@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from rosa_ds.config import AdapterConfig, ModelSettings
 from rosa_ds.errors import InterruptedRunError, RunError
 from rosa_ds.files import write_manifest
 from rosa_ds.models.load import identify, load_model
+from rosa_ds.training import interrupt
 
 FAKE = Path(__file__).with_name("fake_run.py")
 LR = "adapter.low_rank_lr"
@@ -162,6 +164,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(workshop: Workshop) -> None:
     assert "`plain/trial3-seed1`: train ended with status 1" in text
     assert "````\n$ " in text  # a longer fence than what the program printed
     assert f"| plain | {LR} 0.01 | failed |" in text
+    assert "1 of the 3 trials of plain failed: it is tuned by the others alone." in text
     assert "| good | " in text
     assert " | 1 of 2 | 1 | " in text
     (workshop.fake / "fail").unlink()
@@ -194,6 +197,26 @@ def test_a_signal_ends_runs_and_the_next_start_goes_on(workshop: Workshop) -> No
     assert "plain/trial2" in resumed[0]
     attempts = next(run for run in workshop.results()["trials"] if run["name"] == "plain/trial2-seed1")["attempts"]
     assert [attempt["status"] for attempt in attempts][:2] == [75, 0]
+
+
+def test_a_run_that_a_killed_study_has_left_is_waited_for(workshop: Workshop) -> None:
+    folder = workshop.output / "runs/plain/trial1-seed1/run"
+    held = len(interrupt._held)
+    interrupt.hold_folder(folder)
+    assert interrupt.holder(folder) == f"process {os.getpid()} on {socket.gethostname()}"
+    ended: list[float] = []
+
+    def end() -> None:
+        time.sleep(0.7)
+        ended.append(time.time())
+        interrupt._held.pop(held).close()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    workshop.run(only="plain/trial1*")
+    ending.join()
+    assert (folder / "metrics.jsonl").stat().st_mtime > ended[0]
+    assert interrupt.holder(folder) is None
 
 
 def test_a_run_without_a_whole_record_is_begun_again(workshop: Workshop) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,12 @@ from rosa_ds.comparing.study import Evaluation, digest_of
 from rosa_ds.errors import INTERRUPTED_STATUS
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.training import checkpoint
+from rosa_ds.training.interrupt import holder
 
 logger = logging.getLogger(__name__)
 RECORD_FILE, CONFIG_FILE, LOG_FILE = "result.json", "config.json", "log.txt"
 TAIL_LINES = 15
+WAIT_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Runner:
                 future.result()
 
     def _do(self, run: PlannedRun, evaluations: Sequence[Evaluation]) -> None:
+        self._wait_for(run)
         if self.children.stopped:
             return
         record = _begin(run)
@@ -135,6 +139,15 @@ class Runner:
             if self._attempt(run, record, f"evaluate {evaluation.title}", [*self.programs.evaluate, *arguments]):
                 record.evaluations[digest] = file
                 _write(run, record)
+
+    def _wait_for(self, run: PlannedRun) -> None:
+        """A study that was killed leaves its runs alone in the world: what they do is not in vain."""
+        said = None
+        while not self.children.stopped and (who := holder(run.folder / "run")) is not None:
+            if who != said:
+                logger.info("%s: waiting for the run that is there already (%s)", run.name, who)
+            said = who
+            time.sleep(WAIT_SECONDS)
 
     def _attempt(self, run: PlannedRun, record: Record, what: str, command: list[str]) -> bool:
         log = run.folder / LOG_FILE
