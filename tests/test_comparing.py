@@ -227,6 +227,8 @@ def test_a_run_without_a_whole_record_is_begun_again(workshop: Workshop) -> None
     assert folder.with_name("final-seed2.1").is_dir()
     (folder / "run/adapter/manifest.json").unlink()
     (folder / "run/adapter").rename(folder / "run/gone")
+    workshop.run(report_only=True)
+    assert "Not finished: good/final-seed2." in workshop.report()
     assert [call.split()[0] for call in workshop.run()] == ["train"]
 
 
@@ -292,7 +294,8 @@ def test_children_end_when_their_time_is_over(tmp_path: Path) -> None:
         ({"tune": {"good": {LR: [1e-3]}}}, r"same number of trials.*plain 0, good 1"),
         ({"tune": {LR: [1e-3, 1e-3]}}, r"is a list of different values"),
         ({"settings": {"training.seed": 1}}, r"training\.seed is not for a study to set"),
-        ({"validation": "builtin:sql", "settings": {"data.eval": "x"}}, r"data\.eval is what validation says"),
+        ({"validation": "builtin:sql"}, r"evaluate and validation are both builtin:sql: rows that tune cannot judge"),
+        ({"validation": "builtin:sql[:9]", "settings": {"data.eval": "x"}}, r"data\.eval is what validation says"),
     ],
 )  # fmt: skip
 def test_what_a_study_may_not_say(workshop: Workshop, changes: dict[str, Any], message: str) -> None:

@@ -92,10 +92,11 @@ def read_record(run: PlannedRun) -> Record | None:
 
 def is_finished(run: PlannedRun, evaluations: Sequence[Evaluation]) -> bool:
     record = read_record(run)
-    return record is not None and _is_trained(run, record) and not record.lacks(run.folder, evaluations)
+    return record is not None and is_trained(run, record) and not record.lacks(run.folder, evaluations)
 
 
-def _is_trained(run: PlannedRun, record: Record) -> bool:
+def is_trained(run: PlannedRun, record: Record) -> bool:
+    """Whether training has ended well, and what came of it is still there."""
     return record.trained and (run.folder / "run" / "adapter" / "manifest.json").is_file()
 
 
@@ -122,7 +123,7 @@ class Runner:
         if self.children.stopped:
             return
         record = _begin(run)
-        if not _is_trained(run, record):
+        if not is_trained(run, record):
             record.trained = False
             resumes = checkpoint.folders(run.folder / "run").newest_good() is not None
             logger.info("%s: training%s", run.name, " goes on" if resumes else "")
