@@ -172,6 +172,19 @@ def test_a_failed_run_is_told_and_the_others_go_on(workshop: Workshop) -> None:
     assert "## Failures" not in workshop.report()
 
 
+def test_an_evaluation_that_fails_hides_behind_no_other(workshop: Workshop) -> None:
+    both = [{"data": "builtin:sql[:5]", "name": "five"}, {"data": "builtin:sql[:6]", "name": "six"}]
+    workshop.write(settings={LR: 1e-3}, tune={}, seeds=[1], evaluate=both)
+    (workshop.fake / "refuse").write_text("--data=builtin:sql[:5]")
+    with pytest.raises(RunError, match=r"2 runs failed: plain/final-seed1, good/final-seed1"):
+        workshop.run()
+    assert "`good/final-seed1`: evaluate five ended with status 2" in workshop.report()
+    assert workshop.results()["summaries"]["good"]["exact_match, six"]["mean"] == 1.0
+    (workshop.fake / "refuse").unlink()
+    assert len(workshop.run()) == 2
+    assert workshop.results()["summaries"]["good"]["exact_match, five"]["mean"] == 1.0
+
+
 def test_a_signal_ends_runs_and_the_next_start_goes_on(workshop: Workshop) -> None:
     (workshop.fake / "wait").write_text("plain/trial2")
 

@@ -47,7 +47,7 @@ class Record:
         trained: whether training has ended well.
         evaluations: digest of an evaluation -> its file, of those that have ended well.
         attempts: every program that was started: ``what``, ``status``, ``seconds``, ``cpu_seconds``, ``machine``.
-        problem: why the last attempt failed, with the last lines of its output; empty if it did not.
+        problem: what failed first when it was last tried, with the last lines of its output; empty if nothing did.
     """
 
     digest: str
@@ -123,6 +123,7 @@ class Runner:
         if self.children.stopped:
             return
         record = _begin(run)
+        record.problem = ""
         if not is_trained(run, record):
             record.trained = False
             resumes = checkpoint.folders(run.folder / "run").newest_good() is not None
@@ -154,12 +155,13 @@ class Runner:
         log = run.folder / LOG_FILE
         outcome = self.children.run(command, log)
         record.attempts.append({"what": what, **dataclasses.asdict(outcome), "machine": machine()})
-        record.problem = "" if outcome.status == 0 else _describe(what, outcome, log)
+        problem = "" if outcome.status == 0 else _describe(what, outcome, log)
+        record.problem = record.problem or problem  # what failed first
         _write(run, record)
         if outcome.status == 0:
             logger.info("%s: %s took %.0f s (%.0f s of CPU)", run.name, what, outcome.seconds, outcome.cpu_seconds)
         elif not self.children.stopped:
-            logger.warning("%s: %s", run.name, record.problem)
+            logger.warning("%s: %s", run.name, problem)
         return outcome.status == 0
 
 
