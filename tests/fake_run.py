@@ -1,7 +1,7 @@
 """Stands in for train.py and eval.py in tests of what starts them: known figures at once, and no import but Python's own.
 
 ``fake_run.py FOLDER train|evaluate ...``: FOLDER has ``adapter`` and ``checkpoint`` to copy, takes a line for each call in
-``calls``, and its ``fail``, ``wait`` and ``meet`` files name runs that fail, wait for SIGTERM, or wait for as many others.
+``calls``, and its ``fail``, ``wait`` and ``meet`` files name runs that fail, wait for SIGTERM, or wait for another; ``refuse`` what is not evaluated.
 """
 
 from __future__ import annotations
@@ -66,5 +66,7 @@ if __name__ == "__main__":
         stream.write(" ".join([kind, *rest]) + "\n")
     if kind == "train":
         train(root, rest)
+    elif names(root, "refuse", " ".join(rest)):
+        raise SystemExit(2)
     else:
         evaluate(rest)

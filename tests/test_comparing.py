@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from rosa_ds.config import AdapterConfig, ModelSettings
 from rosa_ds.errors import InterruptedRunError, RunError
 from rosa_ds.files import write_manifest
 from rosa_ds.models.load import identify, load_model
+from rosa_ds.training import interrupt
 
 FAKE = Path(__file__).with_name("fake_run.py")
 LR = "adapter.low_rank_lr"
@@ -162,11 +164,25 @@ def test_a_failed_run_is_told_and_the_others_go_on(workshop: Workshop) -> None:
     assert "`plain/trial3-seed1`: train ended with status 1" in text
     assert "````\n$ " in text  # a longer fence than what the program printed
     assert f"| plain | {LR} 0.01 | failed |" in text
+    assert "1 of the 3 trials of plain failed: it is tuned by the others alone." in text
     assert "| good | " in text
     assert " | 1 of 2 | 1 | " in text
     (workshop.fake / "fail").unlink()
     assert [call.split()[0] for call in workshop.run()] == ["train", "train", "evaluate"]
     assert "## Failures" not in workshop.report()
+
+
+def test_an_evaluation_that_fails_hides_behind_no_other(workshop: Workshop) -> None:
+    both = [{"data": "builtin:sql[:5]", "name": "five"}, {"data": "builtin:sql[:6]", "name": "six"}]
+    workshop.write(settings={LR: 1e-3}, tune={}, seeds=[1], evaluate=both)
+    (workshop.fake / "refuse").write_text("--data=builtin:sql[:5]")
+    with pytest.raises(RunError, match=r"2 runs failed: plain/final-seed1, good/final-seed1"):
+        workshop.run()
+    assert "`good/final-seed1`: evaluate five ended with status 2" in workshop.report()
+    assert workshop.results()["summaries"]["good"]["exact_match, six"]["mean"] == 1.0
+    (workshop.fake / "refuse").unlink()
+    assert len(workshop.run()) == 2
+    assert workshop.results()["summaries"]["good"]["exact_match, five"]["mean"] == 1.0
 
 
 def test_a_signal_ends_runs_and_the_next_start_goes_on(workshop: Workshop) -> None:
@@ -196,6 +212,26 @@ def test_a_signal_ends_runs_and_the_next_start_goes_on(workshop: Workshop) -> No
     assert [attempt["status"] for attempt in attempts][:2] == [75, 0]
 
 
+def test_a_run_that_a_killed_study_has_left_is_waited_for(workshop: Workshop) -> None:
+    folder = workshop.output / "runs/plain/trial1-seed1/run"
+    held = len(interrupt._held)
+    interrupt.hold_folder(folder)
+    assert interrupt.holder(folder) == f"process {os.getpid()} on {socket.gethostname()}"
+    ended: list[float] = []
+
+    def end() -> None:
+        time.sleep(0.7)
+        ended.append(time.time())
+        interrupt._held.pop(held).close()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    workshop.run(only="plain/trial1*")
+    ending.join()
+    assert (folder / "metrics.jsonl").stat().st_mtime > ended[0]
+    assert interrupt.holder(folder) is None
+
+
 def test_a_run_without_a_whole_record_is_begun_again(workshop: Workshop) -> None:
     workshop.run()
     folder = workshop.output / "runs/good/final-seed2"
@@ -204,6 +240,8 @@ def test_a_run_without_a_whole_record_is_begun_again(workshop: Workshop) -> None
     assert folder.with_name("final-seed2.1").is_dir()
     (folder / "run/adapter/manifest.json").unlink()
     (folder / "run/adapter").rename(folder / "run/gone")
+    workshop.run(report_only=True)
+    assert "Not finished: good/final-seed2." in workshop.report()
     assert [call.split()[0] for call in workshop.run()] == ["train"]
 
 
@@ -269,7 +307,8 @@ def test_children_end_when_their_time_is_over(tmp_path: Path) -> None:
         ({"tune": {"good": {LR: [1e-3]}}}, r"same number of trials.*plain 0, good 1"),
         ({"tune": {LR: [1e-3, 1e-3]}}, r"is a list of different values"),
         ({"settings": {"training.seed": 1}}, r"training\.seed is not for a study to set"),
-        ({"validation": "builtin:sql", "settings": {"data.eval": "x"}}, r"data\.eval is what validation says"),
+        ({"validation": "builtin:sql"}, r"evaluate and validation are both builtin:sql: rows that tune cannot judge"),
+        ({"validation": "builtin:sql[:9]", "settings": {"data.eval": "x"}}, r"data\.eval is what validation says"),
     ],
 )  # fmt: skip
 def test_what_a_study_may_not_say(workshop: Workshop, changes: dict[str, Any], message: str) -> None:

@@ -22,7 +22,7 @@ from rosa_ds.comparing.plots import (
     tuned_numbers,
 )
 from rosa_ds.comparing.report import write_report
-from rosa_ds.comparing.results import Choice, Results, as_json, choose, read_run
+from rosa_ds.comparing.results import Choice, Results, RunResult, as_json, choose, read_run
 from rosa_ds.comparing.running import Programs, Runner
 from rosa_ds.comparing.study import Study, read_study
 from rosa_ds.comparing.updates import Changes, adapted_names, middle_layers, read_changes
@@ -62,8 +62,8 @@ def compare(options: Options, programs: Programs) -> None:
         with Children(_environment(options.jobs)) as children:
             runner = Runner(programs, children, options.jobs)
             runner.do([run for run in trials if _is_wanted(run, options.only)], [])
-            finals = plan_finals(study, root, _best(study, trials))
             if not children.stopped:
+                finals = plan_finals(study, root, _best(study, [read_run(run, []) for run in trials]))
                 runner.do([run for run in finals if _is_wanted(run, options.only)], study.evaluate)
         if children.stopped:
             raise InterruptedRunError(f"interrupted ({children.stopped}): the same command goes on with {root}")
@@ -96,16 +96,15 @@ def _check_pattern(study: Study, trials: Sequence[PlannedRun], root: Path, only:
         )
 
 
-def _choices(study: Study, trials: Sequence[PlannedRun]) -> dict[str, Choice]:
-    read = [read_run(run, []) for run in trials]
-    return {variant: choose(study, variant, read) for variant in study.variants if study.grid(variant)}
+def _choices(study: Study, trials: Sequence[RunResult]) -> dict[str, Choice]:
+    return {variant: choose(study, variant, trials) for variant in study.variants if study.grid(variant)}
 
 
-def _best(study: Study, trials: Sequence[PlannedRun]) -> dict[str, PlannedRun | None]:
+def _best(study: Study, trials: Sequence[RunResult]) -> dict[str, PlannedRun | None]:
     """Variant -> its best trial. A variant of which a trial is still to be done has none."""
     best: dict[str, PlannedRun | None] = {}
     for variant, choice in _choices(study, trials).items():
-        waiting = [run.name for run in trials if run.variant == variant and read_run(run, []).state == "missing"]
+        waiting = [trial.run.name for trial in trials if trial.run.variant == variant and trial.state == "missing"]
         if waiting:
             logger.info("%s waits for its trials: %s", variant, ", ".join(waiting))
         best[variant] = None if waiting or choice.best is None else choice.best.run
@@ -115,9 +114,10 @@ def _best(study: Study, trials: Sequence[PlannedRun]) -> dict[str, PlannedRun | 
 def report(study: Study, trials: Sequence[PlannedRun], options: Options) -> Results:
     """Write ``report.md``, ``results.json`` and the plots from what the runs have left, and return what was read."""
     root = options.output.absolute()
-    finals = plan_finals(study, root, _best(study, trials))
-    results = Results(study, [read_run(run, []) for run in trials], [read_run(run, study.evaluate) for run in finals])
-    choices = _choices(study, trials)
+    tried = [read_run(run, []) for run in trials]
+    finals = plan_finals(study, root, _best(study, tried))
+    results = Results(study, tried, [read_run(run, study.evaluate) for run in finals])
+    choices = _choices(study, tried)
     changes, layers = _read_changes(results)
     plots = _draw(results, changes, layers, root)
     text = write_report(results, choices, changes, plots, options.command, options.study.read_text())

@@ -113,6 +113,9 @@ def _tuning(results: Results, choices: Mapping[str, Choice], plots: Mapping[str,
             rows.append([variant, settings_text(trial.run.choice), f"{mark}{loss}{mark}"])
     parts.append(table(["variant", "settings", "validation loss"], rows))
     for variant, choice in choices.items():
+        failed = sum(trial.state == "failed" for trial in results.trials if trial.run.variant == variant)
+        if failed:
+            parts.append(f"{failed} of the {count} trials of {variant} failed: it is tuned by the others alone.")
         if choice.best is None:
             parts.append(f"No trial of {variant} has ended with a loss: there are no runs of it.")
         for name in choice.edges:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rosa_ds.adapters.state import TENSOR_FILE
 from rosa_ds.comparing.planned import PlannedRun
-from rosa_ds.comparing.running import RECORD_FILE, Record, is_finished, read_record
+from rosa_ds.comparing.running import RECORD_FILE, Record, is_finished, is_trained, read_record
 from rosa_ds.comparing.statistics import PairedSeeds, RowInterval, Summary, compare_rows, compare_seeds, summarise
 from rosa_ds.comparing.study import Evaluation, Study
-from rosa_ds.export.source import open_source
+from rosa_ds.files import TensorFiles
 
 VALIDATION_LOSS = "validation loss"
 _NOT_FIGURES = frozenset({"seconds"})
@@ -72,10 +73,10 @@ def read_run(run: PlannedRun, evaluations: Sequence[Evaluation]) -> RunResult:
         result.state = "finished"
     elif record.problem:
         result.state = "failed"
-    if record.trained:
+    if is_trained(run, record):
         _read_metrics(result)
         _read_evaluations(result, record, evaluations)
-        trained = open_source(run.folder / "run").trained
+        trained = TensorFiles([run.folder / "run" / "adapter" / TENSOR_FILE]).under("trained.")
         result.trained = sum(math.prod(trained.shape(name)) for name in trained)
     return result
 

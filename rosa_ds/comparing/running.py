@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,12 @@ from rosa_ds.comparing.study import Evaluation, digest_of
 from rosa_ds.errors import INTERRUPTED_STATUS
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.training import checkpoint
+from rosa_ds.training.interrupt import holder
 
 logger = logging.getLogger(__name__)
 RECORD_FILE, CONFIG_FILE, LOG_FILE = "result.json", "config.json", "log.txt"
 TAIL_LINES = 15
+WAIT_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Record:
         trained: whether training has ended well.
         evaluations: digest of an evaluation -> its file, of those that have ended well.
         attempts: every program that was started: ``what``, ``status``, ``seconds``, ``cpu_seconds``, ``machine``.
-        problem: why the last attempt failed, with the last lines of its output; empty if it did not.
+        problem: what failed first when it was last tried, with the last lines of its output; empty if nothing did.
     """
 
     digest: str
@@ -89,10 +92,11 @@ def read_record(run: PlannedRun) -> Record | None:
 
 def is_finished(run: PlannedRun, evaluations: Sequence[Evaluation]) -> bool:
     record = read_record(run)
-    return record is not None and _is_trained(run, record) and not record.lacks(run.folder, evaluations)
+    return record is not None and is_trained(run, record) and not record.lacks(run.folder, evaluations)
 
 
-def _is_trained(run: PlannedRun, record: Record) -> bool:
+def is_trained(run: PlannedRun, record: Record) -> bool:
+    """Whether training has ended well, and what came of it is still there."""
     return record.trained and (run.folder / "run" / "adapter" / "manifest.json").is_file()
 
 
@@ -115,10 +119,12 @@ class Runner:
                 future.result()
 
     def _do(self, run: PlannedRun, evaluations: Sequence[Evaluation]) -> None:
+        self._wait_for(run)
         if self.children.stopped:
             return
         record = _begin(run)
-        if not _is_trained(run, record):
+        record.problem = ""
+        if not is_trained(run, record):
             record.trained = False
             resumes = checkpoint.folders(run.folder / "run").newest_good() is not None
             logger.info("%s: training%s", run.name, " goes on" if resumes else "")
@@ -136,16 +142,26 @@ class Runner:
                 record.evaluations[digest] = file
                 _write(run, record)
 
+    def _wait_for(self, run: PlannedRun) -> None:
+        """A study that was killed leaves its runs alone in the world: what they do is not in vain."""
+        said = None
+        while not self.children.stopped and (who := holder(run.folder / "run")) is not None:
+            if who != said:
+                logger.info("%s: waiting for the run that is there already (%s)", run.name, who)
+            said = who
+            time.sleep(WAIT_SECONDS)
+
     def _attempt(self, run: PlannedRun, record: Record, what: str, command: list[str]) -> bool:
         log = run.folder / LOG_FILE
         outcome = self.children.run(command, log)
         record.attempts.append({"what": what, **dataclasses.asdict(outcome), "machine": machine()})
-        record.problem = "" if outcome.status == 0 else _describe(what, outcome, log)
+        problem = "" if outcome.status == 0 else _describe(what, outcome, log)
+        record.problem = record.problem or problem  # what failed first
         _write(run, record)
         if outcome.status == 0:
             logger.info("%s: %s took %.0f s (%.0f s of CPU)", run.name, what, outcome.seconds, outcome.cpu_seconds)
         elif not self.children.stopped:
-            logger.warning("%s: %s", run.name, record.problem)
+            logger.warning("%s: %s", run.name, problem)
         return outcome.status == 0
 
 

@@ -97,6 +97,10 @@ class Study(Section):
         for what, values in (("seeds", self.seeds), ("evaluate", [entry.title for entry in self.evaluate])):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names one twice: {values}")
+        if self.validation is not None and self.validation in [entry.data for entry in self.evaluate]:
+            raise ValueError(
+                f"evaluate and validation are both {self.validation}: rows that tune cannot judge, give others"
+            )
         self._check_settings()
         self._check_grids()
         return self

@@ -94,6 +94,21 @@ def hold_folder(folder: Path, setting: str = "training.output_dir") -> None:
     _held.append(stream)  # closing the file would give the lock back
 
 
+def holder(folder: Path) -> str | None:
+    """Which process writes to a folder that :func:`hold_folder` keeps for it; ``None`` if there is none."""
+    path = folder.resolve().with_name(f".{folder.name}.lock")
+    if not path.exists():
+        return None
+    with path.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return stream.read().strip() or "another process"
+        except OSError:  # a file system without locks
+            return None
+    return None
+
+
 def leave(folder: Path, received: str, step: int, main: bool) -> None:
     """End an interrupted run whose state is saved: mark the folder for scripts that requeue. Always raises."""
     if main:
