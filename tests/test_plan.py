@@ -155,8 +155,9 @@ def test_a_70b_config_is_planned_in_little_memory(tmp_path: Path) -> None:
     """README promises 10 seconds and 2 GB; CPU seconds, since others may use the machine."""
     model = write_config(tmp_path / "seventy")
     code = (
-        "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-        "u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_maxrss * 1024, u.ru_utime + u.ru_stime)"
+        "import atexit, resource, runpy, sys; used = lambda: resource.getrusage(resource.RUSAGE_SELF); "
+        "atexit.register(lambda: print(used().ru_maxrss * 1024, used().ru_utime + used().ru_stime)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     arguments = [str(ROOT / "launch" / "plan.py"), str(model), "--gpus", "8", "--gpu-memory", "80", "--rank", "8"]
     done = subprocess.run(
