@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from launching import ROOT
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, RobertaConfig
 
 from rosa_ds.cli import parse_command_line
 from rosa_ds.config import ModelSettings
@@ -32,6 +32,7 @@ MODELS: dict[str, PretrainedConfig] = {
         **LAYERS,
     ),
     "openai-community/gpt2": GPT2Config(n_layer=2),
+    "FacebookAI/roberta-base": RobertaConfig(max_position_embeddings=514, **LAYERS),
 }
 ROWS: dict[str, dict[str, str]] = {
     "openai/gsm8k": {"question": "How many are 2 and 3?", "answer": "2 + 3 = 5\n#### 5"},
@@ -40,6 +41,8 @@ ROWS: dict[str, dict[str, str]] = {
         "context": "CREATE TABLE head (age INTEGER)",
         "answer": "SELECT COUNT(*) FROM head",
     },
+    "nyu-mll/glue@cola": {"sentence": "They drank the pub.", "label": "0"},
+    "nyu-mll/glue@mrpc": {"sentence1": "He ate.", "sentence2": "He was eating.", "label": "1"},
     "viggo": {"mr": "inform(name[Worms])", "ref": "Worms is a game."},
     "e2e": {"mr": "name[The Vaults], food[Thai]", "ref": "The Vaults serves Thai food."},
 }
@@ -70,6 +73,8 @@ def _stand_ins(recipe: dict[str, Any], folder: Path) -> list[str]:
             writer = csv.DictWriter(stream, row)
             writer.writeheader()
             writer.writerows([row] * 40)
+            if "label" in row:  # two classes
+                writer.writerows([row | {"label": str(1 - int(row["label"]))}] * 40)
         arguments += [f"--data.{purpose}", str(folder / f"{purpose}.csv")]
     return arguments
 
@@ -83,7 +88,7 @@ def test_dry_run(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert not [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
     assert command.config.training.output_dir == f"runs/{path.stem}"
     assert "a rank of 1" in caplog.text
-    assert "⟦" in caplog.text
+    assert ("⟦" in caplog.text) == (command.config.model.task == "causal-lm")
 
 
 def test_the_papers_settings() -> None:
