@@ -69,7 +69,8 @@ def classify(
         )
     pad_id = settle_padding(model, tokenizer)
     classes = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
-    data = prepare_labelled(source, "eval", tokenizer, settings, classes, uses_types(model.config))
+    with distributed.together(), distributed.main_first():
+        data = prepare_labelled(source, "eval", tokenizer, settings, classes, uses_types(model.config))
     mine: dict[int, int] = {}
 
     def take(indices: NDArray[np.int64], _: Batch, logits: Tensor) -> None:

@@ -40,7 +40,7 @@ def written_metrics(
         ``samples``: of every question prompt, references, prediction and its ``scores``.
     """
     check_available(metrics)
-    with distributed.main_first():
+    with distributed.together(), distributed.main_first():
         questions = load_questions(source, tokenizer, settings)
     predictions = [text.strip() for text in generate(model, tokenizer, [q.prompt for q in questions], how)]
     references = [question.references for question in questions]
@@ -78,7 +78,7 @@ def perplexity(
 
     Returns: ``perplexity``, ``perplexity_interval``, ``loss`` (nats a token), ``examples``, ``trained_tokens``.
     """
-    with distributed.main_first():
+    with distributed.together(), distributed.main_first():
         data = prepare(source, "eval", tokenizer, settings)
     selects = accepts_kept_positions(model)
     order = np.argsort(-data.lengths, kind="stable")
