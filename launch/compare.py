@@ -20,18 +20,25 @@ LAUNCH = Path(__file__).resolve().parent
 
 
 def check_evaluations(study: Path) -> None:
-    """Raise ValueError for an evaluation that eval.py would refuse: with --help it reads its options and does nothing."""
+    """Raise ValueError for an evaluation that eval.py would refuse, or cannot do for the task of the variants."""
     from rosa_ds.comparing.study import read_study
+    from rosa_ds.evaluation.scores import CLASSIFIED
 
-    main = runpy.run_path(str(LAUNCH / "eval.py"))["main"]
-    for entry in read_study(study).evaluate:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    read = read_study(study)
+    parse = runpy.run_path(str(LAUNCH / "eval.py"))["parse"]
+    tasks = {(read.settings | own).get("model.task", "causal-lm") for own in read.variants.values()}
+    for entry in read.evaluate:
+        where, said = f"study {study}: evaluate {entry.title}", io.StringIO()
+        with contextlib.redirect_stderr(said):
             try:
-                main(["tiny", *entry.arguments(), "--help"])
-            except SystemExit as end:
-                if end.code:
-                    raise ValueError(f"study {study}: evaluate {entry.title}: {said.getvalue().strip()}") from None
+                parse(["tiny", *entry.arguments()])
+            except SystemExit:
+                raise ValueError(f"{where}: {said.getvalue().strip()}") from None
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        wrong = [m for m in entry.metric if any((m in CLASSIFIED) != (task == "classification") for task in tasks)]
+        if wrong:
+            raise ValueError(f"{where}: metric {wrong[0]} is not one of model.task {' and '.join(sorted(tasks))}")
 
 
 def main(arguments: list[str]) -> None:

@@ -107,13 +107,20 @@ def _split(arguments: Sequence[str]) -> _SplitArguments:
         elif name.startswith("ds."):
             split.deepspeed[name[3:]] = value_of(flag, inline)
         elif name in known:
-            value = value_of(flag, inline)
-            # pydantic-settings cuts flag=value at the first line's end; argparse takes a lone -1 for a flag
-            split.ours += [f"{flag}={value}"] if value.startswith("-") else [flag, value]
+            split.ours += _as_arguments(flag, value_of(flag, inline))
         else:
             allowed = [*known, "config", "resume", "dry-run", "help"]
             raise ValueError(f"unknown setting --{name}.{did_you_mean(name, allowed)} --help lists all settings")
     return split
+
+
+def _as_arguments(flag: str, value: str) -> list[str]:
+    """As pydantic-settings takes them: it cuts ``flag=value`` at the first line's end, and argparse takes a lone -1 for a flag."""
+    if value.startswith("-") and "\n" in value:
+        raise ValueError(
+            f'{flag}: a text that begins with - and has a line break goes into the section "rosa" of --config'
+        )
+    return [f"{flag}={value}"] if value.startswith("-") else [flag, value]
 
 
 def _is_flag(argument: str) -> bool:

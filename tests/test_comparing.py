@@ -202,6 +202,8 @@ def test_a_signal_ends_runs_and_the_next_start_goes_on(workshop: Workshop) -> No
     sender.join()
     assert signal.getsignal(signal.SIGTERM) is before
     assert "plain/trial2" in workshop.calls[-1]
+    record = json.loads(next(workshop.output.glob("runs/plain/trial2-seed1/result.json")).read_text())
+    assert record["problem"] == ""  # it is still to be done, so no variant is chosen without it
     (workshop.fake / "wait").unlink()
     # two trials came before it
     assert sorted(call.split()[0] for call in workshop.run()) == ["evaluate"] * 4 + ["train"] * (8 - 2)

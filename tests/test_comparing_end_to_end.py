@@ -96,6 +96,14 @@ def test_what_cannot_work_is_found_before_anything_is_run(tmp_path: Path, main: 
     study.write_text(json.dumps(STUDY | {"evaluate": [{"data": "builtin:sql", "metric": "exact_mach"}]}))
     with pytest.raises(ValueError, match=r"evaluate builtin:sql: [^$]*invalid choice: 'exact_mach'"):
         main([str(study), "--output", "out"])
+    for wrong, message in (
+        ({"metric": "accuracy"}, "metric accuracy is not one of model.task causal-lm"),
+        ({"options": {"bootstrap": -1}}, "--bootstrap is 0 or more"),
+        ({"options": {"temperature": -3}}, "--temperature is 0"),
+    ):
+        study.write_text(json.dumps(STUDY | {"evaluate": [{"data": "builtin:sql", "metric": "exact_match"} | wrong]}))
+        with pytest.raises(ValueError, match=rf"evaluate builtin:sql: {message}"):
+            main([str(study), "--output", f"out {message}"])  # each call holds its folder until the process ends
     with pytest.raises(ValueError, match=r"--jobs is 1 or more, given 0"):
         main([str(study), "--output", "out", "--jobs", "0"])
     assert not (tmp_path / "out").exists()

@@ -107,6 +107,7 @@ def test_resolved_configuration_round_trips() -> None:
         (["--adapter.rank", "0"], "adapter.rank is 0, but method robust trains a low-rank part"),
         (["--adapter.density", "0", "--method", "sparse"], "adapter.density is 0, but method sparse"),
         (["--method", "full", "--adapter.modules_to_save", "norm"], "modules_to_save has no meaning with method full"),
+        (["--data.separator", "-\n-"], "a text that begins with - and has a line break"),
         (["--data.prompt_column", "a"], "belong together: give both or neither"),
         (["--data.completion_column", "a"], "belong together: give both or neither"),
         (["--data.prompt_template", "{a}"], "data.prompt_template and data.completion_column belong together"),

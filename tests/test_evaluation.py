@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from launching import ROOT, run
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from rosa_ds.config import DataSettings, ModelSettings
 from rosa_ds.evaluation import scores
@@ -39,6 +39,8 @@ EVAL = str(ROOT / "launch" / "eval.py")
         ("SELECT COUNT(3 AS x) FROM t", "select  count(3 as x) from t;", True),  # no SQL: as text
         ("I do not know", "SELECT a FROM t", False),
         ("", "SELECT a FROM t", False),
+        ("SELECT COUNT(" * 60, "SELECT COUNT(*) FROM t", False),  # deeper than Python's recursion
+        ("NOT " * 250, "not " * 250, True),
     ],
 )
 def test_sql_match(prediction: str, reference: str, same: bool) -> None:
@@ -80,6 +82,20 @@ def test_bleu_by_hand() -> None:
     assert found["bleu"] == pytest.approx(expected, rel=1e-6)
     assert "nrefs:var" in found["bleu_signature"] or "nrefs:2" in found["bleu_signature"]
     assert "bleu_interval" not in found
+
+
+def test_intervals_of_corpora_come_from_the_rows_own_counts() -> None:
+    """A draw of every row once is the score itself; draws of score 0 are among the others."""
+    for metric in ("bleu", "chrf"):
+        predictions, references = (
+            ["the cat sat on it", "zz", "a dog runs fast"],
+            [["the cat sat on it"], ["qq"], ["a dog ran"]],
+        )
+        found = scores.over_all(metric, predictions, references, 300)
+        assert found[f"{metric}_interval"][0] == 0.0
+        assert found[f"{metric}_interval"][1] == pytest.approx(100.0)
+        same = scores.over_all(metric, predictions[:1] * 4, references[:1] * 4, 5)
+        assert same[f"{metric}_interval"] == [pytest.approx(same[metric])] * 2
 
 
 def test_more_references_never_lower_a_score() -> None:
@@ -160,6 +176,16 @@ def test_sampling_depends_on_its_seed_alone(tiny: LlamaForCausalLM) -> None:
     assert generate(tiny, tokenizer, prompts, cold) == generate(
         tiny, tokenizer, prompts, Generation(batch_size=2, max_new_tokens=12)
     )
+
+
+def test_a_models_own_penalties_do_not_count(tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(ModelSettings())
+    prompts = [q.prompt for q in load_questions("builtin:sql[:2]", tokenizer, DataSettings())]
+    expected = generate(tiny, tokenizer, prompts, Generation(max_new_tokens=12))
+    own = GenerationConfig(repetition_penalty=9.0, eos_token_id=tiny.generation_config.eos_token_id)
+    monkeypatch.setattr(tiny, "generation_config", own)
+    assert generate(tiny, tokenizer, prompts, Generation(max_new_tokens=12)) == expected
+    assert tiny.generation_config is own
 
 
 @pytest.mark.parametrize(
@@ -248,6 +274,24 @@ def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
     assert two == one
 
 
+def test_settings_of_rows_are_the_runs(tmp_path: Path) -> None:
+    parse = runpy.run_path(EVAL)["parse"]
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    data = {
+        "separator": " | ",
+        "too_long": "truncate",
+        "max_length": 99,
+        "prompt_column": "mr",
+        "completion_column": "ref",
+    }
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"data": data}))
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    for path in (tmp_path / "run", tmp_path / "run" / "adapter"):
+        rows = parse([str(path), "--data", "x", "--max-length", "50"]).rows
+        assert (rows.separator, rows.too_long, rows.max_length, rows.prompt_column) == (" | ", "truncate", 50, None)
+    assert parse(["tiny", "--data", "x"]).rows == DataSettings()
+
+
 def test_wrong_command_lines(tmp_path: Path) -> None:
     program = runpy.run_path(EVAL)["main"]
     for arguments, message in (
@@ -256,6 +300,9 @@ def test_wrong_command_lines(tmp_path: Path) -> None:
         (["tiny", "--data", "builtin:sql[:2]", "--unmerged"], "--unmerged is for runs"),
         (["tiny", "--data", "builtin:sql[:2]", "--bootstrap", "-1"], "--bootstrap is 0 or more"),
         (["tiny", "--data", str(tmp_path / "nothing.jsonl")], "no such file"),
+        (["tiny", "--data", "builtin:sql", "--prompt-template", "{a}"], "belong together"),
+        (["tiny", "--data", "builtin:sql", "--metric", "mcc"], "--metric mcc: tiny is a language model"),
+        (["tiny", "--data", "builtin:sql[:3]", "--metric", "answer_match"], "has none: use exact_match"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             program(arguments)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rosa_ds
+from rosa_ds import distributed
 from rosa_ds.adapters.quantize import load_quantized
 from rosa_ds.config import AdapterConfig, ModelSettings, RunConfig
 from rosa_ds.export.merge import export_merged, export_peft
@@ -256,6 +257,22 @@ def test_a_base_that_is_loaded_whole_has_the_same_bits(stored: Path, tmp_path: P
             assert torch.equal(module.weight, narrow.get_submodule(name).weight)
             assert torch.equal(module.weight_scales, narrow.get_submodule(name).weight_scales)
     assert narrow.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_a_rank_that_loads_for_itself_waits_for_nobody(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an evaluation on several ranks: no collective, and none of the CPU's arrays under NCCL."""
+    settings = ModelSettings(name_or_path=str(stored), quantization="nf4")
+    expected = load_quantized(settings, torch.float32, []).state_dict()
+
+    def never(*given: object) -> None:
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    for name in ("broadcast", "together", "sum_over_ranks", "gather_objects"):
+        monkeypatch.setattr(distributed, name, never)
+    found = load_quantized(settings, torch.float32, []).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_an_undrawn_adapter_does_not_go_into_a_drawn_model(llama: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import get_args
 
@@ -81,17 +82,19 @@ def _stay_dense(model: nn.Module, skip: Iterable[str]) -> set[str]:
 class QuantizedNumbers:
     """The arrays of quantised layers, made from a checkpoint: a layer is read and quantised by one rank and sent to all.
 
-    Layers are asked for in the order of ``forms``, the same on all ranks; each array once.
+    Layers are asked for in the order of ``forms``, the same on all ranks; each array once. Not ``together``: one rank alone does all.
     """
 
-    def __init__(self, forms: Mapping[str, Form], base: Base, device: torch.device | None = None) -> None:
-        self.forms, self.base = forms, base
+    def __init__(
+        self, forms: Mapping[str, Form], base: Base, device: torch.device | None = None, together: bool = True
+    ) -> None:
+        self.forms, self.base, self.together = forms, base, together
         self.device = distributed.device() if device is None else device
         self._order = list(forms)
         self._ready: dict[str, dict[str, Tensor]] = {}
 
     def read(self, name: str, part: str) -> Tensor:
-        """``weight`` or ``weight_scales`` of a layer, whole, on :attr:`device`. Collective."""
+        """``weight`` or ``weight_scales`` of a layer, whole, on :attr:`device`. Collective if together."""
         if name not in self._ready:
             self._make(self._order.index(name))
         arrays = self._ready[name]
@@ -102,21 +105,23 @@ class QuantizedNumbers:
 
     def _make(self, first: int) -> None:
         """Each rank quantises one of the next layers, then all send theirs."""
-        ranks = min(distributed.world_size(), AT_ONCE)
+        ranks = min(distributed.world_size(), AT_ONCE) if self.together else 1
         owners = dict(zip(self._order[first : first + ranks], range(ranks), strict=False))
         mine: dict[str, Tensor] = {}
-        with distributed.together():
+        rank = distributed.rank() if self.together else 0
+        with distributed.together() if self.together else contextlib.nullcontext():
             for name, owner in owners.items():
-                if owner == distributed.rank():
+                if owner == rank:
                     weight = self.base.rows(f"{name}.weight", slice(None))
                     mine = self.forms[name].pack(weight.to(self.device))
         for name, owner in owners.items():
             self._ready[name] = {}
             for part, (shape, dtype) in self.forms[name].sizes().items():
-                own = owner == distributed.rank()
+                own = owner == rank
                 array = mine[part] if own else torch.empty(shape, dtype=dtype, device=self.device)
                 assert (tuple(array.shape), array.dtype) == (shape, dtype), f"{name}: {part} is {array.shape}"
-                self._ready[name][part] = distributed.broadcast(array.contiguous(), owner)
+                array = array.contiguous()
+                self._ready[name][part] = distributed.broadcast(array, owner) if self.together else array
 
 
 def quantized_forms(model: nn.Module) -> dict[str, Form]:
@@ -166,10 +171,16 @@ def open_quantized(
     return model, base
 
 
-def allocate_quantized(model: PreTrainedModel, base: Base, device: torch.device | None = None) -> None:
-    """Give a model of :func:`open_quantized` all its numbers, by default on this rank's device. Collective."""
+def allocate_quantized(
+    model: PreTrainedModel, base: Base, device: torch.device | None = None, together: bool = True
+) -> None:
+    """Give a model of :func:`open_quantized` all its numbers, by default on this rank's device.
+
+    Args:
+        together: the ranks share the work, on devices that their collectives know; else each does all of it.
+    """
     device = distributed.device() if device is None else device
-    numbers = QuantizedNumbers(quantized_forms(model), base, device)
+    numbers = QuantizedNumbers(quantized_forms(model), base, device, together)
 
     def fill(name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
         module, _, part = name.rpartition(".")
@@ -183,12 +194,12 @@ def allocate_quantized(model: PreTrainedModel, base: Base, device: torch.device 
 
 
 def load_quantized(settings: ModelSettings, dtype: torch.dtype, skip: Iterable[str]) -> PreTrainedModel:
-    """The base with quantised layers, which compute in ``dtype``, on the CPU, for one process.
+    """The base with quantised layers, which compute in ``dtype``, on the CPU. Each rank that calls it does so for itself.
 
     Raises: ValueError as :func:`open_quantized`.
     """
     cpu = torch.device("cpu")
     model, base = open_quantized(settings, dtype, skip, cpu)
     if base is not None:
-        allocate_quantized(model, base, cpu)
+        allocate_quantized(model, base, cpu, together=False)
     return model.eval()

@@ -136,7 +136,8 @@ def _read_changes(results: Results) -> tuple[dict[str, Changes], list[str]]:
             runs[variant] = finished[0]
     adapted = next((names for run in runs.values() if (names := adapted_names(run))), [])
     layers = results.study.layers or (middle_layers(adapted) if adapted else [])
-    return {variant: read_changes(run, layers) for variant, run in runs.items()}, layers
+    named = bool(results.study.layers)
+    return {variant: read_changes(run, layers, demanded=named) for variant, run in runs.items()}, layers
 
 
 def _draw(results: Results, changes: Mapping[str, Changes], layers: Sequence[str], root: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from rosa_ds.files import TensorFiles
 
 VALIDATION_LOSS = "validation loss"
 _NOT_FIGURES = frozenset({"seconds"})
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -176,10 +179,12 @@ class Results:
     def _compare_rows(self, variant: str, reference: str, metric: str) -> RowInterval | None:
         both = [result for name in (variant, reference) for result in self.finals_of(name) if metric in result.rows]
         if len({tuple(result.prompts[metric]) for result in both}) > 1:
-            raise ValueError(
-                f"{metric} was measured on different rows ({', '.join(result.run.name for result in both)}): a data file has "
-                f"changed; delete {RECORD_FILE} in the folders of those runs, or start the study in a new folder"
+            logger.warning(
+                "%s was measured on different prompts (%s), so rows are not compared: a data file has changed (delete %s in the folders "
+                "of those runs), or the variants' models write prompts differently",
+                *(metric, ", ".join(result.run.name for result in both), RECORD_FILE),
             )
+            return None
         by_seed = [{r.run.seed: r.rows[metric] for r in both if r.run.variant == name} for name in (variant, reference)]
         return compare_rows(*by_seed)
 

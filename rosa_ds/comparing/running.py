@@ -156,7 +156,8 @@ class Runner:
         outcome = self.children.run(command, log)
         record.attempts.append({"what": what, **dataclasses.asdict(outcome), "machine": machine()})
         problem = "" if outcome.status == 0 else _describe(what, outcome, log)
-        record.problem = record.problem or problem  # what failed first
+        if outcome.status != INTERRUPTED_STATUS and not self.children.stopped:  # which goes on when it is started again
+            record.problem = record.problem or problem  # what failed first
         _write(run, record)
         if outcome.status == 0:
             logger.info("%s: %s took %.0f s (%.0f s of CPU)", run.name, what, outcome.seconds, outcome.cpu_seconds)

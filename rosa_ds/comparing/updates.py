@@ -89,10 +89,10 @@ def adapted_names(run: Path) -> list[str]:
 
 
 @torch.no_grad()
-def read_changes(run: Path, layers: Sequence[str]) -> Changes:
+def read_changes(run: Path, layers: Sequence[str], demanded: bool = True) -> Changes:
     """What a finished run has changed in these layers. Weights are read one at a time.
 
-    Raises: ValueError for a layer that the model has not.
+    Raises: ValueError for a layer that the model has not, if it is ``demanded``.
     """
     source = open_source(run)
     description = source.description
@@ -106,6 +106,8 @@ def read_changes(run: Path, layers: Sequence[str]) -> Changes:
     weights |= set(adapted_layers(model))
     spectra = {}
     for name in layers:
+        if name not in weights and not demanded:
+            continue
         if name not in weights:
             raise ValueError(f"layers: {name} is no layer of {settings.name_or_path}.{did_you_mean(name, weights)}")
         change = _change(name, model, source, base)

@@ -14,11 +14,9 @@ from rosa_ds import distributed
 from rosa_ds.config import DataSettings
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import prepare_labelled
-from rosa_ds.models.task import is_classifier, settle_padding, uses_types
+from rosa_ds.models.task import classes_of, is_classifier, settle_padding, uses_types
 from rosa_ds.training.evaluate import visit_batches
-
-CLASSIFIED = ("accuracy", "mcc", "f1")
-"""All metrics of classification."""
+from rosa_ds.training.model import check_positions
 
 
 def scores(labels: NDArray[np.int64], predictions: NDArray[np.int64]) -> dict[str, float]:
@@ -68,9 +66,10 @@ def classify(
             "sequence classification"
         )
     pad_id = settle_padding(model, tokenizer)
-    classes = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+    classes = classes_of(model.config) or [str(model.config.id2label[n]) for n in range(model.config.num_labels)]
     with distributed.together(), distributed.main_first():
         data = prepare_labelled(source, "eval", tokenizer, settings, classes, uses_types(model.config))
+    check_positions(model, {source: data})
     mine: dict[int, int] = {}
 
     def take(indices: NDArray[np.int64], _: Batch, logits: Tensor) -> None:

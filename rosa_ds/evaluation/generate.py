@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -46,6 +47,16 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     configured = model.generation_config.eos_token_id
     named = [configured] if isinstance(configured, int) else list(configured or [])
     return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+
+
+@contextlib.contextmanager
+def _plain(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own wishes, such as a penalty for repetition, which transformers adds to what is asked for."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> None:
@@ -92,7 +103,7 @@ def generate(
         for row, index in enumerate(chosen):
             ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _plain(model):
             torch.manual_seed(how.seed * 1_000_003 + number)
             output = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config

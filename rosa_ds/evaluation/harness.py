@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_harness() -> None:
+    """Raise ValueError where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--harness needs lm-eval: pip install 'rosa-ds[lm-eval]'")
 
 
 def harness_metrics(
@@ -25,12 +32,11 @@ def harness_metrics(
 
     Raises: ValueError where the harness is not installed, or does not know a task.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(f"--harness needs lm-eval ({error}): pip install 'rosa-ds[lm-eval]'") from error
+    require_harness()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(

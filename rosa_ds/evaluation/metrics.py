@@ -16,8 +16,9 @@ from rosa_ds.data.batches import load_batch
 from rosa_ds.data.prepare import prepare
 from rosa_ds.evaluation.generate import Generation, generate
 from rosa_ds.evaluation.questions import load_questions
-from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, interval, over_all
+from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, check_references, interval, over_all
 from rosa_ds.training.loss import accepts_kept_positions, token_losses
+from rosa_ds.training.model import check_positions
 
 
 def written_metrics(
@@ -42,6 +43,7 @@ def written_metrics(
     check_available(metrics)
     with distributed.together(), distributed.main_first():
         questions = load_questions(source, tokenizer, settings)
+    check_references(metrics, [question.references for question in questions])
     predictions = [text.strip() for text in generate(model, tokenizer, [q.prompt for q in questions], how)]
     references = [question.references for question in questions]
     figures: dict[str, Any] = {}
@@ -80,6 +82,7 @@ def perplexity(
     """
     with distributed.together(), distributed.main_first():
         data = prepare(source, "eval", tokenizer, settings)
+    check_positions(model, {source: data})
     selects = accepts_kept_positions(model)
     order = np.argsort(-data.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -54,14 +54,14 @@ def _normalised_sql(text: str) -> str:
     sqlglot = _require("sqlglot", "sql_match")
     try:
         # MySQL's words: both kinds of quotes make a string, as in SQLite wherever no column is called like it
-        statements = sqlglot.parse(text, read="mysql")
-    except sqlglot.errors.SqlglotError:
+        statements = [statement for statement in sqlglot.parse(text, read="mysql") if statement is not None]
+        for statement in statements:
+            for name in statement.find_all(sqlglot.exp.Identifier):
+                name.set("this", name.this.lower())
+                name.set("quoted", False)
+        return ";".join(statement.sql(dialect="mysql", comments=False) for statement in statements)
+    except (sqlglot.errors.SqlglotError, RecursionError):  # the second for hundreds of brackets in each other
         return " ".join(text.lower().split()).rstrip("; ")
-    for statement in statements:
-        for name in statement.find_all(sqlglot.exp.Identifier) if statement is not None else ():
-            name.set("this", name.this.lower())
-            name.set("quoted", False)
-    return ";".join(s.sql(dialect="mysql", comments=False) for s in statements if s is not None)
 
 
 QUESTION_SCORES: dict[str, Callable[[str, str], bool]] = {
@@ -73,6 +73,16 @@ QUESTION_SCORES: dict[str, Callable[[str, str], bool]] = {
 CORPUS_SCORES = ("bleu", "chrf")
 GENERATED = (*QUESTION_SCORES, *CORPUS_SCORES)
 """All metrics that look at what a model writes."""
+CLASSIFIED = ("accuracy", "mcc", "f1")
+"""All metrics of classifiers."""
+
+
+def check_references(metrics: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError for references that a metric cannot be compared with, before anything is generated."""
+    for reference in (one for allowed in references for one in allowed):
+        for metric in metrics:
+            if metric == "answer_match":
+                answer_match("", reference)
 
 
 def check_available(metrics: Sequence[str]) -> None:
@@ -82,6 +92,8 @@ def check_available(metrics: Sequence[str]) -> None:
             _require("sqlglot", metric)
         if metric in CORPUS_SCORES:
             _require("sacrebleu", metric)
+        if metric in CLASSIFIED:
+            _require("sklearn.metrics", metric, "scikit-learn", "classification")
 
 
 def by_question(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -104,12 +116,14 @@ def over_all(
     most = max(map(len, references))
     # sacrebleu wants the first reference of every question, then the second, ...; None where a question has no more
     columns = [[allowed[k] if k < len(allowed) else None for allowed in references] for k in range(most)]
-    score = computed.corpus_score(list(predictions), columns, n_bootstrap=resamples or 1)
-    said = json.loads(score.format(is_json=True, signature=computed.get_signature().format()))
+    score = computed.corpus_score(list(predictions), columns)
     found: dict[str, Any] = {metric: score.score, f"{metric}_signature": computed.get_signature().format()}
     if resamples:
-        middle, half = said.get("confidence_mean", 0.0), said.get("confidence_var", 0.0)  # left out where all is 0
-        found[f"{metric}_interval"] = [round(middle - half, 2), round(middle + half, 2)]
+        # sacrebleu's own bootstrap fails where a draw scores 0 (2.6: its mean of Python's and numpy's numbers)
+        counts = np.asarray(computed._extract_corpus_statistics(list(predictions), columns))
+        drawn = _draws(len(counts), resamples, 0)
+        scores = [computed._compute_score_from_stats(list(counts[rows].sum(0))).score for rows in drawn]
+        found[f"{metric}_interval"] = _ends(scores)
     return found
 
 
@@ -124,18 +138,25 @@ def interval(
     """
     given = np.asarray(values, dtype=np.float64)
     weight = np.ones_like(given) if weights is None else np.asarray(weights, dtype=np.float64)
+    drawn = _draws(len(given), resamples, seed)
+    return _ends([np.average(given[rows], weights=weight[rows]) for rows in drawn])
+
+
+def _draws(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """As many of ``count`` rows as there are, with repetition, again and again."""
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for number in range(resamples):
-        drawn = generator.integers(0, len(given), len(given))
-        means[number] = np.average(given[drawn], weights=weight[drawn])
-    return [float(end) for end in np.percentile(means, [2.5, 97.5])]
+    return (generator.integers(0, count, count) for _ in range(resamples))
 
 
-def _require(module: str, metric: str) -> Any:
+def _ends(values: Sequence[float]) -> list[float]:
+    """Between them lie 95 % of the values."""
+    return [float(end) for end in np.percentile(values, [2.5, 97.5])]
+
+
+def _require(module: str, metric: str, package: str = "", extra: str = "evaluation") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"--metric {metric} needs {module.partition('.')[0]}: pip install 'rosa-ds[evaluation]'"
+            f"--metric {metric} needs {package or module.partition('.')[0]}: pip install 'rosa-ds[{extra}]'"
         ) from error

@@ -89,6 +89,13 @@ def _open_checkpoint(folder: Path) -> Source:
     )
 
 
+def run_folder(path: Path) -> Path:
+    """The run that ``path`` is, or that this adapter or checkpoint lies in."""
+    if checkpoint.is_checkpoint(path):
+        return path.parent.parent
+    return path.parent if (path / CONFIG_FILE).is_file() else path
+
+
 def open_source(path: str | Path) -> Source:
     """A run's adapter, or where it has none yet its newest good checkpoint; or the adapter or checkpoint ``path`` itself.
 

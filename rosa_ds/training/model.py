@@ -127,6 +127,7 @@ def check_positions(model: PreTrainedModel, data: Mapping[str, TokenSet]) -> Non
             continue
         # with a padding index positions are counted from behind it
         known = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        known -= int(getattr(module, "offset", 0))  # OPT's and BART's first are never used
         for what, tokens in data.items():
             if (longest := int(tokens.lengths.max())) > known:
                 raise ValueError(
