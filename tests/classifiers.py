@@ -21,6 +21,9 @@ from transformers import (
     RobertaConfig,
 )
 
+from rosa_ds.config import DataSettings, ModelSettings
+from rosa_ds.data.labelled import LabelledSet, find_classes, prepare_labelled
+
 GOOD, BAD = ("fine", "lovely", "warm", "bright"), ("poor", "dull", "cold", "grim")
 PLAIN = ("the", "film", "a", "day", "was", "and", "very", "soup")
 ENCODERS = ("bert", "roberta")
@@ -34,6 +37,13 @@ SIZES = {
     "vocab_size": 24,
     "initializer_range": 0.15,
 }
+NEW = {
+    "bert": ["bert.pooler", "classifier"],
+    "roberta": ["classifier"],
+    "gpt2": ["score"],
+    "llama": ["score"],
+}
+"""What of each kind is new, and trained whole."""
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -108,3 +118,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def settings(base: Path | str, *labels: str) -> ModelSettings:
+    return ModelSettings(name_or_path=str(base), task="classification", labels=list(labels or ("bad", "good")))
+
+
+def labelled(path: Path, kind: str, rows: list[dict[str, Any]], **more: Any) -> LabelledSet:
+    classes = find_classes(write_rows(path, rows), DataSettings())
+    return prepare_labelled(str(path), "train", make_tokenizer(kind), DataSettings(**more), classes, kind == "bert")

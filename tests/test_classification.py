@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifiers import DECODERS, ENCODERS, SIZES, make_base, make_rows, make_tokenizer, write_rows
+from classifiers import (
+    DECODERS,
+    ENCODERS,
+    NEW,
+    SIZES,
+    labelled,
+    make_base,
+    make_rows,
+    make_tokenizer,
+    settings,
+    write_rows,
+)
 from torch import Tensor
 from transformers import AlbertConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -20,7 +31,7 @@ from rosa_ds.adapters.targets import find_targets
 from rosa_ds.cli import build_config
 from rosa_ds.config import AdapterConfig, DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, LabelledBatch, load_batch
-from rosa_ds.data.labelled import LabelledSet, find_classes, prepare_labelled
+from rosa_ds.data.labelled import find_classes, prepare_labelled
 from rosa_ds.evaluation.classification import classify, scores
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer
 from rosa_ds.models.quantized import QuantizedLinear
@@ -33,21 +44,6 @@ from rosa_ds.training.start import open_start
 from rosa_ds.training.task import with_head
 
 CPU = torch.device("cpu")
-NEW = {
-    "bert": ["bert.pooler", "classifier"],
-    "roberta": ["classifier"],
-    "gpt2": ["score"],
-    "llama": ["score"],
-}
-
-
-def settings(base: Path | str, *labels: str) -> ModelSettings:
-    return ModelSettings(name_or_path=str(base), task="classification", labels=list(labels or ("bad", "good")))
-
-
-def labelled(path: Path, kind: str, rows: list[dict[str, Any]], **more: Any) -> LabelledSet:
-    classes = find_classes(write_rows(path, rows), DataSettings())
-    return prepare_labelled(str(path), "train", make_tokenizer(kind), DataSettings(**more), classes, kind == "bert")
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])

@@ -22,7 +22,7 @@ from rosa_ds.data.prepare import prepare
 from rosa_ds.export.merge import load_adapted, load_merged
 from rosa_ds.export.source import open_source
 from rosa_ds.files import manifest_problem, write_manifest
-from rosa_ds.training.evaluate import evaluate_loss
+from rosa_ds.training.evaluate import evaluate
 
 SUBSPACE = ("--method", "subspace", *faults.DRAWS)
 Losses = list[tuple[int, str, float]]
@@ -74,7 +74,7 @@ def test_the_saved_adapter_is_the_trained_model(straight: tuple[Path, Losses], t
     data = prepare("builtin:sql[:16]", "eval", tokenizer, RunConfig().data)
     last = [line["loss"] for line in metrics(straight[0]) if line.get("event") == "eval"][-1]
     for model in (load_adapted(source, torch.float32), load_merged(source, torch.float32)):
-        assert evaluate_loss(model, data, 8, tokenizer.pad_token_id, True) == pytest.approx(last, rel=1e-5)
+        assert evaluate(model, data, 8, tokenizer.pad_token_id, True)["loss"] == pytest.approx(last, rel=1e-5)
 
 
 @pytest.mark.ranks

@@ -8,31 +8,13 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-import torch
-from classifiers import make_base, make_rows, make_tokenizer, write_rows
+from classifiers import labelled, make_base, make_rows, make_tokenizer, write_rows
 
 from rosa_ds.cli import build_config
 from rosa_ds.config import DataSettings, ModelSettings
-from rosa_ds.data.labelled import LabelledSet, find_classes, prepare_labelled
+from rosa_ds.data.labelled import find_classes, prepare_labelled
 from rosa_ds.models.load import load_tokenizer
 from rosa_ds.training.task import prepare_data
-
-CPU = torch.device("cpu")
-NEW = {
-    "bert": ["bert.pooler", "classifier"],
-    "roberta": ["classifier"],
-    "gpt2": ["score"],
-    "llama": ["score"],
-}
-
-
-def settings(base: Path | str, *labels: str) -> ModelSettings:
-    return ModelSettings(name_or_path=str(base), task="classification", labels=list(labels or ("bad", "good")))
-
-
-def labelled(path: Path, kind: str, rows: list[dict[str, Any]], **more: Any) -> LabelledSet:
-    classes = find_classes(write_rows(path, rows), DataSettings())
-    return prepare_labelled(str(path), "train", make_tokenizer(kind), DataSettings(**more), classes, kind == "bert")
 
 
 def as_parquet(path: Path, rows: list[dict[str, Any]], names: list[str]) -> str:

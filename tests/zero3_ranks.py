@@ -24,7 +24,7 @@ from rosa_ds.data.prepare import prepare
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.models.load import load_model, load_tokenizer
 from rosa_ds.training.engine import build_engine
-from rosa_ds.training.evaluate import evaluate_loss
+from rosa_ds.training.evaluate import evaluate
 from rosa_ds.training.model import build_model
 from rosa_ds.training.trained_state import TrainedState
 
@@ -230,8 +230,8 @@ def check_evaluation_with_fewer_batches_than_ranks_can_share() -> None:
     _, engine, _ = make_engine(given)
     engine.eval()
     pad = tokenizer.pad_token_id
-    loss = evaluate_loss(engine, data, 1, pad, True)  # 3 batches
-    plain = evaluate_loss(load_model(given.model, torch.float32), data, 1, pad, True)
+    loss = evaluate(engine, data, 1, pad, True)["loss"]  # 3 batches
+    plain = evaluate(load_model(given.model, torch.float32), data, 1, pad, True)["loss"]
     assert abs(loss / plain - 1) < 1e-5, (loss, plain)
 
 

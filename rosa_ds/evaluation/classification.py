@@ -14,6 +14,7 @@ from rosa_ds import distributed
 from rosa_ds.config import DataSettings
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import prepare_labelled
+from rosa_ds.evaluation.scores import draws, ends
 from rosa_ds.models.task import classes_of, is_classifier, settle_padding, uses_types
 from rosa_ds.training.evaluate import visit_batches
 from rosa_ds.training.model import check_positions
@@ -96,10 +97,5 @@ def _intervals(labels: NDArray[np.int64], predictions: NDArray[np.int64], resamp
     """95 % percentile bootstrap intervals of :func:`scores` over the rows."""
     if not resamples:
         return {}
-    generator = np.random.default_rng(0)
-    drawn = [generator.integers(0, len(labels), len(labels)) for _ in range(resamples)]
-    found = [scores(labels[rows], predictions[rows]) for rows in drawn]
-    return {
-        f"{name}_interval": [float(end) for end in np.percentile([one[name] for one in found], [2.5, 97.5])]
-        for name in found[0]
-    }
+    found = [scores(labels[rows], predictions[rows]) for rows in draws(len(labels), resamples, 0)]
+    return {f"{name}_interval": ends([one[name] for one in found]) for name in found[0]}

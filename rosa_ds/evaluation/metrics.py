@@ -8,16 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
 from rosa_ds.config import DataSettings
-from rosa_ds.data.batches import load_batch
+from rosa_ds.data.batches import Batch
 from rosa_ds.data.prepare import prepare
 from rosa_ds.evaluation.generate import Generation, generate
 from rosa_ds.evaluation.questions import load_questions
 from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, check_references, interval, over_all
-from rosa_ds.training.loss import accepts_kept_positions, token_losses
+from rosa_ds.training.evaluate import visit_batches
+from rosa_ds.training.loss import accepts_kept_positions, losses_of
 from rosa_ds.training.model import check_positions
 
 
@@ -67,7 +70,6 @@ def written_metrics(
     return {**figures, "rows": len(questions), "samples": samples}
 
 
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -83,13 +85,13 @@ def perplexity(
     with distributed.together(), distributed.main_first():
         data = prepare(source, "eval", tokenizer, settings)
     check_positions(model, {source: data})
-    selects = accepts_kept_positions(model)
-    order = np.argsort(-data.lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     sums = torch.zeros(len(data), dtype=torch.float64)
-    for indices in batches[distributed.rank() :: distributed.world_size()]:
-        losses = token_losses(model, load_batch(data, indices, tokenizer.pad_token_id), model.device, selects)
+
+    def add(indices: NDArray[np.int64], batch: Batch, logits: Tensor) -> None:
+        losses = losses_of(logits, batch.targets.to(logits.device))
         sums[torch.from_numpy(indices)] = losses.double().sum(dim=1).cpu()
+
+    visit_batches(model, data, batch_size, tokenizer.pad_token_id, accepts_kept_positions(model), add)
     sums = distributed.sum_over_ranks(sums.to(distributed.device())).cpu()
     loss = float(sums.sum()) / int(data.trained.sum())
     figures: dict[str, Any] = {"perplexity": math.exp(loss), "loss": loss, "examples": len(data)}

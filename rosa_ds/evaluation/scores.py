@@ -121,9 +121,9 @@ def over_all(
     if resamples:
         # sacrebleu's own bootstrap fails where a draw scores 0 (2.6: its mean of Python's and numpy's numbers)
         counts = np.asarray(computed._extract_corpus_statistics(list(predictions), columns))
-        drawn = _draws(len(counts), resamples, 0)
+        drawn = draws(len(counts), resamples, 0)
         scores = [computed._compute_score_from_stats(list(counts[rows].sum(0))).score for rows in drawn]
-        found[f"{metric}_interval"] = _ends(scores)
+        found[f"{metric}_interval"] = ends(scores)
     return found
 
 
@@ -138,17 +138,17 @@ def interval(
     """
     given = np.asarray(values, dtype=np.float64)
     weight = np.ones_like(given) if weights is None else np.asarray(weights, dtype=np.float64)
-    drawn = _draws(len(given), resamples, seed)
-    return _ends([np.average(given[rows], weights=weight[rows]) for rows in drawn])
+    drawn = draws(len(given), resamples, seed)
+    return ends([np.average(given[rows], weights=weight[rows]) for rows in drawn])
 
 
-def _draws(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+def draws(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """As many of ``count`` rows as there are, with repetition, again and again."""
     generator = np.random.default_rng(seed)
     return (generator.integers(0, count, count) for _ in range(resamples))
 
 
-def _ends(values: Sequence[float]) -> list[float]:
+def ends(values: Sequence[float]) -> list[float]:
     """Between them lie 95 % of the values."""
     return [float(end) for end in np.percentile(values, [2.5, 97.5])]
 

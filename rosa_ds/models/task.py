@@ -112,10 +112,10 @@ def new_numbers(model: Any, names: Iterable[str], seed: int) -> dict[str, Tensor
     return numbers
 
 
-def mark_new(model: nn.Module, names: Iterable[str]) -> None:
+def mark_new(model: Any, names: Iterable[str]) -> None:
     """Remember which parameters of a model are new, for :func:`whole_modules`."""
     names = tuple(names)
-    model.rosa_new = names  # type: ignore[assignment]
+    model.rosa_new = names
     if names:
         logger.info("new, and not from the base: %s", ", ".join(names))
 

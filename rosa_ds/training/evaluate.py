@@ -72,11 +72,3 @@ def evaluate(
         return None
     loss, hits = (distributed.sum_over_ranks(totals) / int(data.trained.sum())).tolist()
     return {"loss": loss, **({"accuracy": hits} if has_classes else {})}
-
-
-def evaluate_loss(
-    model: Any, data: TokenSet, batch_size: int, pad_id: int, selects: bool, interrupted: Callable[[], bool] = bool
-) -> float | None:
-    """The ``loss`` of :func:`evaluate`."""
-    figures = evaluate(model, data, batch_size, pad_id, selects, interrupted)
-    return None if figures is None else figures["loss"]

@@ -36,7 +36,6 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def token_losses(model: Any, batch: Batch, device: torch.device, selects: bool) -> Tensor:
-    """The negative log-likelihood of every target, float32 (rows, kept positions), 0 where there is none. Arguments as above."""
-    logits, targets = batch.logits(model, device, selects), batch.targets.to(device)
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """The negative log-likelihood of every target, float32 (B, K), 0 where it is :data:`IGNORE`. Shapes as :func:`loss_of`."""
     return nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORE, reduction="none")
