@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rosa_ds.data.formats import Template
+from rosa_ds.template import Template
 
 Method = Literal["full", "lora", "sparse", "robust", "subspace", "robust-subspace"]
 Task = Literal["causal-lm", "classification"]

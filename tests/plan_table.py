@@ -13,7 +13,7 @@ from pathlib import Path
 from rosa_ds import distributed
 from rosa_ds.cli import parse_command_line
 from rosa_ds.logs import run_program
-from rosa_ds.training.accounting import compare
+from rosa_ds.training.memory.accounting import compare
 from rosa_ds.training.run import train
 
 WORDS = tuple("the plan says what a run will hold before it starts and the run says what it held".split())  # noqa: SIM905

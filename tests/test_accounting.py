@@ -13,8 +13,8 @@ import rosa_ds
 from rosa_ds import distributed
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.training.accounting import RESIDUAL, predict, table
 from rosa_ds.training.engine import PERSISTENCE, keep_vectors_everywhere
+from rosa_ds.training.memory.accounting import RESIDUAL, predict, table
 
 
 def threshold(model: Any, given: dict[str, Any], **adapter: Any) -> int:

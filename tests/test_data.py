@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config import DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, BatchPlan, collate, epoch_order, load_batch
-from rosa_ds.data.formats import Conversation, Pair, PlainText, Template, parse_row
+from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
 from rosa_ds.data.prepare import prepare
 from rosa_ds.data.sources import load_rows
 from rosa_ds.data.sql import generate_pairs
 from rosa_ds.data.tokenise import Tokens, prompt_and_reference, show_sample, tokenise
 from rosa_ds.models.grammar import generate_conversations
 from rosa_ds.models.load import load_tokenizer
+from rosa_ds.template import Template
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"

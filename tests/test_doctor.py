@@ -16,7 +16,6 @@ from rosa_ds.config import ModelSettings, RunConfig
 from rosa_ds.errors import INTERRUPTED_STATUS, RunError
 from rosa_ds.planning import doctor
 from rosa_ds.training import run as run_module
-from rosa_ds.training.accounting import ACTIVATIONS, Account
 from rosa_ds.training.failures import (
     explain_loading,
     explain_memory,
@@ -24,6 +23,7 @@ from rosa_ds.training.failures import (
     is_out_of_memory,
     suggestions,
 )
+from rosa_ds.training.memory.accounting import ACTIVATIONS, Account
 
 GIB = 2**30
 

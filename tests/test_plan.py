@@ -22,11 +22,11 @@ from rosa_ds.ds_config import plan_deepspeed
 from rosa_ds.planning import scale
 from rosa_ds.planning.dry_run import dry_run, phases
 from rosa_ds.planning.search import GIB, Machine, Planner, best, needed
-from rosa_ds.planning.skeleton import ActivationPlan
-from rosa_ds.planning.trace import Activations, LiveBytes, SavedBytes, Shape, watch_gradients
-from rosa_ds.training.accounting import ACTIVATIONS, BUCKETS, GATHERED, Account, predict
 from rosa_ds.training.engine import settle_zero
 from rosa_ds.training.loss import token_loss_sum
+from rosa_ds.training.memory.accounting import ACTIVATIONS, BUCKETS, GATHERED, Account, predict
+from rosa_ds.training.memory.skeleton import ActivationPlan
+from rosa_ds.training.memory.trace import Activations, LiveBytes, SavedBytes, Shape, watch_gradients
 from rosa_ds.training.model import enable_checkpointing
 from rosa_ds.training.schedule import Schedule
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.low_rank import keyed_generator
 from rosa_ds.adapters.registry import check_enabled
 from rosa_ds.config import GRADIENT_SCORES, WEIGHT_SCORES, Score
 from rosa_ds.files import TensorFiles, sync_files, write_tensors
+from rosa_ds.generators import keyed_generator
 from rosa_ds.suggest import did_you_mean
 from rosa_kernels.collect.op import RunningTopK, gradient_blocks
 

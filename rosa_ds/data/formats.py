@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import string
 from collections.abc import Mapping
 from typing import Any
 
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.template import Template, text_of
 
 PAIR_COLUMNS = (("prompt", "completion"), ("question", "answer"))
 ROLES = ("system", "user", "assistant", "tool")
@@ -38,31 +37,6 @@ class PlainText:
 Example = Conversation | Pair | PlainText
 
 
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """A prompt made of several columns: ``"{context}\\n{question}"``; ``{{`` and ``}}`` are braces.
-
-    Raises: ValueError if it names no column, or is not of this form.
-    """
-
-    text: str
-
-    def __post_init__(self) -> None:
-        try:
-            names = [name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None]
-        except ValueError as error:
-            raise ValueError(
-                f"the template {self.text!r} cannot be read ({error}): a column is {{name}}, a brace {{{{"
-            ) from None
-        if not names or "" in names:
-            raise ValueError(f"the template {self.text!r} names no column: write {{name}} where a column's text goes")
-
-    def fill(self, row: Mapping[str, Any]) -> str:
-        """The prompt of a row. Raises: ValueError for a column that is not there or has no text."""
-        parts = string.Formatter().parse(self.text)
-        return "".join(text + (_text(row, name) if name is not None else "") for text, name, _, _ in parts)
-
-
 def parse_row(row: Mapping[str, Any], columns: tuple[str | Template, str] | None = None) -> Example:
     """Read one row: ``messages``; prompt and completion (or question and answer); or ``text``.
 
@@ -80,27 +54,16 @@ def parse_row(row: Mapping[str, Any], columns: tuple[str | Template, str] | None
         if all(name in row for name in names):
             return _pair(row, names)
     if row.get("text") is not None:
-        return PlainText(_text(row, "text"))
+        return PlainText(text_of(row, "text"))
     raise ValueError(
         f"the columns {', '.join(sorted(row))} fit no format (messages; prompt and completion; question and answer; text): "
         "name two with data.prompt_column (or make the prompt of several with data.prompt_template) and data.completion_column"
     )
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
-    if column not in row:
-        raise ValueError(f"there is no column {column!r}.{did_you_mean(column, row)} Columns: {', '.join(sorted(row))}")
-    value = row[column]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # a column of numbers, as in a table of answers
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{column!r} is a text that is not empty, given {value!r}")
-    return value
-
-
 def _pair(row: Mapping[str, Any], columns: tuple[str | Template, str]) -> Pair:
     prompt, completion = columns
-    return Pair(prompt.fill(row) if isinstance(prompt, Template) else _text(row, prompt), _text(row, completion))
+    return Pair(prompt.fill(row) if isinstance(prompt, Template) else text_of(row, prompt), text_of(row, completion))
 
 
 def _conversation(messages: Any) -> Conversation:

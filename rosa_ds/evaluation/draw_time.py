@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rosa_ds.adapters.low_rank import keyed_generator
 from rosa_ds.adapters.subspace import split_off
 from rosa_ds.config import DrawSettings
+from rosa_ds.generators import keyed_generator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rosa_ds.adapters.low_rank import keyed_generator
 from rosa_ds.config import ModelSettings, Task
+from rosa_ds.generators import keyed_generator
 
 logger = logging.getLogger(__name__)
 PEFT_TASKS: dict[Task, str] = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}

@@ -12,9 +12,9 @@ from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.models.load import load_tokenizer
 from rosa_ds.planning.search import GIB, Planner
-from rosa_ds.planning.trace import Shape
-from rosa_ds.training.accounting import activation_terms, table
-from rosa_ds.training.measuring import longest
+from rosa_ds.training.memory.accounting import activation_terms, table
+from rosa_ds.training.memory.measuring import longest
+from rosa_ds.training.memory.trace import Shape
 from rosa_ds.training.run import build_schedule
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.task import prepare_data

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
-from rosa_ds.planning.trace import Shape
-from rosa_ds.training.accounting import ACTIVATIONS, WORKING
+from rosa_ds.training.memory.accounting import ACTIVATIONS, WORKING
+from rosa_ds.training.memory.trace import Shape
 
 
 def _yes(flag: bool) -> str:

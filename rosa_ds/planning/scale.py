@@ -15,8 +15,7 @@ from transformers import LlamaConfig
 from rosa_ds.cli import CommandLine
 from rosa_ds.files import write_json
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
-from rosa_ds.planning.trace import Shape
-from rosa_ds.training.accounting import (
+from rosa_ds.training.memory.accounting import (
     ACTIVATIONS,
     BUCKETS,
     COLLECTED,
@@ -27,6 +26,7 @@ from rosa_ds.training.accounting import (
     WORKING,
     WORKSPACE,
 )
+from rosa_ds.training.memory.trace import Shape
 
 logger = logging.getLogger(__name__)
 RANKS = tuple(8 * 2**power for power in range(8))

@@ -12,9 +12,8 @@ from rosa_ds.adapters.inject import InjectReport
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import plan_deepspeed
 from rosa_ds.models.stream import read_config
-from rosa_ds.planning.skeleton import ActivationPlan, build_skeleton
-from rosa_ds.planning.trace import Shape
-from rosa_ds.training.accounting import (
+from rosa_ds.training.engine import settle_zero
+from rosa_ds.training.memory.accounting import (
     ACTIVATIONS,
     COLLECTED,
     COLLECTING,
@@ -26,7 +25,8 @@ from rosa_ds.training.accounting import (
     activation_terms,
     predict,
 )
-from rosa_ds.training.engine import settle_zero
+from rosa_ds.training.memory.skeleton import ActivationPlan, build_skeleton
+from rosa_ds.training.memory.trace import Shape
 
 GIB = 2**30
 MAX_MICRO_BATCH = 64

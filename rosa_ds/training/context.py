@@ -16,9 +16,9 @@ from rosa_ds.config import RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.ds_config import DeepSpeedPlan
-from rosa_ds.training.accounting import Account
 from rosa_ds.training.draw import Drawing
 from rosa_ds.training.interrupt import Interruption
+from rosa_ds.training.memory.accounting import Account
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.trained_state import TrainedState
 

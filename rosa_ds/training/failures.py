@@ -6,7 +6,7 @@ import torch
 
 from rosa_ds.config import RunConfig
 from rosa_ds.errors import INTERRUPTED_STATUS
-from rosa_ds.training.accounting import (
+from rosa_ds.training.memory.accounting import (
     ACTIVATIONS,
     BUCKETS,
     COLLECTED,

@@ -22,7 +22,6 @@ from rosa_ds.data.batches import load_batch
 from rosa_ds.errors import RunError
 from rosa_ds.files import write_json
 from rosa_ds.training import checkpoint
-from rosa_ds.training.accounting import DRAWING
 from rosa_ds.training.checkpoint import Checkpoint, SavedBase
 from rosa_ds.training.context import Run, seed_step
 from rosa_ds.training.engine import learning_rates
@@ -30,7 +29,8 @@ from rosa_ds.training.evaluate import evaluate
 from rosa_ds.training.interrupt import leave, take_save_request
 from rosa_ds.training.loss import accepts_kept_positions, token_loss_sum
 from rosa_ds.training.masking import build_collector, fix_mask
-from rosa_ds.training.measuring import Measurement, note_collected, peak_of
+from rosa_ds.training.memory.accounting import DRAWING
+from rosa_ds.training.memory.measuring import Measurement, note_collected, peak_of
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.saving import save_state
 from rosa_ds.training.schedule import Step

@@ -26,7 +26,6 @@ from rosa_ds.logs import log_to
 from rosa_ds.models.load import download, identify, load_tokenizer
 from rosa_ds.models.task import settle_padding
 from rosa_ds.training import checkpoint, deepspeed_format
-from rosa_ds.training.accounting import Account, predict, table
 from rosa_ds.training.changed_base import ChangedBase
 from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.context import Run
@@ -35,7 +34,8 @@ from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
 from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
-from rosa_ds.training.measuring import full_account
+from rosa_ds.training.memory.accounting import Account, predict, table
+from rosa_ds.training.memory.measuring import full_account
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, check_positions, check_vocabulary, divide_positions, load_base
 from rosa_ds.training.resume import check_resumable

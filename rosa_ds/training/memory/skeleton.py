@@ -14,7 +14,7 @@ from rosa_ds.adapters.inject import InjectReport, adapted_layers, inject
 from rosa_ds.adapters.quantize import quantize_as
 from rosa_ds.config import RunConfig
 from rosa_ds.models.stream import build_on_meta
-from rosa_ds.planning.trace import Activations, Shape, trace, without_numbers
+from rosa_ds.training.memory.trace import Activations, Shape, trace, without_numbers
 from rosa_ds.training.model import enable_checkpointing
 from rosa_ds.training.task import with_head
 
@@ -55,7 +55,7 @@ def _depth(config: Any) -> int | None:
 
 
 class ActivationPlan:
-    """What micro-batches of a model keep, found by tracing it; see :mod:`rosa_ds.planning.trace`.
+    """What micro-batches of a model keep, found by tracing it; see :mod:`rosa_ds.training.memory.trace`.
 
     A model of many like layers is traced with one and two of them, and the rest follows on a line.
     """

@@ -1,4 +1,4 @@
-"""What one optimizer step really holds and sends, beside what :mod:`rosa_ds.training.accounting` predicted."""
+"""What one optimizer step really holds and sends, beside what :mod:`rosa_ds.training.memory.accounting` predicted."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from rosa_ds import distributed
 from rosa_ds.data.batches import Batch, load_batch
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.models.stream import read_config
-from rosa_ds.planning.skeleton import ActivationPlan
-from rosa_ds.planning.trace import Activations, LiveBytes, SavedBytes, Shape
-from rosa_ds.training.accounting import (
+from rosa_ds.training.context import Run
+from rosa_ds.training.memory.accounting import (
     ACTIVATIONS,
     BUCKETS,
     COLLECTED,
@@ -29,7 +28,8 @@ from rosa_ds.training.accounting import (
     measure_memory,
     measured_traffic,
 )
-from rosa_ds.training.context import Run
+from rosa_ds.training.memory.skeleton import ActivationPlan
+from rosa_ds.training.memory.trace import Activations, LiveBytes, SavedBytes, Shape
 
 
 def shape_of(batch: Batch) -> Shape:

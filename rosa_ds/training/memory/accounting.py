@@ -26,8 +26,8 @@ from rosa_ds.training.engine import PERSISTENCE
 from rosa_kernels.collect.op import BLOCK_BYTES
 
 if TYPE_CHECKING:  # what a plan does not need imports deepspeed
-    from rosa_ds.planning.trace import Activations
     from rosa_ds.training.changed_base import ChangedBase
+    from rosa_ds.training.memory.trace import Activations
     from rosa_ds.training.trained_state import TrainedState
 
 PARTS = ("base", "whole modules", "A", "B", "values", "positions")
