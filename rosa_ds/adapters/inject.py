@@ -15,7 +15,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, check_exchangeable, keep
-from rosa_ds.adapters.targets import by_pattern, check_patterns, find_targets, match_names
+from rosa_ds.adapters.targets import Linear, by_pattern, check_patterns, find_targets, match_names
 from rosa_ds.config import (
     LOW_RANK_METHODS,
     SPARSE_METHODS,
@@ -159,16 +159,7 @@ def inject(
         model.requires_grad_(True)
         _enter(model, config, seed, keep_base)
         return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
-    all_names = [name for name, _ in model.named_modules() if name]
-    whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
-    targets = find_targets(model, config.target_modules, whole)
-    check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
-    check_patterns(config.alpha_pattern, targets, "adapter.alpha_pattern")
-    check_patterns(config.density_pattern, targets, "adapter.density_pattern")
-    both = [name for name in targets if any(name == other or name.startswith(other + ".") for other in whole)]
-    if both:
-        raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
-
+    targets, whole = _match(model, config)
     _check_trainable(model, whole)
     if idle := [name for name in head_modules(model) if not any(f"{name}.".startswith(f"{w}.") for w in whole)]:
         logger.warning("the classifier's head (%s) stays as it is: modules_to_save would train it", ", ".join(idle))
@@ -182,24 +173,40 @@ def inject(
         check_exchangeable(p for m in (*changed, *map(model.get_submodule, whole)) for p in m.parameters())
 
     model.requires_grad_(False)
-    for name, plan in plans.items():
-        if plan.rank or plan.entries:
-            old = targets[name]
-            adapted = AdaptedLinear(
-                old,
-                name,
-                *(plan.rank, plan.scale, plan.dropout, plan.entries),
-                seed,
-                config.sparse_product,
-                config.method in SUBSPACE_METHODS,
-            )
-            set_submodule(model, name, adapted.train(old.training))
+    _wrap(model, config, seed, targets, plans)
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
     _enter(model, config, seed, keep_base)
     if draw is not None:
         _draw(model, draw, seed, 0)
     return _report(model, tuple(whole))
+
+
+def _match(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, Linear], list[str]]:
+    """Layers to adapt by their names, and names of modules to train whole. Raises: ValueError as :func:`inject`."""
+    all_names = [name for name, _ in model.named_modules() if name]
+    whole = match_names(config.modules_to_save, all_names, "adapter.modules_to_save")
+    targets = find_targets(model, config.target_modules, whole)
+    check_patterns(config.rank_pattern, targets, "adapter.rank_pattern")
+    check_patterns(config.alpha_pattern, targets, "adapter.alpha_pattern")
+    check_patterns(config.density_pattern, targets, "adapter.density_pattern")
+    both = [name for name in targets if any(name == other or name.startswith(other + ".") for other in whole)]
+    if both:
+        raise ValueError(f"{both[0]} is both in adapter.target_modules and in adapter.modules_to_save: choose one")
+    return targets, whole
+
+
+def _wrap(
+    model: nn.Module, config: AdapterConfig, seed: int, targets: Mapping[str, Linear], plans: Mapping[str, LayerPlan]
+) -> None:
+    """Put an :class:`AdaptedLinear` in the place of every layer that gets a part."""
+    subspace = config.method in SUBSPACE_METHODS
+    for name, plan in plans.items():
+        if plan.rank or plan.entries:
+            old = targets[name]
+            parts = (plan.rank, plan.scale, plan.dropout, plan.entries)
+            adapted = AdaptedLinear(old, name, *parts, seed, config.sparse_product, subspace)
+            set_submodule(model, name, adapted.train(old.training))
 
 
 def _check_finite(layers: Mapping[str, nn.Module]) -> None:

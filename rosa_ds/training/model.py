@@ -21,6 +21,7 @@ from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.models.load import load_model
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base, open_base
+from rosa_ds.models.task import settle_padding
 
 logger = logging.getLogger(__name__)
 POSITIONS = ("position_embeddings", "wpe", "embed_positions")
@@ -134,6 +135,27 @@ def check_positions(model: PreTrainedModel, data: Mapping[str, TokenSet]) -> Non
                     f"{what} has a row of {longest} tokens, {name} has positions for {known}: set data.max_length "
                     f"{known} and data.too_long truncate or drop"
                 )
+
+
+def load_checked_base(
+    settings: RunConfig,
+    plan: DeepSpeedPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TokenSet,
+    eval_data: TokenSet | None,
+) -> tuple[PreTrainedModel, Base | None, int]:
+    """The base as :func:`load_base` gives it, and the token that pads its rows.
+
+    Raises: ValueError, on all ranks, for a base that cannot be loaded, or cannot read the data.
+    """
+    with distributed.together():
+        model, numbers = load_base(settings, plan)
+        pad_id = settle_padding(model, tokenizer)
+        sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
+        known = {name: tokens for name, tokens in sets.items() if tokens is not None}
+        check_vocabulary(model, known, tokenizer)
+        check_positions(model, known)
+    return model, numbers, pad_id
 
 
 def divide_positions(model: nn.Module) -> None:

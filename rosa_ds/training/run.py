@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
@@ -19,12 +20,12 @@ from rosa_ds.adapters.state import StoredAdapter, save_adapter
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import LOW_RANK_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan
+from rosa_ds.data.prepare import TokenSet
 from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.logs import log_to
 from rosa_ds.models.load import download, identify, load_tokenizer
-from rosa_ds.models.task import settle_padding
 from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.changed_base import ChangedBase
 from rosa_ds.training.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ from rosa_ds.training.loop import Loop
 from rosa_ds.training.memory.accounting import Account, predict, table
 from rosa_ds.training.memory.measuring import full_account
 from rosa_ds.training.metrics import MetricsLog
-from rosa_ds.training.model import adapt, check_positions, check_vocabulary, divide_positions, load_base
+from rosa_ds.training.model import adapt, divide_positions, load_checked_base
 from rosa_ds.training.resume import check_resumable
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.start import begin_from, check_start
@@ -257,6 +258,25 @@ def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     return plan, settings
 
 
+def _plan_batches(settings: RunConfig, plan: DeepSpeedPlan, data: TokenSet) -> BatchPlan:
+    return BatchPlan(
+        lengths=data.lengths,
+        batch_size=plan.config["train_batch_size"],
+        micro_batch_size=plan.micro_batch_size,
+        world_size=distributed.world_size(),
+        seed=settings.training.seed,
+        sort_by_length=settings.data.batching == "sorted",
+    )
+
+
+def _whole_at_start(model: nn.Module, schedule: Schedule) -> dict[str, Tensor]:
+    """This rank's numbers of modules that are trained whole, where a restart will put them back."""
+    if not (schedule.restart and schedule.mask_steps > 0):
+        return {}
+    whole = parameter_groups(model).get("whole", {})
+    return {name: distributed.own_numbers(p).float().cpu().clone() for name, p in whole.items()}
+
+
 def _train(command: CommandLine, interruption: Interruption) -> Path:
     plan, settings = _begin(command)
     source, saved = _read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
@@ -267,13 +287,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     # in one block no more than one thing that the first rank of a node does first: a rank that fails must not skip a barrier
     with distributed.together():
         settings, data, eval_data = prepare_data(settings, tokenizer)
-    with distributed.together():
-        model, numbers = load_base(settings, plan)
-        pad_id = settle_padding(model, tokenizer)
-        sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
-        known = {name: tokens for name, tokens in sets.items() if tokens is not None}
-        check_vocabulary(model, known, tokenizer)
-        check_positions(model, known)
+    model, numbers, pad_id = load_checked_base(settings, plan, tokenizer, data, eval_data)
     with distributed.together():
         base = identify(settings.model)
     settings, start = begin_from(settings, model, base, saved)
@@ -288,18 +302,9 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     if saved is not None:
         with distributed.together():
             check_resumable(saved, record, plan.config["train_batch_size"], base, data_digest)
-    batches = BatchPlan(
-        lengths=data.lengths,
-        batch_size=plan.config["train_batch_size"],
-        micro_batch_size=plan.micro_batch_size,
-        world_size=distributed.world_size(),
-        seed=settings.training.seed,
-        sort_by_length=settings.data.batching == "sorted",
-    )
+    batches = _plan_batches(settings, plan, data)
     schedule = build_schedule(settings, batches.steps_per_epoch)
-    whole = parameter_groups(model).get("whole", {})
-    restarts = schedule.restart and schedule.mask_steps > 0
-    at_start = {name: distributed.own_numbers(p).float().cpu().clone() for name, p in whole.items()} if restarts else {}
+    at_start = _whole_at_start(model, schedule)
     engine, state = build_engine(model, settings, plan)
     if settings.adapter.partition_positions and plan.stage < 3:
         divide_positions(model)
