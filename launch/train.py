@@ -5,19 +5,22 @@ Also runs under ``torchrun`` and plain ``python``.
 
 from __future__ import annotations
 
-from rosa_ds import distributed
 from rosa_ds.cli import parse_command_line
 from rosa_ds.logs import run_program
-from rosa_ds.planning.dry_run import dry_run
-from rosa_ds.training.run import train
 
 
 def main(arguments: list[str]) -> None:
-    command = parse_command_line(arguments)
+    command = parse_command_line(arguments)  # --help and wrong settings do not wait for torch
+    from rosa_ds import distributed
+
     if command.dry_run:
         if distributed.planned_rank() == 0:
+            from rosa_ds.planning.dry_run import dry_run
+
             dry_run(command, command.gpus or distributed.planned_world_size())
         return
+    from rosa_ds.training.run import train
+
     try:
         train(command)
     finally:

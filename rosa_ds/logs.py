@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import transformers
-
-from rosa_ds import distributed
 from rosa_ds.errors import INTERRUPTED_STATUS, InterruptedRunError, RunError
+from rosa_ds.rendezvous import join_slurm_step
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""What makes transformers say less, unless the user has set it: read when it is imported, which is slow and comes later."""
 
 
 def set_up_logging() -> None:
@@ -32,12 +33,9 @@ def set_up_logging() -> None:
     ours.setLevel(logging.DEBUG)
     # DeepSpeed calls these; torch 2.13 says so at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if not main:
-        import datasets  # slow, and not every program reads data
-
-        datasets.disable_progress_bars()
+    quiet = QUIET if main else QUIET | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
 
 
 def log_to(folder: Path) -> None:
@@ -67,11 +65,16 @@ def log_to(folder: Path) -> None:
 def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     """Call ``main`` with the command line and end the process; what a user can mend is one message and exit status 1."""
     try:
-        distributed.join_slurm_step()
+        join_slurm_step()
     except ValueError as error:
         sys.exit(f"error: {error}")
     set_up_logging()
-    distributed.leave(_status_of(main))
+    status = _status_of(main)
+    if "torch" not in sys.modules:
+        sys.exit(status)
+    from rosa_ds import distributed
+
+    distributed.leave(status)
 
 
 def _status_of(main: Callable[[list[str]], None]) -> int:

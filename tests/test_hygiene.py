@@ -56,6 +56,23 @@ def test_kernels_gives_the_name_back_in_the_root(tmp_path: Path) -> None:
     assert python("-c", script, cwd=ROOT) == "True"
 
 
+def test_help_and_wrong_settings_do_not_wait_for_torch() -> None:
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['train.py', {argument!r}]\n"
+        "try:\n    runpy.run_path('launch/train.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    status = end.code\n"
+        "print(int(status or 0), {{'torch', 'transformers', 'deepspeed', 'datasets'}} & set(sys.modules))"
+    )
+    assert python("-c", script.format(argument="--help"), cwd=ROOT).splitlines()[-1] == "0 set()"
+    assert python("-c", script.format(argument="--adapter.rnk"), cwd=ROOT).splitlines()[-1] == "1 set()"
+
+
+def test_every_public_name_is_there() -> None:
+    script = "import rosa_ds; [getattr(rosa_ds, name) for name in rosa_ds.__all__]; print(set(rosa_ds.__all__) - set(dir(rosa_ds)))"
+    assert python("-c", script, cwd=ROOT) == "set()"
+
+
 def test_launch_scripts_shadow_no_package() -> None:
     names = {path.stem for path in (ROOT / "launch").glob("*.py")}
     installed = {name for name in sys.stdlib_module_names} | {"datasets", "evaluate", "triton", "torch", "transformers"}

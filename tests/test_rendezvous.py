@@ -12,7 +12,7 @@ import torch
 
 from rosa_ds import distributed
 from rosa_ds.distributed.group import tell_of_locks
-from rosa_ds.distributed.rendezvous import choose_gloo_interface, first_host, interface_to, slurm_ranks, tasks_per_node
+from rosa_ds.rendezvous import choose_gloo_interface, first_host, interface_to, slurm_ranks, tasks_per_node
 
 # of the sixth of seven tasks on three nodes, as srun sets them
 TASK = {

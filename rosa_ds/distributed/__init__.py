@@ -47,7 +47,6 @@ from rosa_ds.distributed.partitioned import (
     whole_of,
     write_whole,
 )
-from rosa_ds.distributed.rendezvous import join_slurm_step
 from rosa_ds.distributed.timing import backend, time_collectives
 from rosa_ds.distributed.traffic import TrafficCounter
 from rosa_ds.distributed.watch import describe_ranks, lost_contact, progress, start_watch, stop_watch
@@ -74,7 +73,6 @@ __all__ = [
     "initialize",
     "is_main",
     "is_partitioned",
-    "join_slurm_step",
     "keep_numbers",
     "leave",
     "lost_contact",

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rosa_ds.distributed.rendezvous import choose_gloo_interface, join_slurm_step
 from rosa_ds.errors import RunError
+from rosa_ds.rendezvous import choose_gloo_interface, join_slurm_step
 
 logger = logging.getLogger(__name__)
 LOCK_MINUTES = 5.0
