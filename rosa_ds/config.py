@@ -11,20 +11,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rosa_ds.scores import RANKINGS, Score
 from rosa_ds.template import Template
 
 Method = Literal["full", "lora", "sparse", "robust", "subspace", "robust-subspace"]
 Task = Literal["causal-lm", "classification"]
-Score = Literal["mean_squared", "mean", "random", "magnitude", "gradient_over_magnitude"]
-
 Directions = Literal["random", "window", "top", "bottom", "projection"]
 Factorization = Literal["gram", "svd"]
 
 SUBSPACE_METHODS = frozenset({"subspace", "robust-subspace"})
 LOW_RANK_METHODS = frozenset({"lora", "robust"}) | SUBSPACE_METHODS
 SPARSE_METHODS = frozenset({"sparse", "robust", "robust-subspace"})
-GRADIENT_SCORES = frozenset({"mean_squared", "mean", "gradient_over_magnitude"})
-WEIGHT_SCORES = frozenset({"magnitude", "gradient_over_magnitude"})
 
 
 class Section(BaseModel):
@@ -132,8 +129,13 @@ class StartedAdapterSettings(AdapterSettings):
 class MaskSettings(Section):
     """How the positions of the sparse part are chosen."""
 
-    score: Score = "mean_squared"
-    """Entries with the largest score are trained: mean_squared or mean (of the gradient over mask.steps steps), gradient_over_magnitude (|mean gradient| / |weight|), magnitude (|weight|), random."""
+    score: Annotated[
+        Score,
+        Field(
+            description="Entries with the largest score are trained, over mask.steps steps: "
+            + "; ".join(f"{name}: {ranking.means}" for name, ranking in RANKINGS.items())
+        ),
+    ] = "mean_squared"
     warmup_steps: Annotated[int, Field(ge=0)] = 64
     """Optimizer steps of the low-rank part alone before gradients are collected (scores that use a gradient)."""
     steps: Annotated[int, Field(ge=1)] = 1
@@ -332,7 +334,7 @@ class RunConfig(Section):
     def collects_gradients(self) -> bool:
         """Whether the run has the phases warm-up and collect."""
         known = self.mask.load is not None or self.adapter.init_from is not None
-        return self.method in SPARSE_METHODS and not known and self.mask.score in GRADIENT_SCORES
+        return self.method in SPARSE_METHODS and not known and RANKINGS[self.mask.score].gradient is not None
 
     def _parts_without_effect(self) -> dict[str, str]:
         """Settings of parts that the method does not have, or that a mask which is known before does not need."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 import rosa_ds
 from rosa_ds.adapters.mask import MaskCollector, gradient_score, top_positions
 from rosa_ds.config import AdapterConfig
+from rosa_ds.scores import RANKINGS, Score, ranking_of
 from rosa_kernels.collect import op as collect
 
 DENSITY = 0.07
@@ -203,6 +205,13 @@ def test_top_positions() -> None:
         top_positions(torch.tensor([1.0, float("nan")]), 1)
     with pytest.raises(ValueError, match="does not come from gradients"):
         gradient_score("random", torch.ones(1), torch.ones(1))
+    with pytest.raises(ValueError, match="no score 'magnitud'. Did you mean magnitude"):
+        ranking_of("magnitud")
+
+
+def test_every_score_has_a_ranking_and_its_own_name() -> None:
+    assert tuple(RANKINGS) == get_args(Score)
+    assert all(ranking.weight or ranking.gradient or ranking.of is None for ranking in RANKINGS.values())
 
 
 def test_saved_mask_loads_and_wrong_ones_do_not(llama: PreTrainedModel, tmp_path: Path) -> None:

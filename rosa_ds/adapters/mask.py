@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.registry import check_enabled
-from rosa_ds.config import GRADIENT_SCORES, WEIGHT_SCORES, Score
 from rosa_ds.files import TensorFiles, sync_files, write_tensors
 from rosa_ds.generators import keyed_generator
+from rosa_ds.scores import RANKINGS, Score, ranking_of
 from rosa_ds.suggest import did_you_mean
 from rosa_kernels.collect.op import RunningTopK, gradient_blocks
 
@@ -38,18 +38,15 @@ def top_positions(score: Tensor, count: int) -> Tensor:
 
 
 def gradient_score(kind: Score, total: Tensor, weight: Tensor) -> Tensor:
-    """The score from ``total``, the sum over steps of squared (mean_squared) or plain gradients.
+    """The score of every entry from ``total``, the sum over steps of what :class:`rosa_ds.scores.Ranking` says.
 
-    The number of steps scales all entries alike, so it is left out.
-    Source: mean_squared is the diagonal empirical Fisher of RoSA (arXiv 2401.04679); gradient over magnitude is GaLLoP's.
+    Raises: ValueError for a score that does not come from gradients.
     """
-    if kind == "mean_squared":
-        return total
-    if kind == "mean":
-        return total.abs()
-    if kind == "gradient_over_magnitude":
-        return total.abs() / weight.detach().abs().to(total.dtype).clamp_min(torch.finfo(torch.float32).tiny)
-    raise ValueError(f"mask.score {kind!r} does not come from gradients: use one of {sorted(GRADIENT_SCORES)}")
+    ranking = ranking_of(kind)
+    if ranking.gradient is None or ranking.of is None:
+        from_gradients = [name for name, other in RANKINGS.items() if other.gradient is not None]
+        raise ValueError(f"mask.score {kind!r} does not come from gradients: use one of {', '.join(from_gradients)}")
+    return ranking.of(total, weight.detach())
 
 
 def _whole(layer: AdaptedLinear, rows: slice = slice(None)) -> Tensor:
@@ -61,14 +58,15 @@ def _whole(layer: AdaptedLinear, rows: slice = slice(None)) -> Tensor:
 
 
 def static_positions(kind: Score, layer: AdaptedLinear, weight: Tensor, seed: int) -> Tensor:
-    """The mask of a score that needs no gradient (``random``, ``magnitude``). Shapes: weight whole; (Z,) int32."""
-    if kind == "random":
+    """The mask of a score that needs no gradient. Shapes: weight whole; (Z,) int32."""
+    ranking = ranking_of(kind)
+    if ranking.gradient is not None:
+        raise ValueError(f"mask.score {kind!r} needs gradients")
+    if ranking.of is None:
         generator = keyed_generator(seed, layer.name, "mask")
         chosen = torch.randperm(layer.weight_numel, generator=generator)[: layer.entries]
         return chosen.sort().values.to(torch.int32)
-    if kind == "magnitude":
-        return top_positions(weight.detach().float().abs(), layer.entries)
-    raise ValueError(f"mask.score {kind!r} needs gradients")
+    return top_positions(ranking.of(weight.detach(), weight.detach()), layer.entries)
 
 
 class MaskCollector:
@@ -105,7 +103,7 @@ class MaskCollector:
         agree: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self.layers = {name: layer for name, layer in layers.items() if layer.entries}
-        self.score = score
+        self.score, self.ranking = score, ranking_of(score)
         self.owners, self.rank, self.reduce, self.single, self.agree = owners, rank, reduce, single, agree
         self.totals: dict[str, Tensor] = {}
         self.steps = 0
@@ -159,8 +157,8 @@ class MaskCollector:
         """Rows of a gradient, from ``first`` on, summed over the ranks."""
         layer, rows = self.layers[name], slice(first, first + len(block))
         if self.single:
-            term = block.square_() if self.score == "mean_squared" else block
-            weight = _whole(layer, rows) if self.score in WEIGHT_SCORES else layer.weight
+            term = block.square_() if self.ranking.gradient == "squared" else block
+            weight = _whole(layer, rows) if self.ranking.weight else layer.weight
             score = gradient_score(self.score, term, weight)
             self._largest[name].add(score, first * layer.weight_shape[1])
         else:
@@ -183,7 +181,7 @@ class MaskCollector:
         self.steps += 1
         for name, gradient in current.items():
             gradient /= scale
-            term = gradient.square_() if self.score == "mean_squared" else gradient
+            term = gradient.square_() if self.ranking.gradient == "squared" else gradient
             if name in self.totals:
                 self.totals[name] += term
             else:
@@ -242,7 +240,7 @@ def compute_mask(
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
     if not layers:
         raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")
-    if score not in GRADIENT_SCORES:
+    if ranking_of(score).gradient is None:
         return {layer.weight_name: static_positions(score, layer, _whole(layer), seed) for layer in layers.values()}
     collector = MaskCollector(layers, score, dict.fromkeys(layers, 0), 0, lambda tensor, owner: None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

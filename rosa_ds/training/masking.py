@@ -13,8 +13,9 @@ from torch import Tensor
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import Mask, MaskCollector, check_mask, open_mask, static_positions
-from rosa_ds.config import WEIGHT_SCORES, MaskSettings
+from rosa_ds.config import MaskSettings
 from rosa_ds.files import file_hash
+from rosa_ds.scores import RANKINGS
 from rosa_kernels.collect.op import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def _choose(
     error: Exception | None = None
     for name, layer in layers.items():
         distributed.progress(f"choosing the mask of {name}")
-        weight = _read_base(layer) if settings.score in WEIGHT_SCORES else layer.weight
+        weight = _read_base(layer) if RANKINGS[settings.score].weight else layer.weight
         try:
             if owners[name] == distributed.rank() and error is None:
                 chosen = (
