@@ -112,7 +112,8 @@ def read_manifest(folder: Path) -> Entries:
     try:
         content = json.loads((folder / MANIFEST).read_text())
         entries: Entries = content["files"]
-        whole = content["sha256"] == _signature(entries)
+        # names of files in the folder, never paths that lead out of it
+        whole = content["sha256"] == _signature(entries) and all(Path(name).name == name for name in entries)
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError):

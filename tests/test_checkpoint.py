@@ -12,6 +12,7 @@ import torch
 from rosa_ds.config import RunConfig
 from rosa_ds.files import (
     TensorFiles,
+    describe_files,
     manifest_problem,
     move_aside,
     write_json,
@@ -106,7 +107,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: py
     assert checkpoint.load(checkpoint.find(tmp_path, "")).step == 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "no manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest", "no manifest", "leads out"])
 def test_damage_is_found_and_the_one_before_used(tmp_path: Path, damage: str) -> None:
     for step in (1, 2):
         checkpoint.save(tmp_path, make(step), keep=2)
@@ -121,6 +122,10 @@ def test_damage_is_found_and_the_one_before_used(tmp_path: Path, damage: str) ->
         path.unlink()
     elif damage == "manifest":
         (folder / "manifest.json").write_text("{")
+    elif damage == "leads out":
+        (tmp_path / "outside").write_bytes(b"x")
+        entries = describe_files([tmp_path / "outside"])
+        write_manifest(folder, {"../../outside": entries["outside"]})
     else:
         (folder / "manifest.json").unlink()
     assert manifest_problem(folder)

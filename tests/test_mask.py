@@ -40,7 +40,15 @@ def dense_gradients(model: PreTrainedModel, names: list[str], count: int) -> lis
     return result
 
 
-@pytest.mark.parametrize("score", ["mean_squared", "mean", "gradient_over_magnitude"])
+DENSE = {
+    "mean_squared": lambda gradients, weight: gradients.square().sum(0),
+    "mean": lambda gradients, weight: gradients.sum(0).abs(),
+    "gradient_over_magnitude": lambda gradients, weight: gradients.sum(0).abs() / weight.abs(),
+}
+"""Every score that comes from gradients, from all of them, (steps, N, M), and the weight."""
+
+
+@pytest.mark.parametrize("score", DENSE)
 @pytest.mark.parametrize("count", [1, 3], ids=["one step", "three steps"])
 def test_equals_dense_autograd_for_every_matrix(model: PreTrainedModel, score: str, count: int) -> None:
     names = [name for name, p in model.named_parameters() if p.ndim == 2 and "emb" not in name and "wte" not in name]
@@ -52,9 +60,7 @@ def test_equals_dense_autograd_for_every_matrix(model: PreTrainedModel, score: s
     for name in names:
         stacked = torch.stack([gradients[name] for gradients in dense])
         assert stacked.any(), name
-        wanted = stacked.square().sum(0) if score == "mean_squared" else stacked.sum(0).abs()
-        if score == "gradient_over_magnitude":
-            wanted = wanted / model.get_parameter(name).detach().abs()
+        wanted = DENSE[score](stacked, model.get_parameter(name).detach())
         expected = wanted.flatten().topk(round(DENSITY * wanted.numel())).indices.sort().values
         assert torch.equal(mask[name].long(), expected), name
 
@@ -98,7 +104,7 @@ def test_micro_batches_of_a_step_add_up_before_they_are_squared(llama: PreTraine
     )
 
 
-@pytest.mark.parametrize("score", ["mean_squared", "mean", "gradient_over_magnitude"])
+@pytest.mark.parametrize("score", DENSE)
 def test_one_micro_batch_keeps_its_largest_entries_alone(
     llama: PreTrainedModel, score: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +218,7 @@ def test_top_positions() -> None:
 def test_every_score_has_a_ranking_and_its_own_name() -> None:
     assert tuple(RANKINGS) == get_args(Score)
     assert all(ranking.weight or ranking.gradient or ranking.of is None for ranking in RANKINGS.values())
+    assert set(DENSE) == {name for name, ranking in RANKINGS.items() if ranking.gradient}
 
 
 def test_saved_mask_loads_and_wrong_ones_do_not(llama: PreTrainedModel, tmp_path: Path) -> None:
