@@ -15,7 +15,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, check_exchangeable, keep
-from rosa_ds.adapters.targets import Linear, by_pattern, check_patterns, find_targets, match_names
+from rosa_ds.adapters.targets import Linear, by_pattern, check_patterns, find_targets, match_names, stacked_weights
 from rosa_ds.config import (
     LOW_RANK_METHODS,
     SPARSE_METHODS,
@@ -163,6 +163,9 @@ def inject(
     _check_trainable(model, whole)
     if idle := [name for name in head_modules(model) if not any(f"{name}.".startswith(f"{w}.") for w in whole)]:
         logger.warning("the classifier's head (%s) stays as it is: modules_to_save would train it", ", ".join(idle))
+    if stacked := stacked_weights(model, whole):
+        said = "no adapter reaches %d weights of three dimensions (experts, e.g. %s): they stay as they are"
+        logger.warning(said, len(stacked), stacked[0])
     plans = {name: plan_layer(name, layer, config) for name, layer in targets.items()}
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import TypeAlias, TypeVar
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from rosa_ds.distributed import full_shape
 from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.models.task import head_modules, is_classifier, is_pooler
 from rosa_ds.suggest import did_you_mean
@@ -100,6 +102,17 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
                 "cannot be merged; use adapter.modules_to_save, or untie them first"
             )
     return {name: layers[name] for name in names}
+
+
+def stacked_weights(model: nn.Module, whole: Iterable[str] = ()) -> list[str]:
+    """Names of weights of three dimensions, as experts have theirs, that no adapter reaches and that are not trained ``whole``."""
+    own = tuple(f"{name}." for name in whole)
+    convolutions = {name for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if len(full_shape(parameter)) == 3 and name.rpartition(".")[0] not in convolutions and not name.startswith(own)
+    ]
 
 
 def by_pattern(name: str, patterns: Mapping[str, Value], default: Value) -> Value:
