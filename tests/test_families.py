@@ -24,6 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": GROUPED | {"pad_token_id": 0},  # fused projections
     "olmo2": GROUPED,
     "granite": GROUPED,
+    "starcoder2": GROUPED,
     "gpt_neox": SMALL,
     "falcon": {k: v for k, v in SMALL.items() if k != "intermediate_size"} | {"new_decoder_architecture": False},
     "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
