@@ -23,7 +23,8 @@ def nearest(given: str, allowed: Iterable[str], count: int = 3, cutoff: float = 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """``" Did you mean a or b?"`` (with the leading blank), or nothing where nothing is near."""
-    names = nearest(given, allowed)
+    # a blank at the end of a name (a table's column) would not be seen
+    names = [name if name == name.strip() else repr(name) for name in nearest(given, allowed)]
     return f" Did you mean {' or '.join(names)}?" if names else ""
 
 

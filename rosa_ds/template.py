@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rosa_ds.suggest import did_you_mean
@@ -35,10 +35,15 @@ class Template:
         return "".join(text + (text_of(row, name) if name is not None else "") for text, name, _, _ in parts)
 
 
+def quoted(columns: Iterable[str]) -> str:
+    """Names as they are written on a command line: a blank at the end of one shows."""
+    return ", ".join(repr(column) for column in sorted(columns))
+
+
 def text_of(row: Mapping[str, Any], column: str) -> str:
     """A row's text in a column, a number as it is written. Raises: ValueError for a column that is not there or has no text."""
     if column not in row:
-        raise ValueError(f"there is no column {column!r}.{did_you_mean(column, row)} Columns: {', '.join(sorted(row))}")
+        raise ValueError(f"there is no column {column!r}.{did_you_mean(column, row)} Columns: {quoted(row)}")
     value = row[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)  # a column of numbers, as in a table of answers

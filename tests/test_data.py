@@ -71,7 +71,7 @@ def test_rows(row: dict[str, Any], columns: tuple[str, str] | None, expected: ob
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input": "a", "output": "b"}, "the columns input, output fit no format"),
+        ({"input": "a", "output": "b"}, "the columns 'input', 'output' fit no format"),
         ({"prompt": "a", "completion": " "}, "'completion' is a text that is not empty, given ' '"),
         ({"prompt": ["a"], "completion": "b"}, "'prompt' is a text that is not empty, given .'a'."),
         ({"messages": []}, "is a list of"),
@@ -103,6 +103,8 @@ def test_a_template_that_is_none(text: str) -> None:
 def test_named_column_that_is_missing() -> None:
     with pytest.raises(ValueError, match="there is no column 'reff'. Did you mean ref"):
         parse_row({"mr": "a", "ref": "b"}, ("mr", "reff"))
+    with pytest.raises(ValueError, match=r"Did you mean 'Answer '\? Columns: 'Answer ', 'Question'"):
+        parse_row({"Question": "a", "Answer ": "b"}, ("Question", "Answer"))
 
 
 # -- tokens and loss masks ---------------------------------------------------------------------------------------
@@ -216,6 +218,19 @@ def test_files_and_slices(tmp_path: Path, suffix: str) -> None:
     assert list(sliced) == PAIRS[1:3]
     assert sliced.where(0) == f"{path}, row 2"
     assert len(load_rows(f"{path}[3:]", "train")) == 2
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_tables_of_spreadsheets(tmp_path: Path, mark: str) -> None:
+    """A byte order mark, marks of the other kinds in cells, and quotes."""
+    path = tmp_path / "rows.csv"
+    text = f'question{mark}answer\n"a, b; c\td"{mark}x\n"Grüße ""e"" {mark}"{mark}y\n'
+    path.write_text(text, encoding="utf-8-sig")
+    rows = [("a, b; c\td", "x"), (f'Grüße "e" {mark}', "y")]
+    assert [(row["question"], row["answer"]) for row in load_rows(str(path), "train")] == rows
+    path.write_text(text, encoding="cp1252")
+    with pytest.raises(ValueError, match=r"rows\.csv cannot be read as \.csv: it is not UTF-8 .*save it as UTF-8"):
+        load_rows(str(path), "train")
 
 
 def test_folder_with_splits(tmp_path: Path) -> None:

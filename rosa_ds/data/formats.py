@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rosa_ds.template import Template, text_of
+from rosa_ds.template import Template, quoted, text_of
 
 PAIR_COLUMNS = (("prompt", "completion"), ("question", "answer"))
 ROLES = ("system", "user", "assistant", "tool")
@@ -56,7 +56,7 @@ def parse_row(row: Mapping[str, Any], columns: tuple[str | Template, str] | None
     if row.get("text") is not None:
         return PlainText(text_of(row, "text"))
     raise ValueError(
-        f"the columns {', '.join(sorted(row))} fit no format (messages; prompt and completion; question and answer; text): "
+        f"the columns {quoted(row)} fit no format (messages; prompt and completion; question and answer; text): "
         "name two with data.prompt_column (or make the prompt of several with data.prompt_template) and data.completion_column"
     )
 

@@ -104,16 +104,31 @@ def _load_whole(name: str, config: str | None, split: str | None, purpose: str) 
 
 def _load_file(path: Path) -> datasets.Dataset:
     if path.suffix not in FILE_TYPES:
-        raise ValueError(f"data source {path}: files end in {', '.join(FILE_TYPES)}; this one in {path.suffix!r}")
+        plain = ' (plain texts: a .jsonl file with one {"text": ...} a line)' if path.suffix == ".txt" else ""
+        raise ValueError(
+            f"data source {path}: files end in {', '.join(FILE_TYPES)}; this one in {path.suffix!r}{plain}"
+        )
     if path.stat().st_size == 0:
         raise ValueError(f"data source {path} is empty")
+    options = {"sep": separator} if path.suffix == ".csv" and (separator := _separator(path)) != "," else {}
     try:
-        return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train", **options)
     except Exception as error:  # arrow, pandas and datasets each raise their own
         if path.suffix == ".jsonl":
             _find_bad_line(path)
-        cause = error.__cause__ or error
+        cause: object = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            cause = f"it is not UTF-8 ({cause}); save it as UTF-8 (Excel: 'CSV UTF-8'; iconv -f cp1252 -t utf-8)"
         raise ValueError(f"data source {path} cannot be read as {path.suffix}: {cause}") from error
+
+
+def _separator(path: Path) -> str:
+    """What stands between the columns of a CSV file's first line: a comma, or where it has none a semicolon or a tab, which
+    spreadsheets write in countries with a decimal comma.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace") as stream:
+        header = stream.readline()
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _find_bad_line(path: Path) -> None:
