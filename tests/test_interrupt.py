@@ -16,6 +16,8 @@ import pytest
 from launching import ROOT, TRAIN, kill, losses, metrics, run, start
 from safetensors.torch import load_file
 
+from rosa_ds.training.interrupt import Interruption
+
 pytestmark = pytest.mark.ranks
 TIMEOUT = 200
 
@@ -47,7 +49,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(
         (reached(1), signal.SIGTERM),
         (reached(4), signal.SIGUSR1),
         (lambda: reached(6)() and bool(list(checkpoints.glob(".step-*.partial"))), signal.SIGTERM),
-        (reached(12), signal.SIGTERM),
+        (reached(12), signal.SIGINT),
     ]
     for number, (ready, chosen) in enumerate(stops):
         process = faults.start(tmp_path, *(["--resume"] if number else []))
@@ -76,6 +78,27 @@ def test_one_process_ends_with_the_status_for_requeueing(tmp_path: Path) -> None
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75, output
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """But not one that a launcher passes on at once, nor any that a script's ``&`` has switched off."""
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.received == "SIGINT"
+        monkeypatch.setattr(Interruption, "AGAIN_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capfd.readouterr().err.count("saving after this step") == 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, expected: list[tuple[int, str, float]]) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -21,19 +22,25 @@ _held: list[TextIO] = []
 
 
 class Interruption:
-    """Remembers that this rank was asked to stop: SIGTERM (a scheduler's), SIGUSR1 (SLURM's ``--signal``).
+    """Remembers that this rank was asked to stop: SIGTERM (a scheduler's), SIGUSR1 (SLURM's ``--signal``), SIGINT (Ctrl-C).
 
-    A handler only takes note; the loop asks at points that all ranks pass, and they agree there.
+    A handler only takes note; the loop asks at points that all ranks pass, and they agree there. A second SIGINT, later
+    than ``AGAIN_SECONDS`` after the first, raises KeyboardInterrupt: launchers pass on what the terminal has sent to all.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    AGAIN_SECONDS = 2.0
 
     def __init__(self) -> None:
         self.received: str = ""
+        self._interrupted_at: float | None = None  # the first Ctrl-C, in seconds of the monotonic clock
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heeded = [
+            number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+        ]  # nohup, ``&`` in scripts
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -42,6 +49,15 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            if os.environ.get("RANK", "0") == "0":  # not by logging, which may be at work below this handler
+                os.write(2, b"\nCtrl-C: saving after this step; once more ends without saving\n")
+        elif now - self._interrupted_at > self.AGAIN_SECONDS:
+            raise KeyboardInterrupt
 
     @property
     def requested(self) -> bool:
