@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from rosa_ds.config import RunConfig
@@ -121,3 +123,20 @@ def test_draws_of_settings() -> None:
     assert [number for number in range(50) if schedule.at(number).draw is not None] == [0, 20, 40]
     assert schedule.draw_warmup == 3
     assert not build_schedule(RunConfig(method="lora"), 10).draws
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [(66, []), (64, ["65 steps find the mask"]), (20, ["65 steps find the mask", "never reaches its value"])],
+)
+def test_few_steps_of_training_are_pointed_out(steps: int, said: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """A small data set: the default warm-up is then most of the run, and the learning rate's all of it."""
+    logger = logging.getLogger("rosa_ds")
+    propagates, logger.propagate = logger.propagate, True
+    try:
+        build_schedule(RunConfig(method="robust", training={"max_steps": steps}), 10)
+    finally:
+        logger.propagate = propagates
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == len(said)
+    assert all(part in warning for part, warning in zip(said, warnings, strict=True))

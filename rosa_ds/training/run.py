@@ -63,6 +63,16 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
         draw_every=settings.draw.steps(steps_per_epoch) if settings.draws else 0,
         draw_warmup=settings.draw.warmup_steps if settings.draws else 0,
     )
+    if schedule.total_steps - schedule.train_steps > schedule.train_steps:
+        logger.warning(
+            "%d steps find the mask and only %d train with it: lower mask.warmup_steps (%d), or train for more epochs",
+            *(schedule.total_steps - schedule.train_steps, schedule.train_steps, mask.warmup_steps),
+        )
+    if training.warmup_steps >= schedule.train_steps:
+        logger.warning(
+            "training.warmup_steps %d is no shorter than the %d steps of training: the learning rate never reaches its value",
+            *(training.warmup_steps, schedule.train_steps),
+        )
     if schedule.draws and schedule.draw_every >= schedule.train_steps:
         logger.warning(
             "draw.every %s is no shorter than the %d steps of training: the low-rank part is drawn once, at the start",
@@ -209,7 +219,7 @@ def train(command: CommandLine) -> Path:
     Raises:
         ValueError: anything that is wrong with settings, model or data, before anything is written.
         RunError: the run cannot go on.
-        InterruptedRunError: SIGTERM or SIGUSR1 came; the state is saved.
+        InterruptedRunError: SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) came; the state is saved.
     """
     try:
         with Interruption() as interruption:
@@ -377,4 +387,4 @@ def _train_and_save(
         distributed.stop_watch()
         if log is not None:
             log.close()
-    logger.info("done: %s", run.folder)
+    logger.info("done: %s; merge it into its base with: python launch/export.py %s OUT", run.folder, run.folder)
