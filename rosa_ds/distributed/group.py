@@ -68,6 +68,7 @@ def initialize(timeout_minutes: float = 30.0) -> None:
         choose_gloo_interface()
     if not dist.is_initialized():
         tell_of_locks()
+        _tell_of_compiling()
         try:
             deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
         except (dist.DistError, RuntimeError) as error:
@@ -79,10 +80,24 @@ def initialize(timeout_minutes: float = 30.0) -> None:
             ) from error
 
 
+def _compiled_ops() -> Path:
+    """Where PyTorch keeps what it has compiled."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))
+
+
+def _tell_of_compiling() -> None:
+    """A first start on CPUs is silent for as long as the compiler takes."""
+    if not torch.cuda.is_available() and not any(_compiled_ops().glob("**/deepspeed_shm_comm*.so")):
+        logger.info(
+            "compiling DeepSpeed's communication op into %s: once, half a minute or more on a busy machine",
+            _compiled_ops(),
+        )
+
+
 def tell_of_locks() -> None:
     """Warn of what a process leaves that is killed while it compiles an op: every later one waits for it without a word."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache)).glob("**/lock"):
+    for lock in _compiled_ops().glob("**/lock"):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > LOCK_MINUTES:
             logger.warning(

@@ -33,6 +33,8 @@ def dry_run(command: CommandLine, ranks: int) -> None:
     plan, settings = plan_deepspeed(command.deepspeed, command.config, ranks, gpu_has_bfloat16=True)
     for unused in settings.settings_without_effect():
         logger.warning("setting without effect: %s", unused)
+    if command.config.model.dtype == "auto" and plan.dtype == "bfloat16":
+        logger.info("model.dtype auto: bfloat16, as on GPUs; a run on CPUs computes in float32")
     logger.info("settings:\n%s", json.dumps(settings.model_dump(), indent=2))
     planner = Planner(settings, command.deepspeed)
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, planner.report)
