@@ -27,7 +27,7 @@ from rosa_ds.evaluation.metrics import perplexity, written_metrics
 from rosa_ds.evaluation.scores import CLASSIFIED, GENERATED, check_available
 from rosa_ds.export.merge import load_adapted, load_merged, run_tokenizer
 from rosa_ds.export.source import open_source, run_folder
-from rosa_ds.files import write_json
+from rosa_ds.files import check_place, read_json, write_json
 from rosa_ds.logs import run_program
 from rosa_ds.models.load import base_classes, load_model, load_tokenizer
 from rosa_ds.models.task import is_classifier
@@ -82,6 +82,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise ValueError("--harness runs in one process: start it with plain python")
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap is 0 or more, given {options.bootstrap}")
+    if options.output is not None and options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a folder: give a JSON file to write")
+    if options.output is not None:
+        check_place(options.output, "--output")
     if options.harness:
         require_harness()
     check_available(options.metric or [])
@@ -93,7 +97,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _data_settings(options: argparse.Namespace) -> DataSettings:
     given = {name: value for name in (*COLUMNS, *OF_THE_RUN) if (value := getattr(options, name)) is not None}
     config = run_folder(Path(options.model)) / "config.json"
-    data = json.loads(config.read_text()).get("data", {}) if config.is_file() else {}
+    data = read_json(config).get("data", {}) if config.is_file() else {}
     try:
         return DataSettings(**{name: data[name] for name in OF_THE_RUN if name in data} | given)
     except ValidationError as error:

@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> None:
         )
     if options.format != "peft" and options.rank is not None:
         raise ValueError("--rank belongs to --format peft")
+    if options.rank is not None and options.rank < 1:
+        raise ValueError(f"--rank is 1 or more, given {options.rank}")
     if options.format == "adapter":
         logger.info("wrote %s", export_adapter(options.run, options.out))
         return

@@ -41,6 +41,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError("give a model (folder, hub name, .gguf file or tiny), or --scale FOLDER")
     if min(options.gpus, options.gpu_memory, options.tflops, options.bandwidth) <= 0:
         raise ValueError("--gpus, --gpu-memory, --tflops and --bandwidth are above 0")
+    if options.length is not None and options.length < 2:
+        raise ValueError(f"--length is 2 or more, given {options.length}")
+    if options.batch is not None and options.batch < 1:
+        raise ValueError(f"--batch is 1 or more, given {options.batch}")
     return options, rest
 
 

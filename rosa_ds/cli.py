@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from rosa_ds.config import RunConfig, setting_names
+from rosa_ds.files import read_json
 from rosa_ds.suggest import did_you_mean, did_you_mean_path
 
 USAGE = """\
@@ -129,14 +130,13 @@ def _is_flag(argument: str) -> bool:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(path).read_text())
+        return read_json(Path(path))
     except FileNotFoundError:
         raise ValueError(f"--config {path}: no such file.{did_you_mean_path(Path(path))}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config {path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: a DeepSpeed configuration is a JSON object, given {type(content).__name__}")
-    return content
+    except IsADirectoryError:
+        raise ValueError(f"--config {path} is a folder: give a DeepSpeed JSON file") from None
+    except ValueError as error:
+        raise ValueError(f"--config {error}: give a DeepSpeed JSON file") from None
 
 
 def _override(config: dict[str, Any], dotted: str, text: str) -> None:

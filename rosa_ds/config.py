@@ -27,7 +27,9 @@ SPARSE_METHODS = frozenset({"sparse", "robust", "robust-subspace"})
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelSettings(Section):

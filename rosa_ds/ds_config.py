@@ -13,6 +13,7 @@ import logging
 from typing import Any
 
 from rosa_ds.config import RunConfig
+from rosa_ds.ds_checks import check_enabled, check_optimizer, number_of, section_of
 from rosa_ds.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) 
             raise ValueError(
                 f'"{key}" in the DeepSpeed file is a section such as {{"enabled": true}}, given {section!r}'
             )
+        check_enabled(section, key)
         enabled[name] = section.get("enabled", "auto")
     on = [name for name, value in enabled.items() if value is True]
     if len(on) == 2:
@@ -177,16 +179,19 @@ def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> tuple[Optimi
 
     The section's ``lr`` is ``training.learning_rate`` and its ``weight_decay`` ``training.weight_decay``.
     """
-    section = config.pop("optimizer", None) or {"type": "AdamW"}
-    given = section.get("type") if isinstance(section, dict) else section
+    section = section_of(config, "optimizer", '{"type": "AdamW"}') or {"type": "AdamW"}
+    config.pop("optimizer", None)
+    given = section.get("type")
     names = {name.lower(): name for name in _OPTIMIZERS}
-    if not isinstance(section, dict) or str(given).lower() not in names:
+    if str(given).lower() not in names:
         raise ValueError(
             f"optimizer type {given!r} of the DeepSpeed file is not supported: {', '.join(_OPTIMIZERS[:-1])} and {_OPTIMIZERS[-1]} are."
             f"{did_you_mean(str(given), _OPTIMIZERS)}"
         )
     name = names[section["type"].lower()]
-    arguments = {key: value for key, value in (section.get("params") or {}).items() if value != "auto"}
+    params = section_of(section, "params", '{"betas": [0.9, 0.999]}', "optimizer.")
+    check_optimizer(params)
+    arguments = {key: value for key, value in params.items() if value != "auto"}
     ours = {"lr": "learning_rate", "weight_decay": "weight_decay"}
     given = {name: float(arguments.pop(key)) for key, name in ours.items() if key in arguments}
     settings = _merge_training(settings, given, "optimizer.params")
@@ -223,7 +228,9 @@ def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
             "use training.scheduler and training.warmup_steps"
         )
     given: dict[str, Any] = {"scheduler": _SCHEDULERS[name]}
-    for key, value in (section.get("params") or {}).items():
+    params = section_of(section, "params", '{"warmup_num_steps": 100}', "scheduler.")
+    number_of(params, "warmup_num_steps", "scheduler.params.", whole=True)
+    for key, value in params.items():
         if value == "auto":
             continue
         if key == "warmup_num_steps":
@@ -254,7 +261,7 @@ def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> Non
         if zero.get(key) not in (None, False, "auto", 1 if key == "zero_hpz_partition_size" else -1):
             raise ValueError(f"zero_optimization.{key} {zero[key]!r} is not supported: remove it")
     for key in ("offload_optimizer", "offload_param"):
-        device = (zero.get(key) or {}).get("device", "none")
+        device = section_of(zero, key, '{"device": "cpu"}', "zero_optimization.").get("device") or "none"
         if device == "none":
             continue
         if stage != 3 or device != "cpu":
@@ -283,15 +290,17 @@ def plan_deepspeed(
     """
     config = copy.deepcopy(config)
     for key in config:
+        if key in RunConfig.model_fields and key not in _TOP_LEVEL_KEYS:
+            raise ValueError(f'{key!r} in the DeepSpeed file is a setting of ours: put it into the section "rosa"')
         if key not in _TOP_LEVEL_KEYS and (hint := did_you_mean(key, _TOP_LEVEL_KEYS)):
             raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
     for key in _REFUSED_KEYS:
         section = config.get(key)
         if section and (not isinstance(section, dict) or section.get("enabled", True)):
             raise ValueError(f"{key!r} of the DeepSpeed file is not supported here: remove it")
-    zero = config.setdefault("zero_optimization", {})
+    zero = config["zero_optimization"] = section_of(config, "zero_optimization", '{"stage": 2}')
     stage = zero.get("stage", 0)
-    if stage not in SUPPORTED_STAGES:
+    if isinstance(stage, bool) or stage not in SUPPORTED_STAGES:
         raise ValueError(
             f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2"
         )
@@ -307,6 +316,7 @@ def plan_deepspeed(
     total, micro, steps = resolve_batch(config, world_size)
     config.update(zip(_BATCH_KEYS, (total, micro, steps), strict=True))
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
+    number_of(config, "gradient_clipping", "")
     if config.get("gradient_clipping") == "auto":
         config["gradient_clipping"] = 1.0
     config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did

@@ -59,6 +59,10 @@ def written_folder(target: Path) -> Iterator[Path]:
         else:
             temporary.rename(target)
         _fsync(target.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{target} cannot be written: {error}; nothing of it is left") from error
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -67,15 +71,33 @@ def written_folder(target: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file in one step: a reader sees the old content or the new, never half of it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    temporary.write_text(text)
-    _fsync(temporary)
-    temporary.rename(path)
+    try:
+        temporary.write_text(text)
+        _fsync(temporary)
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _fsync(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
     """As :func:`write_text`, with indented JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises: ValueError if it is none; OSError if the file cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): is it a JSON file, and whole?") from None
+    except json.JSONDecodeError as error:
+        empty = " (the file is empty)" if not error.doc.strip() else ""
+        raise ValueError(f"{path} is not JSON: {error}{empty}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a JSON object, given {type(content).__name__}")
+    return content
 
 
 def file_hash(path: Path) -> str:
@@ -172,7 +194,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self.metadata: dict[str, str] = {}
         for path in paths:
             if not path.is_file():
-                raise ValueError(f"{path}: no such file")
+                raise ValueError(f"{path}: {'a folder and not a file' if path.is_dir() else 'no such file'}")
             try:
                 reader = safe_open(path, framework="pt").__enter__()
             except SafetensorError as error:
@@ -211,6 +233,15 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def check_place(path: Path, what: str) -> None:
+    """Raise ValueError unless a file or folder can be made at a path, as far as its nearest parent tells."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{what} {path}: {parent} is a file: give another folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{what} {path}: {parent} cannot be written to: give another folder")
 
 
 def move_aside(folder: Path) -> Path:

@@ -13,6 +13,37 @@ from collections.abc import Mapping, MutableMapping
 FIRST_PORT, PORTS = 12000, 20000
 
 
+def number_in(name: str, default: int, environ: Mapping[str, str] = os.environ) -> int:
+    """A launcher's variable that is a number. Raises: ValueError if it is none."""
+    value = environ.get(name)
+    if value is None:
+        return default
+    if not value.isdigit():
+        raise ValueError(f"{name} in the environment is a whole number, given {value!r}: correct it, or unset it")
+    return int(value)
+
+
+def check_ranks(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError unless the variables of ``torch.distributed`` are all there and agree, or RANK and WORLD_SIZE say nothing.
+
+    With WORLD_SIZE alone each process would be a run of its own, and all write to one folder.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in environ and number_in("WORLD_SIZE", 1, environ) == 1:
+        return
+    rank, size, _ = (number_in(name, 0, environ) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if missing := [name for name in names if not environ.get(name)]:
+        there = ", ".join(f"{name}={environ[name]}" for name in names if environ.get(name))
+        raise ValueError(
+            f"the environment has {there}, and not {', '.join(missing)}: start several ranks with torchrun, deepspeed or srun, "
+            "which set all of them, or unset them for a single process"
+        )
+    if rank >= size:
+        raise ValueError(
+            f"RANK {rank} of WORLD_SIZE {size}: ranks count from 0 to {size - 1}; start them with torchrun"
+        )
+
+
 def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that ``torchrun`` would have set for this task of an ``srun`` step.
 
@@ -23,7 +54,7 @@ def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
         tasks, or where a launcher has set RANK.
     Raises: ValueError if the step lacks one of SLURM's variables or names its hosts in a way that is not known.
     """
-    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if "RANK" in environ or number_in("SLURM_STEP_NUM_TASKS", 1, environ) == 1:
         return {}
     try:
         tasks = tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]

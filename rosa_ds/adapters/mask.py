@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -234,9 +235,11 @@ def compute_mask(
         score: how entries are ranked.
         seed: of ``random``.
 
-    Raises: ValueError if no layer has a sparse part, or a layer's gradient is zero everywhere.
+    Raises: ValueError for an unknown score, if no layer has a sparse part, or a layer's gradient is zero everywhere.
     """
     check_enabled(model)
+    if score not in get_args(Score):
+        raise ValueError(f"no score {score!r}: choose from {', '.join(get_args(Score))}")
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
     if not layers:
         raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")
@@ -296,7 +299,11 @@ def save_mask(mask: Mapping[str, Tensor], path: Path, origin: Mapping[str, str] 
 def open_mask(path: Path) -> TensorFiles:
     """A mask that :func:`save_mask` wrote, each matrix's read when it is asked for. Raises ValueError if it is no such file."""
     tensors = TensorFiles([path])
-    if json.loads(tensors.metadata.get("rosa_ds", "{}")).get("kind") != "mask":
+    try:
+        kind = json.loads(tensors.metadata.get("rosa_ds", "{}")).get("kind")
+    except (ValueError, AttributeError):  # another program's
+        kind = None
+    if kind != "mask":
         raise ValueError(f"{path} is not a mask: mask.load takes the mask.safetensors of a run folder")
     return tensors
 

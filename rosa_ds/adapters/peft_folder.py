@@ -7,7 +7,6 @@ Formats: peft 0.21, ``tuners/{lora,supertuning,shira}`` and ``utils/save_and_loa
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import re
@@ -23,7 +22,7 @@ from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, stored_shape
 from rosa_ds.adapters.targets import Value, find_targets, linear_layers
 from rosa_ds.config import AdapterConfig, Method
-from rosa_ds.files import TensorFiles
+from rosa_ds.files import TensorFiles, read_json
 from rosa_ds.models.task import PEFT_TASKS, is_classifier
 from rosa_ds.suggest import did_you_mean
 
@@ -74,7 +73,7 @@ class PeftAdapter:
 def is_peft(folder: Path) -> bool:
     """Whether ``adapter_config.json`` is one of PEFT's."""
     path = folder / CONFIG_FILE
-    return path.is_file() and "peft_type" in json.loads(path.read_text())
+    return path.is_file() and "peft_type" in read_json(path)
 
 
 def _refuse(folder: Path, what: str, remedy: str = _MERGE) -> NoReturn:
@@ -180,8 +179,10 @@ def _flat_positions(folder: Path, name: str, indices: Tensor, shape: tuple[int, 
 def _alpha(name: str, rank: int, config: Mapping[str, Any]) -> float:
     """The number that divided by the rank is what PEFT multiplies ``B A`` of a layer with."""
     alpha = config.get("lora_alpha")
+    if alpha is None and config["peft_type"] == "LORA":
+        raise ValueError(f"{CONFIG_FILE} has no lora_alpha: it is damaged; save the adapter with PEFT again")
     if alpha is None:
-        alpha = 2 * config["r"]  # SUPERTUNING's default
+        alpha = 2 * rank  # SUPERTUNING's default
     for pattern, own in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = own
@@ -254,7 +255,7 @@ def read_peft(folder: Path, model: nn.Module) -> PeftAdapter:
 
     Raises: ValueError for a pickle, for what no adapter of ours computes (by name), and for layers the model does not have.
     """
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = read_json(folder / CONFIG_FILE)
     _check_config(folder, config, model)
     files = _open(folder)
     layers, others = _sort_tensors(files, config["peft_type"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rosa_ds import distributed
@@ -24,6 +24,7 @@ from rosa_ds.config import AdapterConfig
 from rosa_ds.files import (
     TensorFiles,
     link_file,
+    read_json,
     write_json,
     write_manifest,
     write_tensors,
@@ -145,7 +146,7 @@ def read_description(folder: str | Path) -> AdapterDescription:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}")
-    content = json.loads(path.read_text())
+    content = read_json(path)
     if content.get("format") != "rosa_ds adapter":
         raise ValueError(f"{path} is not an adapter of rosa_ds")
     version = content.get("format_version")
@@ -154,7 +155,19 @@ def read_description(folder: str | Path) -> AdapterDescription:
             f"{path} has format version {version!r}, this rosa_ds reads up to {FORMAT_VERSION}: it was written by a newer one, "
             "update this one (pip install -U rosa-ds), or export the adapter merged where it was made"
         )
-    return AdapterDescription(AdapterConfig(**content["config"]), content["seed"], content["base"])
+    try:
+        return AdapterDescription(AdapterConfig(**content["config"]), content["seed"], content["base"])
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: it is damaged; take the folder from its run again") from None
+    except (TypeError, ValidationError) as error:
+        said = "; ".join(map(_problem, error.errors())) if isinstance(error, ValidationError) else str(error)
+        raise ValueError(
+            f"{path} has settings that this rosa_ds does not read ({said}): it is damaged, or a newer one has written it"
+        ) from None
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    return f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,7 +164,9 @@ def read_study(path: Path) -> Study:
         content = json.loads(path.read_text(), object_pairs_hook=_without_twice)
     except FileNotFoundError:
         raise ValueError(f"study {path}: no such file.{did_you_mean_path(path)}") from None
-    except ValueError as error:  # also what is not JSON
+    except json.JSONDecodeError as error:
+        raise ValueError(f"study {path}: not JSON: {error}") from None
+    except ValueError as error:
         raise ValueError(f"study {path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"study {path}: a study is a JSON object, given {type(content).__name__}")

@@ -231,7 +231,7 @@ def prepare_labelled(
             if not full:
                 raise ValueError(f"{columns.text!r} {texts[0]!r} has no token")
         except ValueError as error:
-            raise ValueError(f"{rows.where(index)}: {error}") from None
+            raise rows.refused(index, error) from None
         ids = list(encoded["input_ids"])
         parts = list(encoded["token_type_ids"]) if types else []
         return {"ids": ids, "types": parts, "class": label, "length": len(ids), "full_length": full}

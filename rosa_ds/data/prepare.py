@@ -106,7 +106,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
             example = parse_row(row, columns)
             tokens = tokenise(example, tokenizer, settings.separator)
         except ValueError as error:
-            raise ValueError(f"{rows.where(index)}: {error}") from None
+            raise rows.refused(index, error) from None
         full = len(tokens.ids)
         if settings.too_long == "truncate":
             tokens = Tokens(tokens.ids[: settings.max_length], tokens.trained[: settings.max_length])
@@ -160,6 +160,8 @@ def _select(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> To
     keep = (lengths <= settings.max_length) & (trained > 0)
     if untrained := int(((lengths <= settings.max_length) & (trained == 0)).sum()):
         reasons.append(f"{untrained} dropped, no trained token")
+    if not keep.any():
+        raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
     if not keep.all():
         encoded = encoded.select(np.flatnonzero(keep))
     return TokenSet(encoded, lengths[keep], trained[keep], ", ".join(reasons))

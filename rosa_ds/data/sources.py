@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import dataclasses
 import json
 import re
@@ -31,6 +33,12 @@ class Rows:
     def where(self, index: int) -> str:
         return f"{self.name}, row {self.first + index + 1}"
 
+    def refused(self, index: int, error: ValueError) -> ValueError:
+        """What is wrong with a row, with its place."""
+        if isinstance(error, UnicodeDecodeError):
+            return _not_text(self.where(index), error)
+        return ValueError(f"{self.where(index)}: {error}")
+
     def __len__(self) -> int:
         return len(self.data)
 
@@ -49,6 +57,7 @@ def load_rows(source: str, purpose: str) -> Rows:
     Raises:
         ValueError: nothing is there, it cannot be read (file and row named), or the slice is empty.
     """
+    source = str(Path(source).expanduser()) if source.startswith("~") else source
     if Path(source).exists():
         name, config, split, start, stop = source, None, None, 0, None
     elif source.startswith(BUILTIN):
@@ -63,6 +72,10 @@ def load_rows(source: str, purpose: str) -> Rows:
         if match is None:
             raise ValueError(f"data source {source!r} is not a name")
         name, config, split = match["name"], match["config"], match["split"]
+        if name.endswith("]"):
+            raise ValueError(
+                f"data source {source!r}: a slice is [start:stop], rows counted from 0, each end a whole number or left out"
+            )
         start, stop = int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
     data = _load_whole(name, config, split, purpose)
     stop = len(data) if stop is None else min(stop, len(data))
@@ -90,9 +103,12 @@ def _load_whole(name: str, config: str | None, split: str | None, purpose: str) 
     if not path.is_dir() and (path.suffix in FILE_TYPES or name.startswith((".", "/", "~"))):
         raise ValueError(f"data source {name}: no such file or folder.{did_you_mean_path(path)}")
     try:
-        loaded = datasets.load_dataset(name, config)
+        with _quiet():
+            loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the hub client raises many types; all mean that there is nothing to train on
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if path.is_dir():
+            text = f"it holds {_listing(path)}, and no {', '.join(FILE_TYPES)} file that can be read ({text})"
         raise ValueError(f"data source {name!r} could not be loaded from this folder or the hub: {text}") from error
     wanted = split or ("train" if purpose == "train" else "validation")
     if wanted not in loaded:
@@ -110,15 +126,18 @@ def _load_file(path: Path) -> datasets.Dataset:
         )
     if path.stat().st_size == 0:
         raise ValueError(f"data source {path} is empty")
+    if path.suffix != ".parquet":
+        _check_text(path)
     options = {"sep": separator} if path.suffix == ".csv" and (separator := _separator(path)) != "," else {}
     try:
-        return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train", **options)
+        with _quiet():
+            return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train", **options)
     except Exception as error:  # arrow, pandas and datasets each raise their own
-        if path.suffix == ".jsonl":
-            _find_bad_line(path)
-        cause: object = error.__cause__ or error
-        if isinstance(cause, UnicodeDecodeError):
-            cause = f"it is not UTF-8 ({cause}); save it as UTF-8 (Excel: 'CSV UTF-8'; iconv -f cp1252 -t utf-8)"
+        if path.suffix != ".parquet":
+            _find_bad_line(path, path.suffix == ".jsonl")
+        cause = error.__cause__ or error
+        if any(said in str(cause) for said in _NO_ROWS):
+            raise ValueError(f"data source {path} holds no rows") from error
         raise ValueError(f"data source {path} cannot be read as {path.suffix}: {cause}") from error
 
 
@@ -131,12 +150,56 @@ def _separator(path: Path) -> str:
     return next((mark for mark in ",;\t" if mark in header), ",")
 
 
-def _find_bad_line(path: Path) -> None:
-    """Raise ValueError that names the first line that is not a JSON object like the first one's."""
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
+_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
+"""What datasets says of a file without rows; the second of parquet."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What datasets logs of an error stands in ours."""
+    level = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(level)
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "nothing"
+
+
+def _not_text(where: str, error: UnicodeDecodeError) -> ValueError:
+    byte = error.object[error.start]
+    return ValueError(
+        f"{where} is not UTF-8 text (byte 0x{byte:02x} at {error.start}): save the file as UTF-8, not packed "
+        "(Excel: 'CSV UTF-8'; iconv -f cp1252 -t utf-8)"
+    )
+
+
+def _check_text(path: Path) -> None:
+    """Raise ValueError for a file that begins as no UTF-8 text does: in UTF-16, packed, or binary."""
+    with path.open("rb") as stream:
+        begin = stream.read(1 << 16)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begin)
+    except UnicodeDecodeError as error:
+        if error.start < 2 or b"\0" in begin:
+            raise _not_text(f"data source {path}", error) from None
+    if b"\0" in begin:
+        raise ValueError(f"data source {path} is not UTF-8 text (byte 0x00 at {begin.index(0)}): is it a binary file?")
+
+
+def _find_bad_line(path: Path, is_json: bool) -> None:
+    """Raise ValueError that names the first line that is not UTF-8 or, of lines of JSON, not an object."""
+    with path.open("rb") as stream:
+        for number, content in enumerate(stream, start=1):
             try:
-                row = json.loads(line) if line.strip() else {}
+                line = content.decode()
+                row = json.loads(line) if line.strip() and is_json else {}
+            except UnicodeDecodeError as error:
+                raise _not_text(f"{path}, row {number}", error) from None
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}, row {number} is not JSON: {error.msg} at character {error.pos + 1}"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.data.formats import Conversation, Example, Pair, PlainText
@@ -56,7 +57,14 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, separator: st
         text = example.prompt + separator + example.completion
         return _with_end(tokenizer, _encode(tokenizer, text, [(start, len(text), 0)], special=True))
     _require_template(tokenizer)
-    messages = as_messages(example)
+    try:
+        return _tokenise_messages(as_messages(example), tokenizer)
+    except TemplateError as error:
+        raise ValueError(f"the chat template of the model's tokenizer fails here: {error}") from None
+
+
+def _tokenise_messages(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    assert isinstance(tokenizer.chat_template, str), "it was required"
     if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         return _with_end_of_turn(

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rosa_ds.errors import RunError
-from rosa_ds.rendezvous import choose_gloo_interface, join_slurm_step
+from rosa_ds.rendezvous import check_ranks, choose_gloo_interface, join_slurm_step, number_in
 
 logger = logging.getLogger(__name__)
 LOCK_MINUTES = 5.0
@@ -44,13 +44,15 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     Works under ``deepspeed``, ``torchrun``, ``srun``, plain ``python``, and anything that sets RANK, WORLD_SIZE and MASTER_ADDR.
 
     Raises:
-        ValueError: SLURM's tasks without what tells their ranks, or without a GPU for each rank.
+        ValueError: SLURM's tasks without what tells their ranks, or without a GPU for each rank; a launcher's variables that
+            lack one, or contradict each other.
     """
     global _joined
     import deepspeed  # slow, and needed by nobody who only imports this module
 
-    _joined = True
     join_slurm_step()
+    check_ranks()
+    _joined = True
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
@@ -147,17 +149,17 @@ def world_size() -> int:
 
 def planned_world_size() -> int:
     """Number of ranks by the environment, before :func:`initialize`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return number_in("WORLD_SIZE", 1)
 
 
 def planned_rank() -> int:
     """This process's rank by the environment, before :func:`initialize`."""
-    return int(os.environ.get("RANK", "0"))
+    return number_in("RANK", 0)
 
 
 def planned_local_rank() -> int:
     """This process's rank on its node by the environment."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return number_in("LOCAL_RANK", 0)
 
 
 def is_main() -> bool:

@@ -18,7 +18,7 @@ from rosa_ds.config import ModelSettings
 from rosa_ds.export.peft import write_peft
 from rosa_ds.export.source import MergeBase, Source, open_source
 from rosa_ds.export.stream import MergedRows, write_merged
-from rosa_ds.files import TensorFiles, write_json, written_folder
+from rosa_ds.files import TensorFiles, check_place, read_json, write_json, written_folder
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import NotStreamableError, open_base, stream_base
 from rosa_ds.models.task import settle_padding
@@ -224,10 +224,18 @@ def _free_folder(out: str | Path, source: Path) -> Path:
     if mine == theirs or mine in theirs.parents or theirs in mine.parents:
         raise ValueError(f"{out} and {source} are one in the other: give another folder to write")
     if not out.exists():
+        check_place(out, "the export's folder")
         return out
-    there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file: give another folder to write")
+    there = {path.name for path in out.iterdir()}
     signature = out / EXPORT_FILE
-    ours = {EXPORT_FILE, *json.loads(signature.read_text())["files"]} if signature.is_file() else set()
+    try:
+        ours = {EXPORT_FILE, *read_json(signature)["files"]} if signature.is_file() else set()
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{signature} is damaged, so {out} may hold more than an export: give another folder"
+        ) from None
     if there - ours:
         raise ValueError(
             f"{out} holds {sorted(there - ours)[0]}, which is not an earlier export's: give another folder"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from rosa_ds.adapters.state import BASE_FILES, CONFIG_FILE, TENSOR_FILE, AdapterDescription, read_description
 from rosa_ds.adapters.subspace import join_bits
 from rosa_ds.config import AdapterConfig
-from rosa_ds.files import TensorFiles, manifest_problem
+from rosa_ds.files import TensorFiles, manifest_problem, read_json
 from rosa_ds.training import checkpoint
 
 MergeBase = Literal["dequantized", "original"]
@@ -104,12 +103,18 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such folder")
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: give the folder of a run, checkpoint or adapter")
     for folder in (path / "adapter", path):
         if (folder / CONFIG_FILE).is_file() and _is_ours(folder):
             return _open_adapter(folder)
     if checkpoint.is_checkpoint(path):
         return _open_checkpoint(path)
     newest = checkpoint.folders(path).newest_good()
+    if newest is None and (path / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{path} is an adapter of PEFT or of another program: begin a run with it (--adapter.init_from), or merge it with PEFT"
+        )
     if newest is None:
         raise ValueError(f"{path} holds no adapter (adapter/{CONFIG_FILE}) and no whole checkpoint")
     return _open_checkpoint(newest)
@@ -117,4 +122,4 @@ def open_source(path: str | Path) -> Source:
 
 def _is_ours(folder: Path) -> bool:
     """PEFT's folders have a file of the same name."""
-    return "format" in json.loads((folder / CONFIG_FILE).read_text())
+    return "format" in read_json(folder / CONFIG_FILE)

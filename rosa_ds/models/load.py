@@ -9,18 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from rosa_ds.config import ModelSettings
 from rosa_ds.files import file_hash
+from rosa_ds.models.checks import (
+    BROKEN,
+    WEIGHT_SUFFIXES,
+    check_complete,
+    check_folder,
+    check_numbers,
+    damaged_files,
+    refused,
+)
 from rosa_ds.models.task import auto_class, classes_of, configure, describe_task, mark_new, new_numbers, new_parameters
 from rosa_ds.suggest import did_you_mean_path
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "tiny"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**30, 4096, 2**16
 
 
@@ -37,6 +46,10 @@ def resolve(name_or_path: str) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise ValueError(f"model.name_or_path {name_or_path}: no such file.{did_you_mean_path(path)}")
         return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ValueError(f"model.name_or_path {name_or_path} is a file: give the model's folder, or a .gguf file")
+    if path.is_dir():
+        check_folder(name_or_path, path)
     if not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise ValueError(f"model.name_or_path {name_or_path}: no such folder.{did_you_mean_path(path)}")
     return (str(path), {}) if path.is_dir() else (name_or_path, {})
@@ -61,8 +74,8 @@ def _stored_config(settings: ModelSettings) -> Any:
         return AutoConfig.from_pretrained(
             name, revision=settings.revision or "main", trust_remote_code=False, **arguments
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    except BROKEN as error:
+        raise refused(settings, error) from error
 
 
 def read_config(settings: ModelSettings) -> Any:
@@ -91,11 +104,13 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
         ValueError: it cannot be loaded, with transformers' reason.
     """
     name, arguments = resolve(settings.name_or_path)
-    more: dict[str, Any] = dict(arguments)
+    more: dict[str, Any] = {**arguments, "ignore_mismatched_sizes": True}  # they are refused below, by name
+    if settings.task == "causal-lm":
+        check_language_model(settings)
     if settings.attn_implementation is not None:
         more["attn_implementation"] = settings.attn_implementation
     if settings.task == "classification":
-        more |= {"config": read_config(settings), "ignore_mismatched_sizes": True}
+        more["config"] = read_config(settings)
     try:
         model, report = auto_class(settings.task).from_pretrained(
             name,
@@ -105,23 +120,36 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
             output_loading_info=True,
             **more,
         )
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # the last for tensors of other shapes than config.json gives them
-        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {damaged_files(Path(name)) or 'its safetensors'}: "
+            f"{error}; copy or download it again"
+        ) from error
+    except BROKEN as error:
+        raise refused(settings, error) from error
     if "gguf_file" not in arguments and getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r} is stored quantised: give the dense model, and model.quantization nf4 or int8"
         )
     if settings.task == "classification":
         _begin_head(model, report, settings, seed)
+    else:
+        check_complete(report, settings)
+    check_numbers(model, settings)
     if "gguf_file" in arguments:
         # The weights are dense now; forget the quantised file so that the model can be trained and saved.
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
     return model.eval()
+
+
+def check_language_model(settings: ModelSettings) -> None:
+    """Raise ValueError for a base that is a classifier, whose output head is none of a language model."""
+    if classes := base_classes(settings):
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r} is a classifier ({', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''}): "
+            "give --model.task classification, or a language model"
+        )
 
 
 @torch.no_grad()
@@ -148,8 +176,13 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=settings.revision or "main", trust_remote_code=False, **arguments
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer of {settings.name_or_path!r} cannot be loaded: {error}") from error
+    except Exception as error:  # tokenizers raises Exception itself
+        if Path(name).is_dir() and not any(Path(name).glob("*token*")) and "gguf_file" not in arguments:
+            raise ValueError(
+                f"the tokenizer of {settings.name_or_path!r} cannot be loaded: its folder has no tokenizer.json; copy the tokenizer's "
+                "files of the model there"
+            ) from error
+        raise refused(settings, error, "the tokenizer of") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -21,7 +21,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from rosa_ds import distributed
 from rosa_ds.config import ModelSettings
-from rosa_ds.models.load import keeps_head, load_model, read_config, resolve
+from rosa_ds.models.checks import is_finite, not_finite
+from rosa_ds.models.load import check_language_model, keeps_head, load_model, read_config, resolve
 from rosa_ds.models.task import auto_class, mark_new, new_numbers, new_parameters
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class Base:
     def fill(self, name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
         """See :data:`rosa_ds.distributed.partitioned.Fill`."""
         part = self.rows(name, rows)
+        if part.is_floating_point() and not is_finite(part):
+            raise not_finite(name, str(self._path))
         (target[rows] if target.ndim else target).copy_(part)
 
     def close(self) -> None:
@@ -206,6 +209,8 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> 
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
         raise NotStreamableError("it is a .gguf file")
+    if settings.task == "causal-lm":
+        check_language_model(settings)
     config = read_config(settings)
     if getattr(config, "quantization_config", None) is not None:
         raise NotStreamableError("its weights are quantised")

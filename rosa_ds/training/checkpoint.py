@@ -9,7 +9,6 @@ into a temporary folder at once; when everything is on the disk it is renamed; `
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,12 +24,14 @@ from rosa_ds.files import (
     describe_files,
     link_file,
     manifest_problem,
+    read_json,
     read_manifest,
     sync_files,
     write_json,
     write_manifest,
     write_tensors,
 )
+from rosa_ds.suggest import did_you_mean_path
 from rosa_ds.training.step_folders import StepFolders
 
 FORMAT_VERSION = 2
@@ -187,6 +188,8 @@ def find(run: Path, wanted: str) -> Path:
         ValueError: there is none, or the wanted one is damaged.
     """
     path = Path(wanted) if wanted else run
+    if wanted and not path.exists():
+        raise ValueError(f"--resume {path}: no such folder.{did_you_mean_path(path)}")
     if is_checkpoint(path):
         if problem := manifest_problem(path):
             raise ValueError(f"--resume {path}: {problem}; use another checkpoint of the run")
@@ -200,9 +203,15 @@ def find(run: Path, wanted: str) -> Path:
 
 def load(folder: Path) -> Checkpoint:
     """Open a checkpoint whose manifest is good. Raises ValueError for another format version."""
-    state = json.loads((folder / "state.json").read_text())
-    if state.pop("format_version", None) != FORMAT_VERSION:
-        raise ValueError(f"{folder} was written by another version of rosa_ds (format {FORMAT_VERSION} is read)")
+    state = read_json(folder / "state.json")
+    version = state.pop("format_version", None)
+    if version != FORMAT_VERSION or (set(state) - set(_PLAIN)):
+        more = f" with {', '.join(sorted(set(state) - set(_PLAIN)))}" if version == FORMAT_VERSION else ""
+        newer = more or (isinstance(version, int) and version > FORMAT_VERSION)
+        raise ValueError(
+            f"{folder} has format {version}{more}, this rosa_ds reads {FORMAT_VERSION}: it was written by "
+            + ("a newer one, update this one (pip install -U rosa-ds)" if newer else "an older one, go on with that")
+        )
     names = sorted(read_manifest(folder))
     parts: dict[str, Any] = {
         part: TensorFiles(folder / name for name in names if name.startswith(f"{part}-")) for part in PARTS

@@ -46,7 +46,8 @@ def check_resumable(
     # a setting that came later had its default then
     old, new = _flatten(RunConfig().model_dump()) | _flatten(checkpoint.config), _flatten(config)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    refused = [name for name in changed if name not in MAY_CHANGE]
+    # another method has other defaults, too: it is what was meant to change
+    refused = sorted((name for name in changed if name not in MAY_CHANGE), key=lambda name: name != "method")
     if refused:
         name = refused[0]
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import time
 from collections.abc import Mapping
@@ -15,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.adapters.mask import open_mask
+from rosa_ds.adapters.mask import check_mask, open_mask
 from rosa_ds.adapters.state import StoredAdapter, save_adapter
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import LOW_RANK_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
+from rosa_ds.ds_checks import check_by_deepspeed
+from rosa_ds.ds_config import BITSANDBYTES, DeepSpeedPlan, plan_deepspeed
 from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.logs import log_to
@@ -33,6 +35,7 @@ from rosa_ds.training.context import Run
 from rosa_ds.training.draw import Drawing
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
+from rosa_ds.training.folder import check_free
 from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
 from rosa_ds.training.memory.accounting import Account, predict, table
@@ -81,21 +84,6 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
     return schedule
 
 
-_OUR_FILES = frozenset(
-    {
-        *("config.json", "ds_config.json", "accounting.json", "metrics.jsonl", "mask.safetensors", "interrupted.json"),
-        *("logs", "checkpoints", "adapter", "tokenizer", "tensorboard", "deepspeed", "save"),
-        *("latest", "zero_to_fp32.py"),  # beside DeepSpeed's own checkpoints
-    }
-)
-
-
-def _is_ours(path: Path) -> bool:
-    """Could a run have made this, also one that was killed while it wrote?"""
-    partial = path.name.startswith(".") and path.name.endswith((".partial", ".old"))
-    return path.name in _OUR_FILES or partial or deepspeed_format.is_checkpoint(path)
-
-
 def _open_folder(
     settings: RunConfig, plan: DeepSpeedPlan, account: Account, resumed_from: Path | None, step: int
 ) -> Path:
@@ -119,8 +107,7 @@ def _open_folder(
                 for abandoned in later:
                     logger.info("a checkpoint of a later step is kept as %s", abandoned)
             elif folder.exists() and any(folder.iterdir()):
-                if any(not _is_ours(path) for path in folder.iterdir()):
-                    raise ValueError(f"training.output_dir {folder} is not empty and holds no run: give another folder")
+                check_free(folder)
                 logger.info("the run that was in %s is in %s now", folder, move_aside(folder))
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", settings.model_dump())
@@ -194,6 +181,19 @@ def _announce(settings: RunConfig, plan: DeepSpeedPlan, threads: int) -> None:
     )
 
 
+def _check_loaded_mask(path: Path, model: PreTrainedModel) -> None:
+    """Raise ValueError unless the mask of a file fits the adapted model."""
+    mask = open_mask(path)
+    try:
+        check_mask({name: layer for name, layer in adapted_layers(model).items() if layer.entries}, mask)
+    except ValueError as error:
+        raise ValueError(
+            f"mask.load {path}: {error}; it fits runs with the base, adapter.target_modules and adapter.density that it was made with"
+        ) from None
+    finally:
+        mask.close()
+
+
 def _make_drawing(model: PreTrainedModel, state: TrainedState, settings: RunConfig) -> Drawing | None:
     if not settings.draws:
         return None
@@ -244,6 +244,16 @@ def _fill_caches(settings: RunConfig) -> None:
         download(settings.model)
 
 
+def _check_packages(settings: RunConfig, plan: DeepSpeedPlan) -> None:
+    """Raise ValueError for a package that this run needs and that is not installed, before anything is loaded."""
+    needed = {"tensorboard": ("training.tensorboard", settings.training.tensorboard)}
+    needed["bitsandbytes"] = (f"optimizer {plan.optimizer.name}", plan.optimizer.name in BITSANDBYTES)
+    extras = {"tensorboard": "tensorboard", "bitsandbytes": "quantization"}
+    for package, (what, wanted) in needed.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{what} needs the package {package}: pip install 'rosa-ds[{extras[package]}]'")
+
+
 def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     """Join the other ranks, settle what the settings leave open, and take the run's folder."""
     training = command.config.training
@@ -255,6 +265,8 @@ def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     plan, settings = plan_deepspeed(
         command.deepspeed, command.config, distributed.world_size(), distributed.gpu_has_bfloat16()
     )
+    check_by_deepspeed(plan.config)
+    _check_packages(settings, plan)
     if plan.dtype == "float16" and not distributed.has_float16():
         raise ValueError(
             f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
@@ -263,6 +275,8 @@ def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     with distributed.together():
         if distributed.is_main():
             folder = Path(settings.training.output_dir)
+            if command.resume is None:
+                check_free(folder)
             hold_folder(folder)
             (folder / MARK_FILE).unlink(missing_ok=True)
     return plan, settings
@@ -306,6 +320,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         adapt(model, numbers, settings, plan)
         if start is not None:
             check_start(settings, model, start)
+        if settings.mask.load is not None:
+            _check_loaded_mask(Path(settings.mask.load), model)
     data_digest = data.digest()
     _check_same_input(settings, base, data_digest)
     record = {**settings.model_dump(), "deepspeed": plan.record()}

@@ -1,0 +1,81 @@
+"""What a DeepSpeed file's sections may hold: refused before data and model are loaded, by the name of the key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from rosa_ds.suggest import did_you_mean
+
+
+def section_of(config: Mapping[str, Any], key: str, example: str, path: str = "") -> dict[str, Any]:
+    """A section of the file; nothing where it has none. Raises: ValueError for anything but an object."""
+    section = config.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}{key} of the DeepSpeed file is a section such as {example}, given {section!r}")
+    return section
+
+
+def number_of(
+    section: Mapping[str, Any], key: str, path: str, least: float = 0.0, below: float = math.inf, whole: bool = False
+) -> None:
+    """Raise ValueError unless a key is missing, "auto", or a number in [least, below)."""
+    value = section.get(key, "auto")
+    if value == "auto":
+        return
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < below:
+        kind = "a whole number" if whole else "a number"
+        end = "" if below == math.inf else f" and below {below:g}"
+        raise ValueError(f"{path}{key} of the DeepSpeed file is {kind}, {least:g} or more{end}, given {value!r}")
+
+
+def check_optimizer(params: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of Adam that are no numbers, or outside of what it computes with."""
+    path = "optimizer.params."
+    for key in ("lr", "weight_decay", "eps"):
+        number_of(params, key, path)
+    betas = params.get("betas", "auto")
+    if betas == "auto":
+        return
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise ValueError(
+            f"{path}betas of the DeepSpeed file is a list of two numbers such as [0.9, 0.999], given {betas!r}"
+        )
+    for number, beta in enumerate(betas):
+        number_of({f"betas[{number}]": beta}, f"betas[{number}]", path, below=1.0)
+
+
+def check_enabled(section: Mapping[str, Any], key: str) -> None:
+    """Raise ValueError unless a section's ``enabled`` is true, false or "auto"."""
+    value = section.get("enabled", "auto")
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError(f'{key}.enabled of the DeepSpeed file is true, false or "auto", given {value!r}')
+
+
+def check_by_deepspeed(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a ZeRO, bf16 or fp16 section that ``deepspeed.initialize`` would refuse, by names and reasons.
+
+    Args:
+        config: as it goes to ``deepspeed.initialize``.
+    """
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config  # slow
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    kinds = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, kind in kinds.items():
+        try:
+            kind(**config.get(name, {}))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            hint = did_you_mean(key, kind.model_fields) if first["type"] == "extra_forbidden" else ""
+            raise ValueError(
+                f"{name}.{key} of the DeepSpeed file: {first['msg'].lower()}, given {first['input']!r}.{hint} "
+                "Correct it, or remove it for DeepSpeed's default"
+            ) from None
