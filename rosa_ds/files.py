@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
         empty = " (the file is empty)" if not error.doc.strip() else ""
         raise ValueError(f"{path} is not JSON: {error}{empty}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is a JSON object, given {type(content).__name__}")
+        raise ValueError(f"{path}: expected is a JSON object, given {type(content).__name__}")
     return content
 
 

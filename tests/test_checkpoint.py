@@ -184,7 +184,7 @@ def test_other_format_version(tmp_path: Path) -> None:
     state = json.loads((folder / "state.json").read_text())
     write_json(folder / "state.json", state | {"format_version": 99})
     write_manifest(folder)
-    with pytest.raises(ValueError, match="another version of rosa_ds"):
+    with pytest.raises(ValueError, match="has format 99, this rosa_ds reads 2: it was written by a newer one"):
         checkpoint.load(folder)
 
 

@@ -127,7 +127,7 @@ def test_rejects_arguments(arguments: list[str], message: str) -> None:
         ({"rosa": {"adapter": {"dnsity": 1}}}, "unknown setting adapter.dnsity. Did you mean adapter.density"),
         ({"rosa": {"mask": 3}}, "a section is an object of settings, given 3"),
         ({"rosa": 3}, 'the section "rosa" is a JSON object, given 3'),
-        ("[1]", "a DeepSpeed configuration is a JSON object, given list"),
+        ("[1]", "expected is a JSON object, given list: give a DeepSpeed JSON file"),
         ("{", "not JSON"),
     ],
     ids=["unknown", "section", "rosa", "list", "syntax"],

@@ -103,8 +103,9 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_why(monkeypatch: pytest.MonkeyP
     """srun --gpus-per-task shows each task a single GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    environ = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"rank 3 of this host sees 1 GPU\(s\).*--gpu-bind=none"):
         distributed.initialize()
 
