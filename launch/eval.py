@@ -27,7 +27,8 @@ from rosa_ds.evaluation.metrics import perplexity, written_metrics
 from rosa_ds.evaluation.scores import CLASSIFIED, GENERATED, check_available
 from rosa_ds.export.merge import load_adapted, load_merged, run_tokenizer
 from rosa_ds.export.source import open_source, run_folder
-from rosa_ds.files import check_place, read_json, write_json
+from rosa_ds.files import check_place, write_json
+from rosa_ds.json_files import read_json
 from rosa_ds.logs import run_program
 from rosa_ds.models.load import base_classes, load_model, load_tokenizer
 from rosa_ds.models.task import is_classifier

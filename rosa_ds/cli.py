@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from rosa_ds.config import RunConfig, setting_names
-from rosa_ds.files import read_json
+from rosa_ds.json_files import read_json
 from rosa_ds.suggest import did_you_mean, did_you_mean_path
 
 USAGE = """\

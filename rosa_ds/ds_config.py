@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import logging
 from typing import Any
@@ -322,3 +323,15 @@ def plan_deepspeed(
     config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did
     _drop_auto(config, "")
     return DeepSpeedPlan(config, optimizer, micro, steps, dtype, stage), settings
+
+
+def check_packages(plan: DeepSpeedPlan, tensorboard: bool) -> None:
+    """Raise ValueError for a package that a run needs and that is not installed, before anything is loaded."""
+    eight_bit = plan.optimizer.name in BITSANDBYTES
+    needed = (
+        (tensorboard, "training.tensorboard", "tensorboard", "tensorboard"),
+        (eight_bit, f"optimizer {plan.optimizer.name}", "bitsandbytes", "quantization"),
+    )
+    for wanted, what, package, extra in needed:
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{what} needs the package {package}: pip install 'rosa-ds[{extra}]'")

@@ -86,20 +86,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises: ValueError if it is none; OSError if the file cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): is it a JSON file, and whole?") from None
-    except json.JSONDecodeError as error:
-        empty = " (the file is empty)" if not error.doc.strip() else ""
-        raise ValueError(f"{path} is not JSON: {error}{empty}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected is a JSON object, given {type(content).__name__}")
-    return content
-
-
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     digest = hashlib.sha256()

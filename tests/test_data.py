@@ -229,7 +229,7 @@ def test_tables_of_spreadsheets(tmp_path: Path, mark: str) -> None:
     rows = [("a, b; c\td", "x"), (f'Grüße "e" {mark}', "y")]
     assert [(row["question"], row["answer"]) for row in load_rows(str(path), "train")] == rows
     path.write_text(text, encoding="cp1252")
-    with pytest.raises(ValueError, match=r"rows\.csv cannot be read as \.csv: it is not UTF-8 .*save it as UTF-8"):
+    with pytest.raises(ValueError, match=r"rows\.csv, row 3 is not UTF-8 text .*save the file as UTF-8"):
         load_rows(str(path), "train")
 
 

@@ -22,7 +22,8 @@ from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, stored_shape
 from rosa_ds.adapters.targets import Value, find_targets, linear_layers
 from rosa_ds.config import AdapterConfig, Method
-from rosa_ds.files import TensorFiles, read_json
+from rosa_ds.files import TensorFiles
+from rosa_ds.json_files import read_json
 from rosa_ds.models.task import PEFT_TASKS, is_classifier
 from rosa_ds.suggest import did_you_mean
 

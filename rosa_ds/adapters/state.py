@@ -24,12 +24,12 @@ from rosa_ds.config import AdapterConfig
 from rosa_ds.files import (
     TensorFiles,
     link_file,
-    read_json,
     write_json,
     write_manifest,
     write_tensors,
     written_folder,
 )
+from rosa_ds.json_files import read_json
 from rosa_ds.models.quantized import quantization_of
 from rosa_ds.models.task import check_task
 from rosa_ds.suggest import did_you_mean

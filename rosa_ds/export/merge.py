@@ -18,7 +18,8 @@ from rosa_ds.config import ModelSettings
 from rosa_ds.export.peft import write_peft
 from rosa_ds.export.source import MergeBase, Source, open_source
 from rosa_ds.export.stream import MergedRows, write_merged
-from rosa_ds.files import TensorFiles, check_place, read_json, write_json, written_folder
+from rosa_ds.files import TensorFiles, check_place, write_json, written_folder
+from rosa_ds.json_files import read_json
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import NotStreamableError, open_base, stream_base
 from rosa_ds.models.task import settle_padding

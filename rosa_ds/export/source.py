@@ -11,7 +11,8 @@ from torch import Tensor
 from rosa_ds.adapters.state import BASE_FILES, CONFIG_FILE, TENSOR_FILE, AdapterDescription, read_description
 from rosa_ds.adapters.subspace import join_bits
 from rosa_ds.config import AdapterConfig
-from rosa_ds.files import TensorFiles, manifest_problem, read_json
+from rosa_ds.files import TensorFiles, manifest_problem
+from rosa_ds.json_files import read_json
 from rosa_ds.training import checkpoint
 
 MergeBase = Literal["dequantized", "original"]

@@ -24,13 +24,13 @@ from rosa_ds.files import (
     describe_files,
     link_file,
     manifest_problem,
-    read_json,
     read_manifest,
     sync_files,
     write_json,
     write_manifest,
     write_tensors,
 )
+from rosa_ds.json_files import read_json
 from rosa_ds.suggest import did_you_mean_path
 from rosa_ds.training.step_folders import StepFolders
 

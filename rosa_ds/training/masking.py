@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rosa_ds import distributed
+from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import Mask, MaskCollector, check_mask, open_mask, static_positions
 from rosa_ds.config import MaskSettings
@@ -19,6 +20,19 @@ from rosa_ds.scores import RANKINGS
 from rosa_kernels.collect.op import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
+
+
+def check_loaded_mask(path: Path, model: nn.Module) -> None:
+    """Raise ValueError unless the mask of a file fits the adapted model."""
+    mask = open_mask(path)
+    try:
+        check_mask({name: layer for name, layer in adapted_layers(model).items() if layer.entries}, mask)
+    except ValueError as error:
+        raise ValueError(
+            f"mask.load {path}: {error}; it fits runs with the base, adapter.target_modules and adapter.density that it was made with"
+        ) from None
+    finally:
+        mask.close()
 
 
 def mask_owners(layers: Mapping[str, AdaptedLinear]) -> dict[str, int]:

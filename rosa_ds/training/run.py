@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import time
 from collections.abc import Mapping
@@ -16,14 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.adapters.mask import check_mask, open_mask
+from rosa_ds.adapters.mask import open_mask
 from rosa_ds.adapters.state import StoredAdapter, save_adapter
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import LOW_RANK_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.ds_checks import check_by_deepspeed
-from rosa_ds.ds_config import BITSANDBYTES, DeepSpeedPlan, plan_deepspeed
+from rosa_ds.ds_config import DeepSpeedPlan, check_packages, plan_deepspeed
 from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.logs import log_to
@@ -38,6 +37,7 @@ from rosa_ds.training.failures import all_statuses, explain_loading, explain_mem
 from rosa_ds.training.folder import check_free
 from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
 from rosa_ds.training.loop import Loop
+from rosa_ds.training.masking import check_loaded_mask
 from rosa_ds.training.memory.accounting import Account, predict, table
 from rosa_ds.training.memory.measuring import full_account
 from rosa_ds.training.metrics import MetricsLog
@@ -181,19 +181,6 @@ def _announce(settings: RunConfig, plan: DeepSpeedPlan, threads: int) -> None:
     )
 
 
-def _check_loaded_mask(path: Path, model: PreTrainedModel) -> None:
-    """Raise ValueError unless the mask of a file fits the adapted model."""
-    mask = open_mask(path)
-    try:
-        check_mask({name: layer for name, layer in adapted_layers(model).items() if layer.entries}, mask)
-    except ValueError as error:
-        raise ValueError(
-            f"mask.load {path}: {error}; it fits runs with the base, adapter.target_modules and adapter.density that it was made with"
-        ) from None
-    finally:
-        mask.close()
-
-
 def _make_drawing(model: PreTrainedModel, state: TrainedState, settings: RunConfig) -> Drawing | None:
     if not settings.draws:
         return None
@@ -244,16 +231,6 @@ def _fill_caches(settings: RunConfig) -> None:
         download(settings.model)
 
 
-def _check_packages(settings: RunConfig, plan: DeepSpeedPlan) -> None:
-    """Raise ValueError for a package that this run needs and that is not installed, before anything is loaded."""
-    needed = {"tensorboard": ("training.tensorboard", settings.training.tensorboard)}
-    needed["bitsandbytes"] = (f"optimizer {plan.optimizer.name}", plan.optimizer.name in BITSANDBYTES)
-    extras = {"tensorboard": "tensorboard", "bitsandbytes": "quantization"}
-    for package, (what, wanted) in needed.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{what} needs the package {package}: pip install 'rosa-ds[{extras[package]}]'")
-
-
 def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     """Join the other ranks, settle what the settings leave open, and take the run's folder."""
     training = command.config.training
@@ -266,7 +243,7 @@ def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
         command.deepspeed, command.config, distributed.world_size(), distributed.gpu_has_bfloat16()
     )
     check_by_deepspeed(plan.config)
-    _check_packages(settings, plan)
+    check_packages(plan, settings.training.tensorboard)
     if plan.dtype == "float16" and not distributed.has_float16():
         raise ValueError(
             f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
@@ -321,7 +298,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         if start is not None:
             check_start(settings, model, start)
         if settings.mask.load is not None:
-            _check_loaded_mask(Path(settings.mask.load), model)
+            check_loaded_mask(Path(settings.mask.load), model)
     data_digest = data.digest()
     _check_same_input(settings, base, data_digest)
     record = {**settings.model_dump(), "deepspeed": plan.record()}
