@@ -9,7 +9,6 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -238,12 +237,11 @@ def compute_mask(
     Raises: ValueError for an unknown score, if no layer has a sparse part, or a layer's gradient is zero everywhere.
     """
     check_enabled(model)
-    if score not in get_args(Score):
-        raise ValueError(f"no score {score!r}: choose from {', '.join(get_args(Score))}")
+    ranking = ranking_of(score)
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
     if not layers:
         raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")
-    if ranking_of(score).gradient is None:
+    if ranking.gradient is None:
         return {layer.weight_name: static_positions(score, layer, _whole(layer), seed) for layer in layers.values()}
     collector = MaskCollector(layers, score, dict.fromkeys(layers, 0), 0, lambda tensor, owner: None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
