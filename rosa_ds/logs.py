@@ -19,6 +19,10 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """What makes transformers say less, unless the user has set it: read when it is imported, which is slow and comes later."""
 
 
+SAME_ON_ALL_RANKS = {"same_on_all_ranks": True}
+"""The ``extra`` of a warning that every rank comes to: rank 0 alone shows it, all write it to their files."""
+
+
 def set_up_logging() -> None:
     """Send our messages to standard error with their time; quieten what libraries say of themselves."""
     main = os.environ.get("RANK", "0") == "0"
@@ -26,6 +30,8 @@ def set_up_logging() -> None:
     prefix = "" if main else f"[rank {os.environ['RANK']}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     handler.setLevel(logging.INFO if main else logging.WARNING)
+    if not main:
+        handler.addFilter(lambda record: not hasattr(record, "same_on_all_ranks"))
     ours = logging.getLogger("rosa_ds")
     # what is said before there is a folder for it is kept, and written when there is one
     early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)

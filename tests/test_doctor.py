@@ -139,14 +139,17 @@ def test_each_rank_has_its_log_with_what_was_said_before(
     logs.log_to(tmp_path / "logs")
     our_logger.info("and after")
     our_logger.warning("on the screen, too")
+    our_logger.warning("of rank 0's screen", extra=logs.SAME_ON_ALL_RANKS)
     lines = (tmp_path / "logs" / "rank-0003.log").read_text().splitlines()
     assert [line.partition(" rank 3 ")[2] for line in lines] == [
         "INFO before there is a folder",
         "INFO and after",
         "WARNING on the screen, too",
+        "WARNING of rank 0's screen",
     ]
     assert "[rank 3] on the screen, too" in (screen := capsys.readouterr().err)
     assert "folder" not in screen
+    assert "rank 0's" not in screen
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("")])

@@ -25,6 +25,7 @@ from rosa_ds.config import (
     DrawSettings,
     Factorization,
 )
+from rosa_ds.logs import SAME_ON_ALL_RANKS
 from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.models.task import head_modules
 
@@ -162,10 +163,11 @@ def inject(
     targets, whole = _match(model, config)
     _check_trainable(model, whole)
     if idle := [name for name in head_modules(model) if not any(f"{name}.".startswith(f"{w}.") for w in whole)]:
-        logger.warning("the classifier's head (%s) stays as it is: modules_to_save would train it", ", ".join(idle))
+        said = "the classifier's head (%s) stays as it is: modules_to_save would train it"
+        logger.warning(said, ", ".join(idle), extra=SAME_ON_ALL_RANKS)
     if stacked := stacked_weights(model, whole):
         said = "no adapter reaches %d weights of three dimensions (experts, e.g. %s): they stay as they are"
-        logger.warning(said, len(stacked), stacked[0])
+        logger.warning(said, len(stacked), stacked[0], extra=SAME_ON_ALL_RANKS)
     plans = {name: plan_layer(name, layer, config) for name, layer in targets.items()}
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:

@@ -25,7 +25,7 @@ from rosa_ds.ds_checks import check_by_deepspeed
 from rosa_ds.ds_config import DeepSpeedPlan, check_packages, plan_deepspeed
 from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
-from rosa_ds.logs import log_to
+from rosa_ds.logs import SAME_ON_ALL_RANKS, log_to
 from rosa_ds.models.load import download, identify, load_tokenizer
 from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.changed_base import ChangedBase
@@ -70,16 +70,19 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
         logger.warning(
             "%d steps find the mask and only %d train with it: lower mask.warmup_steps (%d), or train for more epochs",
             *(schedule.total_steps - schedule.train_steps, schedule.train_steps, mask.warmup_steps),
+            extra=SAME_ON_ALL_RANKS,
         )
     if training.warmup_steps >= schedule.train_steps:
         logger.warning(
             "training.warmup_steps %d is no shorter than the %d steps of training: the learning rate never reaches its value",
             *(training.warmup_steps, schedule.train_steps),
+            extra=SAME_ON_ALL_RANKS,
         )
     if schedule.draws and schedule.draw_every >= schedule.train_steps:
         logger.warning(
             "draw.every %s is no shorter than the %d steps of training: the low-rank part is drawn once, at the start",
             *(settings.draw.every, schedule.train_steps),
+            extra=SAME_ON_ALL_RANKS,
         )
     return schedule
 
@@ -168,11 +171,12 @@ def _read_checkpoint(settings: RunConfig, wanted: str) -> tuple[Path, Checkpoint
 
 def _announce(settings: RunConfig, plan: DeepSpeedPlan, threads: int) -> None:
     for unused in settings.settings_without_effect():
-        logger.warning("setting without effect: %s", unused)
+        logger.warning("setting without effect: %s", unused, extra=SAME_ON_ALL_RANKS)
     if settings.draws and settings.training.weight_decay:
         logger.warning(
             "training.weight_decay %g shrinks what is drawn, which with method %s is a piece of the base",
             *(settings.training.weight_decay, settings.method),
+            extra=SAME_ON_ALL_RANKS,
         )
     ranks = distributed.world_size()
     logger.info(

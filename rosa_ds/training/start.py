@@ -18,6 +18,7 @@ from rosa_ds.adapters.state import StoredAdapter, check_fit, open_adapter, train
 from rosa_ds.adapters.targets import find_targets, match_names
 from rosa_ds.config import AdapterConfig, ModelSettings, RunConfig, StartedAdapterSettings
 from rosa_ds.files import file_hash
+from rosa_ds.logs import SAME_ON_ALL_RANKS
 from rosa_ds.training.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,9 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
             raise ValueError(f"adapter.init_from {folder} was trained on other weights than {base['name_or_path']} has")
         if origin.get("hash") is None and origin.get("name_or_path") not in (None, base["name_or_path"]):
             logger.warning(
-                "%s names its base %s, this run's is %s", folder, origin["name_or_path"], base["name_or_path"]
+                "%s names its base %s, this run's is %s",
+                *(folder, origin["name_or_path"], base["name_or_path"]),
+                extra=SAME_ON_ALL_RANKS,
             )
     digest = "".join(file_hash(path) for path in sorted(folder.glob("*.safetensors")))
     if not distributed.same_everywhere(digest.encode()):
