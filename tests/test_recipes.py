@@ -85,7 +85,9 @@ def test_dry_run(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     command = parse_command_line(["--config", str(path), "--dry-run", *_stand_ins(recipe, tmp_path)])
     with caplog.at_level(logging.INFO, "rosa_ds"):
         dry_run(command, 1)
-    assert not [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    warned = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    # the stand-in's 40 rows are too few for any recipe's schedule
+    assert not [said for said in warned if "steps of training" not in said and "steps find the mask" not in said]
     assert command.config.training.output_dir == f"runs/{path.stem}"
     assert "a rank of 1" in caplog.text
     assert ("⟦" in caplog.text) == (command.config.model.task == "causal-lm")
