@@ -82,18 +82,18 @@ def test_one_process_ends_with_the_status_for_requeueing(tmp_path: Path) -> None
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """But not one that a launcher passes on at once, nor any that a script's ``&`` has switched off."""
-    before = signal.getsignal(signal.SIGINT)
-    with Interruption() as interruption:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        assert interruption.received == "SIGINT"
-        monkeypatch.setattr(Interruption, "AGAIN_SECONDS", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert capfd.readouterr().err.count("saving after this step") == 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may have been started with ``&``
     try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.received == "SIGINT"
+            monkeypatch.setattr(Interruption, "AGAIN_SECONDS", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert capfd.readouterr().err.count("saving after this step") == 1
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with Interruption() as interruption:
             signal.raise_signal(signal.SIGINT)
             assert not interruption.requested
