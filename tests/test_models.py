@@ -119,3 +119,11 @@ def test_rejects_models(tmp_path: Path) -> None:
             load_model(settings, torch.float32)
     with pytest.raises(ValueError, match="the tokenizer of .* cannot be loaded"):
         load_tokenizer(ModelSettings(name_or_path="nobody/nothing"))
+
+
+def test_a_model_beside_somebodys_checkpoints_is_a_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_FOLDER, folder)
+    (folder / "checkpoints").mkdir()
+    (folder / "metrics.jsonl").write_text("{}\n")
+    assert load_model(ModelSettings(name_or_path=str(folder)), torch.float32).num_parameters() > 0

@@ -20,7 +20,8 @@ _LONGEST = 600
 
 def check_folder(name: str, folder: Path) -> None:
     """Raise ValueError for a folder that is something else than a model."""
-    if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
+    weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.name != "mask.safetensors"]
+    if not weights and ((folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()):
         raise ValueError(
             f"model.name_or_path {name} is a run: export it first (launch/export.py {name} OUT) and give OUT, or go on with --resume"
         )
