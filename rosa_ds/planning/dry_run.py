@@ -68,7 +68,10 @@ def _show_plan(planner: Planner, plan: DeepSpeedPlan, settings: RunConfig, ranks
     )
     for again, found in traced.items():
         how = "with" if again else "without"
-        logger.info("activations %s checkpointing: %.3f GiB, at most %.3f", how, found.saved / GIB, found.peak / GIB)
+        logger.info(
+            "activations %s checkpointing: %.3f GiB kept for backward, %.3f at the worst moment",
+            *(how, found.saved / GIB, found.peak / GIB),
+        )
 
 
 def targets(planner: Planner) -> str:
