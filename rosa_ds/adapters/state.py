@@ -20,6 +20,7 @@ from rosa_ds.adapters.peft_folder import is_peft, read_peft
 from rosa_ds.adapters.registry import DEFAULT, adapter_names, adapters_of, check_enabled
 from rosa_ds.adapters.subspace import join_bits
 from rosa_ds.adapters.switch import park, remove_adapter, set_adapter
+from rosa_ds.cli import validation_message
 from rosa_ds.config import AdapterConfig
 from rosa_ds.files import (
     TensorFiles,
@@ -160,14 +161,11 @@ def read_description(folder: str | Path) -> AdapterDescription:
     except KeyError as error:
         raise ValueError(f"{path} has no {error}: it is damaged; take the folder from its run again") from None
     except (TypeError, ValidationError) as error:
-        said = "; ".join(map(_problem, error.errors())) if isinstance(error, ValidationError) else str(error)
+        fields = list(AdapterConfig.model_fields)
+        said = validation_message(error, "config", fields) if isinstance(error, ValidationError) else str(error)
         raise ValueError(
             f"{path} has settings that this rosa_ds does not read ({said}): it is damaged, or a newer one has written it"
         ) from None
-
-
-def _problem(item: Mapping[str, Any]) -> str:
-    return f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
 
 
 @dataclasses.dataclass(frozen=True)

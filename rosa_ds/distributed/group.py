@@ -217,7 +217,7 @@ def barrier() -> None:
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """The block runs on each node's first rank, then on its others: for work that leaves a cache on disk."""
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    first = planned_local_rank() == 0
     if not first:
         barrier()
     try:

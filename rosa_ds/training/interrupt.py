@@ -37,9 +37,8 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        heeded = [
-            number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-        ]  # nohup, ``&`` in scripts
+        # what nohup, or ``&`` in a script, has switched off stays so
+        heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
