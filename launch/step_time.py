@@ -16,7 +16,7 @@ from rosa_ds.adapters.mask import load_mask
 from rosa_ds.cli import parse_command_line
 from rosa_ds.config import ModelSettings, RunConfig
 from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.evaluation.step_time import OURS, PEERS, QUANTIZED, StepCase, measure_steps
+from rosa_ds.evaluation.step_time import OURS, PEERS, QUANTIZED, OperatorTime, StepCase, measure_steps, profile_steps
 from rosa_ds.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.step_time")
@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
     for name, default in (("rank", 8), ("batch", 4), ("length", 256), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--density", type=float, default=0.006, help="default: 0.006")
+    parser.add_argument("--profile", action="store_true", help="also: what each operator takes, beside the first's")
     options = parser.parse_args(arguments)
     if min(options.rank, options.batch, options.length - 1, options.repeats) < 1:
         raise ValueError("--rank, --batch and --repeats are 1 or more, --length 2 or more")
@@ -54,7 +55,8 @@ def main(arguments: list[str]) -> None:
         plan, _ = plan_deepspeed(config, RunConfig(model=model), distributed.world_size(), gpu_has_bfloat16=False)
     case = StepCase(model, getattr(torch, options.dtype), **sizes, deepspeed=plan)
     names = options.candidate or [PEERS[0], *OURS, PEERS[1]]
-    rows = measure_steps(case, names, load_mask(options.mask) if options.mask else None)
+    mask = load_mask(options.mask) if options.mask else None
+    rows = measure_steps(case, names, mask)
     logger.info(
         "%s, %s, %d ranks of %d × %d tokens, %d threads each, medians of %d steps in turns, torch %s",
         *(options.model, options.dtype, distributed.world_size(), case.batch, case.length),
@@ -66,6 +68,21 @@ def main(arguments: list[str]) -> None:
             "%-17s %10s trained  forward %.3f s  backward %.3f s  update %.3f s  step %.3f s  ratio %.3f",
             *(row.name, f"{row.trained:,}", row.forward, row.backward, row.update, row.step, row.ratio),
         )
+    if options.profile:
+        for name, found in profile_steps(case, names, mask).items():
+            _show(names[0], name, found)
+
+
+def _show(first: str, name: str, operators: list[OperatorTime]) -> None:
+    """Operators whose times differ by a millisecond, the others as one line, so that the columns add up."""
+    apart = [row for row in operators if abs(row.other - row.first) >= 1e-3]
+    alike = [row for row in operators if abs(row.other - row.first) < 1e-3]
+    rest = OperatorTime(f"{len(alike)} others", sum(row.first for row in alike), sum(row.other for row in alike))
+    both = OperatorTime("all", sum(row.first for row in operators), sum(row.other for row in operators))
+    logger.info("%-50s %12s %17s %10s", "ms a step in the operator itself", first, name, "difference")
+    for row in (*apart, rest, both):
+        times = (1e3 * row.first, 1e3 * row.other, 1e3 * (row.other - row.first))
+        logger.info("%-50s %12.1f %17.1f %+10.1f", row.operator[:50], *times)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rosa_ds.config import ModelSettings
-from rosa_ds.evaluation.step_time import OURS, PEERS, StepCase, measure_steps
+from rosa_ds.evaluation.step_time import OURS, PEERS, StepCase, measure_steps, profile_steps
 
 CASE = StepCase(ModelSettings(), torch.float32, rank=2, density=0.01, batch=1, length=8, repeats=2)
 
@@ -26,6 +26,20 @@ def test_all_candidates_train_and_are_compared() -> None:
         assert 0 < row.forward < row.step
         assert 0 < row.backward < row.step
         assert row.ratio == pytest.approx(row.step / rows["peft-lora"].step)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+def test_operators_are_those_of_each_candidate() -> None:
+    (found,) = profile_steps(CASE, ["peft-lora", "lora"]).values()
+    rows = {row.operator: row for row in found}
+    assert len(rows) == len(found)
+    ours = [row for name, row in rows.items() if "AdapterLinear" in name]
+    assert ours
+    assert all(row.first == 0 < row.other for row in ours)
+    attention = next(row for name, row in rows.items() if "scaled_dot_product" in name)
+    assert min(attention.first, attention.other) > 0
+    differences = [abs(row.other - row.first) for row in found]
+    assert differences == sorted(differences, reverse=True)
 
 
 def test_unknown_candidates_are_named() -> None:

@@ -1,7 +1,11 @@
-"""Time of a training step of one model under several adapters, ours and PEFT's, taken in turns; alone or on DeepSpeed."""
+"""Time of a training step of one model under several adapters, ours and PEFT's, taken in turns; alone or on DeepSpeed.
+
+And where it goes: what each operator takes of it, beside the same of the first candidate.
+"""
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import importlib
@@ -79,6 +83,15 @@ class _Candidate:
         backward = _now()
         self.update()
         self.times.append((forward - begin, backward - forward, _now() - backward))
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorTime:
+    """Seconds of a step in one operator itself, without those it calls: the first candidate's and another's."""
+
+    operator: str
+    first: float
+    other: float
 
 
 def _now() -> float:
@@ -160,6 +173,45 @@ def measure_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None
 
     Raises: ValueError for an unknown name, or a peer that is not installed.
     """
+    candidates, ids = _candidates(case, names, mask)
+    for _ in range(case.repeats + 1):
+        for candidate in candidates.values():
+            candidate.step(ids)
+    return _table(candidates)
+
+
+def profile_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None) -> dict[str, list[OperatorTime]]:
+    """What each operator takes of a step, with torch's profiler, which slows the step down itself.
+
+    Args and errors: those of :func:`measure_steps`.
+
+    Returns: for each candidate but the first all operators that one of the two calls, the largest difference first; means over
+    the repeats, which are taken in turns. Times are the device's where it is a GPU, else the CPU's.
+    """
+    candidates, ids = _candidates(case, names, mask)
+    gpu = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
+    seconds: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in candidates}
+    for candidate in candidates.values():
+        candidate.step(ids)
+    for _ in range(case.repeats):
+        for name, candidate in candidates.items():
+            with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+                candidate.step(ids)
+            for event in profile.key_averages():
+                spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+                seconds[name][event.key] += spent / 1e6 / case.repeats
+    (_, first), *others = seconds.items()
+    return {
+        name: sorted(
+            (OperatorTime(operator, first[operator], found[operator]) for operator in {**first, **found}),
+            key=lambda row: -abs(row.other - row.first),
+        )
+        for name, found in others
+    }
+
+
+def _candidates(case: StepCase, names: Sequence[str], mask: Mask | None) -> tuple[dict[str, _Candidate], Tensor]:
     if unknown := [name for name in names if name not in (*OURS, *PEERS, *QUANTIZED)]:
         raise ValueError(f"no candidate {unknown[0]!r}: choose from {', '.join((*OURS, *PEERS, *QUANTIZED))}")
     ids = torch.randint(0, 256, (case.batch, case.length), generator=torch.Generator().manual_seed(case.seed))
@@ -172,13 +224,9 @@ def measure_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None
         return kept[0]
 
     try:
-        candidates = {name: _build(case, name, one_mask) for name in dict.fromkeys(names)}
+        return {name: _build(case, name, one_mask) for name in dict.fromkeys(names)}, ids
     except (ImportError, AttributeError) as error:
         raise ValueError(f"a peer cannot be built ({error}): pip install 'peft>=0.21', or leave it out") from error
-    for _ in range(case.repeats + 1):
-        for candidate in candidates.values():
-            candidate.step(ids)
-    return _table(candidates)
 
 
 def _table(candidates: dict[str, _Candidate]) -> list[StepTime]:
