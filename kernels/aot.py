@@ -7,117 +7,32 @@ the widest global load; on AMD, what the compiler reports of the same. Triton mu
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rosa_kernels.spec import Spec
+
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = ("fp32", "bf16", "fp16")
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-RANKS = (8, 64)
 TENSOR_CORE = re.compile(r"^(HGMMA|HMMA|QGMMA|v_mfma)")
 GLOBAL_LOAD = re.compile(r"^(?:LDG|LDGSTS|LDG\.\S*|LDGSTS\.\S*|global_load_\S+|buffer_load_\S+)$")
 
 
-@dataclass(frozen=True)
-class Spec:
-    """One kernel as it is launched: argument types in order (``*x`` pointers) and what its launcher adds.
-
-    Attributes:
-        launch: constants, and Triton's own ``num_warps`` and ``num_stages``.
-        tiles: a tile kernel, whose products of 16-bit inputs must run on tensor cores and whose loads are 16 bytes wide.
-    """
-
-    name: str
-    module: str
-    arguments: dict[str, str]
-    launch: Mapping[str, Any]
-    tiles: bool = False
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        return {name: value for name, value in self.launch.items() if name.isupper()}
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {name: value for name, value in self.launch.items() if not name.isupper()}
-
-
 def specs(dtype: str) -> list[Spec]:
-    """Every kernel of this package for inputs of ``dtype``, as the launchers call it."""
-    from rosa_kernels.low_rank import triton_kernel as low_rank_code
-    from rosa_kernels.pattern import triton_kernel as columns_code
-    from rosa_kernels.pattern.tiles import TILE
-    from rosa_kernels.scatter import triton_kernel as scatter_code
-    from rosa_kernels.sddmm import triton_kernel as sddmm_code
-    from rosa_kernels.spmm import triton_kernel as spmm_code
-
-    data, wide, index = f"*{dtype}", "*fp32", "*i32"
-    gather = {"source_ptr": data, "order_ptr": index, "target_ptr": data, "width": "i32", "target_width": "i32!"}
-    gather |= {"source_stride_t": "i32!", "source_stride_c": "1"}
-    tiles = {"grad_ptr": data, "x_ptr": data, "tiles_ptr": index, "starts_ptr": index, "slots_ptr": index}
-    tiles |= {"cells_ptr": index, "values_ptr": wide, "num_tokens": "i32", "tokens_per_split": "i32!"}
-    tiles |= {"num_entries": "i32", "grad_width": "i32!", "x_width": "i32!"}
-    entries = {"grad_ptr": data, "x_ptr": data, "positions_ptr": index, "slots_ptr": index, "values_ptr": wide}
-    entries |= dict.fromkeys(("num_chosen", "num_tokens", "tokens_per_split", "num_entries", "columns"), "i32")
-    entries |= {"grad_stride_t": "i32!", "grad_stride_n": "1", "x_stride_t": "i32!", "x_stride_m": "1"}
-    product = {"y_ptr": data, "x_ptr": data, "blocks_ptr": data, "order_ptr": index, "pointers_ptr": index}
-    product |= {"members_ptr": index, "num_tokens": "i32", "x_width": "i32!"}
-    product |= {"y_stride_t": "i32!", "y_stride_c": "1"}
-    down = {"x_ptr": data, "A_ptr": data, "h_ptr": data, "seed": "i64", "probability": "fp32", "num_tokens": "i32"}
-    down |= {"features": "i32!", "rank": "i32", "x_stride_t": "i32!", "x_stride_m": "1"}
-    backward = {"grad_x_ptr": data, "grad_h_ptr": data, "x_ptr": data, "A_ptr": data, "grad_A_ptr": wide}
-    backward |= {"seed": "i64", "probability": "fp32", "num_tokens": "i32", "tokens_per_split": "i32!"}
-    backward |= {"features": "i32!", "rank": "i32", "grad_x_stride_t": "i32!", "grad_x_stride_m": "1"}
-    backward |= {"x_stride_t": "i32!", "x_stride_m": "1"}
-    scatter = {"weight_ptr": data, "values_ptr": wide, "positions_ptr": index, "old_ptr": data, "num_entries": "i32"}
-    restore = {"weight_ptr": data, "positions_ptr": index, "old_ptr": data, "num_entries": "i32"}
-    size = BYTES[dtype]
-    scatter_launch = {"BLOCK_Z": scatter_code.BLOCK_Z, "num_warps": 4}
-    return [
-        *(
-            Spec("gather_columns_kernel", "pattern", gather, columns_code.gather_launch(size, width, width * 3 // 4))
-            for width in (4096, 11008, 128256)
-        ),
-        Spec(
-            "sddmm_tiles_kernel",
-            "sddmm",
-            tiles,
-            {"ACCUMULATE": True, "TILE": TILE, **sddmm_code.TILES_LAUNCH[size]},
-            tiles=True,
-        ),
-        Spec("sddmm_gather_kernel", "sddmm", entries, {"CHOSEN": True, "ACCUMULATE": True, **sddmm_code.GATHER_LAUNCH}),
-        *(
-            Spec(
-                "spmm_tiles_kernel",
-                "spmm",
-                product,
-                {"TRANSPOSE": transpose, "TILE": TILE, **spmm_code.LAUNCH[size]},
-                tiles=True,
-            )
-            for transpose in (False, True)
-        ),
-        Spec("scatter_add_kernel", "scatter", scatter, {"SUM_DTYPE": "fp32", **scatter_launch}),
-        Spec("restore_kernel", "scatter", restore, scatter_launch),
-        *(Spec("down_kernel", "low_rank", down, low_rank_code.down_launch(size, rank)) for rank in RANKS),
-        *(
-            Spec(
-                "low_rank_backward_kernel",
-                "low_rank",
-                backward,
-                {"NEEDS_X": True, **low_rank_code.backward_launch(size, rank)},
-            )
-            for rank in RANKS
-        ),
-    ]
+    """Every kernel of this package for inputs of ``dtype``: what ``compiled_as`` of the folders' ``triton_kernel.py`` lists."""
+    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton_kernel.py"))
+    modules = [importlib.import_module(f"rosa_kernels.{folder}.triton_kernel") for folder in folders]
+    return [spec for module in modules for spec in module.compiled_as(dtype)]
 
 
 @dataclass(frozen=True)
@@ -138,14 +53,11 @@ class Row:
 
 def _source(spec: Spec) -> Any:
     """Triton's description of a specialised kernel: ``!`` marks a number divisible by 16, ``1`` the number itself."""
-    import importlib
-
     import triton
     import triton.language as tl
     from triton.compiler import ASTSource
 
-    function = getattr(importlib.import_module(f"rosa_kernels.{spec.module}.triton_kernel"), spec.name)
-    if not isinstance(function, triton.JITFunction):
+    if not isinstance(spec.function, triton.JITFunction):
         raise ValueError("kernels cannot be compiled under TRITON_INTERPRET: unset it for this process")
     constants = {name: tl.float32 if value == "fp32" else value for name, value in spec.constants.items()}
     signature = {name: kind.rstrip("!") for name, kind in spec.arguments.items()} | dict.fromkeys(
@@ -155,7 +67,7 @@ def _source(spec: Spec) -> Any:
     signature |= dict.fromkeys(ones, "constexpr")
     aligned = [i for i, kind in enumerate(spec.arguments.values()) if kind.startswith("*") or kind.endswith("!")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    return ASTSource(fn=function, signature=signature, constexprs=constants | ones, attrs=attributes)
+    return ASTSource(fn=spec.function, signature=signature, constexprs=constants | ones, attrs=attributes)
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, list[tuple[str, str]]]:
@@ -208,7 +120,7 @@ def compile_row(spec: Spec, dtype: str, target: str) -> Row:
     else:
         registers, spilled, code = _amd(compiled.asm["amdgcn"])
     return Row(
-        spec.name.removesuffix("_kernel"),
+        spec.function.__name__.removesuffix("_kernel"),
         dtype,
         target,
         " ".join(f"{name}={value}" for name, value in spec.constants.items()),

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rosa_kernels.limits import token_splits
+from rosa_kernels.spec import BYTES, Spec
 
 
 def down_launch(itemsize: int, rank: int) -> dict[str, int]:
@@ -166,3 +167,19 @@ def launch_backward(
         **launch,
     )
     return grad_A[0] if splits == 1 else grad_A.sum(0)
+
+
+def compiled_as(dtype: str) -> list[Spec]:
+    """For :mod:`rosa_kernels.aot`, as they are launched here."""
+    data, size = f"*{dtype}", BYTES[dtype]
+    down = {"x_ptr": data, "A_ptr": data, "h_ptr": data, "seed": "i64", "probability": "fp32", "num_tokens": "i32"}
+    down |= {"features": "i32!", "rank": "i32", "x_stride_t": "i32!", "x_stride_m": "1"}
+    backward = {"grad_x_ptr": data, "grad_h_ptr": data, "x_ptr": data, "A_ptr": data, "grad_A_ptr": "*fp32"}
+    backward |= {"seed": "i64", "probability": "fp32", "num_tokens": "i32", "tokens_per_split": "i32!"}
+    backward |= {"features": "i32!", "rank": "i32", "grad_x_stride_t": "i32!", "grad_x_stride_m": "1"}
+    backward |= {"x_stride_t": "i32!", "x_stride_m": "1"}
+    ranks = (8, 64)
+    return [
+        *(Spec(down_kernel, down, down_launch(size, rank)) for rank in ranks),
+        *(Spec(low_rank_backward_kernel, backward, {"NEEDS_X": True, **backward_launch(size, rank)}) for rank in ranks),
+    ]

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosa_kernels.spec import BYTES, Spec
+
 # A row of at most this many bytes is permuted through shared memory (64 KiB is all an AMD CU has); a longer one
 # through the L1 cache.
 SHARED_ROW_BYTES = 64 * 2**10
@@ -70,3 +72,12 @@ def gather_columns(source_TC: Tensor, order: Tensor) -> Tensor:
         **gather_launch(source_TC.element_size(), width, target_width),
     )
     return target
+
+
+def compiled_as(dtype: str) -> list[Spec]:
+    """For :mod:`rosa_kernels.aot`, as they are launched here."""
+    data = f"*{dtype}"
+    arguments = {"source_ptr": data, "order_ptr": "*i32", "target_ptr": data, "width": "i32", "target_width": "i32!"}
+    arguments |= {"source_stride_t": "i32!", "source_stride_c": "1"}
+    launches = (gather_launch(BYTES[dtype], width, width * 3 // 4) for width in (4096, 11008, 128256))
+    return [Spec(gather_columns_kernel, arguments, launch) for launch in launches]

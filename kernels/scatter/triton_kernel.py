@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosa_kernels.spec import Spec
+
 BLOCK_Z = 1024  # eight entries for each of 128 threads: enough loads in flight to hide their latency
 
 
@@ -54,3 +56,20 @@ def launch_scatter_add(weight: Tensor, values_Z: Tensor, positions_Z: Tensor) ->
 def launch_restore(weight: Tensor, old_Z: Tensor, positions_Z: Tensor) -> None:
     """Put the old numbers back. Inputs are checked."""
     restore_kernel[(triton.cdiv(old_Z.numel(), BLOCK_Z),)](weight, positions_Z, old_Z, old_Z.numel(), BLOCK_Z=BLOCK_Z)
+
+
+def compiled_as(dtype: str) -> list[Spec]:
+    """For :mod:`rosa_kernels.aot`, as they are launched here."""
+    data, launch = f"*{dtype}", {"BLOCK_Z": BLOCK_Z, "num_warps": 4}
+    scatter = {
+        "weight_ptr": data,
+        "values_ptr": "*fp32",
+        "positions_ptr": "*i32",
+        "old_ptr": data,
+        "num_entries": "i32",
+    }
+    restore = {"weight_ptr": data, "positions_ptr": "*i32", "old_ptr": data, "num_entries": "i32"}
+    return [
+        Spec(scatter_add_kernel, scatter, {"SUM_DTYPE": "fp32", **launch}),
+        Spec(restore_kernel, restore, launch),
+    ]

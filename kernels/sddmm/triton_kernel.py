@@ -14,6 +14,7 @@ from torch import Tensor
 from rosa_kernels.limits import sum_dtype, token_splits, tokens_at_once
 from rosa_kernels.pattern.tiles import TILE
 from rosa_kernels.pattern.triton_kernel import gather_columns
+from rosa_kernels.spec import BYTES, Spec
 
 # By bytes of an input. In 16 bits both (BLOCK_T, 64) operands are loaded ahead in three stages on sm_90, 48 KiB of shared
 # memory; sm_80 loads x alone ahead. 32 tokens of float32, whose products run on ordinary cores, spill registers on sm_80.
@@ -176,3 +177,19 @@ def launch_sddmm(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[
                 **GATHER_LAUNCH,
             )
     return values[0] if splits == 1 else values.sum(0)
+
+
+def compiled_as(dtype: str) -> list[Spec]:
+    """For :mod:`rosa_kernels.aot`, as they are launched here."""
+    data, index = f"*{dtype}", "*i32"
+    tiles = {"grad_ptr": data, "x_ptr": data, "tiles_ptr": index, "starts_ptr": index, "slots_ptr": index}
+    tiles |= {"cells_ptr": index, "values_ptr": "*fp32", "num_tokens": "i32", "tokens_per_split": "i32!"}
+    tiles |= {"num_entries": "i32", "grad_width": "i32!", "x_width": "i32!"}
+    entries = {"grad_ptr": data, "x_ptr": data, "positions_ptr": index, "slots_ptr": index, "values_ptr": "*fp32"}
+    entries |= dict.fromkeys(("num_chosen", "num_tokens", "tokens_per_split", "num_entries", "columns"), "i32")
+    entries |= {"grad_stride_t": "i32!", "grad_stride_n": "1", "x_stride_t": "i32!", "x_stride_m": "1"}
+    tiled = {"ACCUMULATE": True, "TILE": TILE, **TILES_LAUNCH[BYTES[dtype]]}
+    return [
+        Spec(sddmm_tiles_kernel, tiles, tiled, tiles=True),
+        Spec(sddmm_gather_kernel, entries, {"CHOSEN": True, "ACCUMULATE": True, **GATHER_LAUNCH}),
+    ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from rosa_kernels.limits import tokens_at_once
 from rosa_kernels.pattern.tiles import TILE
 from rosa_kernels.pattern.triton_kernel import gather_columns
+from rosa_kernels.spec import BYTES, Spec
 
 # By bytes of an input; in float32 anything larger, or fewer warps, spills registers on sm_80.
 LAUNCH = {
@@ -78,3 +79,13 @@ def launch_spmm_add(y: Tensor, x: Tensor, values_Z: Tensor, transpose: bool, pla
             TILE=TILE,
             **launch,
         )
+
+
+def compiled_as(dtype: str) -> list[Spec]:
+    """For :mod:`rosa_kernels.aot`, as they are launched here."""
+    data, index = f"*{dtype}", "*i32"
+    arguments = {"y_ptr": data, "x_ptr": data, "blocks_ptr": data, "order_ptr": index, "pointers_ptr": index}
+    arguments |= {"members_ptr": index, "num_tokens": "i32", "x_width": "i32!"}
+    arguments |= {"y_stride_t": "i32!", "y_stride_c": "1"}
+    shared = {"TILE": TILE, **LAUNCH[BYTES[dtype]]}
+    return [Spec(spmm_tiles_kernel, arguments, {"TRANSPOSE": way, **shared}, tiles=True) for way in (False, True)]
