@@ -289,6 +289,19 @@ def test_prepared_rows_follow_the_settings(tmp_path: Path, tokenizer: PreTrained
     assert cut.lengths.max() == 15
 
 
+@pytest.mark.parametrize("builtin", [False, True])
+def test_rows_are_tokenised_once(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, builtin: bool
+) -> None:
+    source = "builtin:sql[:8]" if builtin else str(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    first = prepare(source, "train", tokenizer, DataSettings())
+    monkeypatch.setattr("rosa_ds.data.prepare.tokenise", None)
+    assert prepare(source, "train", tokenizer, DataSettings()).digest() == first.digest()
+    with pytest.raises(TypeError):
+        prepare(source, "train", tokenizer, DataSettings(separator="; "))
+
+
 def test_prepare_names_file_and_row(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path / "rows.jsonl", [*PAIRS, {"prompt": "", "completion": "c"}])
     with pytest.raises(ValueError, match="rows.jsonl, row 6: 'prompt' is a text that is not empty"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -120,11 +121,18 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
             "plain": isinstance(example, PlainText),
         }
 
+    name = fingerprint(rows, tokenizer, settings, columns)
+    place = None
+    if not rows.data.cache_files:  # the built-in rows come from no file, beside which the result would be kept
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        place = str(cache / f"rosa-{name}.arrow")
     encoded = rows.data.map(
         encode,
         with_indices=True,
         remove_columns=rows.data.column_names,
-        new_fingerprint=fingerprint(rows, tokenizer, settings, columns),
+        new_fingerprint=name,
+        cache_file_name=place,
         desc=f"tokenising {rows.name}",
     )
     return _select(encoded, rows, settings)

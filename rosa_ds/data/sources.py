@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -85,6 +86,7 @@ def load_rows(source: str, purpose: str) -> Rows:
     return Rows(data if whole else data.select(range(start, stop)), name, start)
 
 
+@functools.cache
 def _builtin_rows(purpose: str) -> list[dict[str, Any]]:
     """The generated training rows, or held-out ones, none of which is a training row."""
     train = generate_pairs(BUILTIN_TRAIN_ROWS, seed=1)
