@@ -135,15 +135,13 @@ def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, in
 
 def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) -> str:
     """Compute type from ``model.dtype`` and the file's ``bf16``/``fp16``; writes both sections."""
-    enabled = {}
-    for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
-        section = config.get(key, {})
-        if not isinstance(section, dict):
-            raise ValueError(
-                f'"{key}" in the DeepSpeed file is a section such as {{"enabled": true}}, given {section!r}'
-            )
+    sections = {
+        name: (key, section_of(config, key, '{"enabled": true}'))
+        for key, name in (("bf16", "bfloat16"), ("fp16", "float16"))
+    }
+    for key, section in sections.values():
         check_enabled(section, key)
-        enabled[name] = section.get("enabled", "auto")
+    enabled = {name: section.get("enabled", "auto") for name, (_, section) in sections.items()}
     on = [name for name, value in enabled.items() if value is True]
     if len(on) == 2:
         raise ValueError("bf16.enabled and fp16.enabled are both true in the DeepSpeed file: choose one")
@@ -156,11 +154,10 @@ def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) 
         raise ValueError(
             f"model.dtype {wanted} but the DeepSpeed file sets it to enabled: false: change one of the two"
         )
-    for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+    for name, (key, section) in sections.items():
+        config.pop(key, None)
         if name == wanted:
-            config.setdefault(key, {})["enabled"] = True
-        else:
-            config.pop(key, None)
+            config[key] = {**section, "enabled": True}
     return wanted
 
 

@@ -217,6 +217,9 @@ def test_rejects_types_that_disagree() -> None:
         plan({"bf16": {"enabled": True}}, model={"dtype": "float32"})
     with pytest.raises(ValueError, match="sets it to enabled: false"):
         plan({"bf16": {"enabled": False}}, model={"dtype": "bfloat16"})
+    made, _ = plan({"bf16": None, "fp16": None}, model={"dtype": "bfloat16"})  # null: as if it were not there
+    assert made.config["bf16"] == {"enabled": True}
+    assert "fp16" not in made.config
 
 
 def test_a_file_of_another_trainer() -> None:

@@ -241,7 +241,7 @@ ROWS = [
         "fp16.enabled",
         "choose one",
     ),
-    file_row("bf16 is true", {"bf16": True}, '"bf16"', "True", '{"enabled": true}'),
+    file_row("bf16 is true", {"bf16": True}, "bf16 of the DeepSpeed file", "True", '{"enabled": true}'),
     file_row("bf16 enabled is a text", {"bf16": {"enabled": "true"}}, "bf16.enabled", "'true'", "true, false"),
     file_row(
         "types contradict",
