@@ -25,7 +25,6 @@ from rosa_kernels.spec import Spec
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = ("fp32", "bf16", "fp16")
 TENSOR_CORE = re.compile(r"^(HGMMA|HMMA|QGMMA|v_mfma)")
-GLOBAL_LOAD = re.compile(r"^(?:LDG|LDGSTS|LDG\.\S*|LDGSTS\.\S*|global_load_\S+|buffer_load_\S+)$")
 
 
 def specs(dtype: str) -> list[Spec]:
