@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -80,16 +82,47 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def run(launcher: str, ranks: int, *arguments: str, cwd: Path, timeout: float = 300, status: int = 0) -> str:
-    """Run to the end and return the output; fail with it on another exit status or after ``timeout`` seconds."""
-    process = start(launcher, ranks, *arguments, cwd=cwd)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise
-    if process.returncode != status:
-        raise AssertionError(f"exit status {process.returncode} instead of {status}:\n{output[-6000:]}")
+    """Run to the end and return the output; fail with it on another exit status or after ``timeout`` seconds.
+
+    With ``fork`` as launcher the ranks come from :mod:`forking`, without the seconds that launchers and imports take.
+    """
+    if launcher == "fork":
+        found, output = _fork(ranks, arguments, cwd, timeout)
+    else:
+        process = start(launcher, ranks, *arguments, cwd=cwd)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            raise
+        found = process.returncode
+    if found != status:
+        raise AssertionError(f"exit status {found} instead of {status}:\n{output[-6000:]}")
     return output
+
+
+_forking: subprocess.Popen[str] | None = None
+
+
+def _fork(ranks: int, arguments: tuple[str, ...], cwd: Path, timeout: float) -> tuple[int, str]:
+    """Exit status and output of a run whose ranks are forked; the process that forks them is kept for the next."""
+    global _forking
+    if _forking is None or _forking.poll() is not None:
+        program = [sys.executable, str(ROOT / "tests" / "forking.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        _forking = subprocess.Popen(program, **pipes, env=environment(), text=True, start_new_session=True)
+    assert _forking.stdin
+    assert _forking.stdout
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        request = {"arguments": arguments, "ranks": ranks, "port": free_port(), "cwd": str(cwd)}
+        _forking.stdin.write(f"{json.dumps(request | {'environment': environment(), 'output': output.name})}\n")
+        _forking.stdin.flush()
+        ready, _, _ = select.select([_forking.stdout], [], [], timeout)
+        answer = _forking.stdout.readline() if ready else ""
+        if not answer:
+            kill(_forking)
+            raise AssertionError(f"no end within {timeout} s, or no ranks:\n{output.read()[-6000:]}")
+        return int(answer), output.read()
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "pairs_dev.jsonl", make_rows(13, seed=4, pairs=True))
     tiny = (*TASK, *WORDS, *SHORT, "--adapter.rank", "2")
     output = run(
-        "python",
+        "fork",
         1,
         RUNS,
         commands(
@@ -123,7 +123,7 @@ def ranks(runs: Path) -> Path:
         export_peft("learnt", "peft-start", None)
     write_rows(runs / "three.csv", [*make_rows(320, seed=1), {"text": "the soup", "label": "neither"}])
     output = run(
-        "torchrun",
+        "fork",
         2,
         RUNS,
         commands(

@@ -32,7 +32,7 @@ CHECKS = ROOT / "tests" / "draw_ranks.py"
 @pytest.mark.ranks
 def test_two_ranks(tmp_path: Path, llama: LlamaForCausalLM) -> None:
     llama.float().save_pretrained(tmp_path / "llama")
-    output = run("torchrun", 2, str(CHECKS), str(tmp_path / "llama"), cwd=tmp_path)
+    output = run("fork", 2, str(CHECKS), str(tmp_path / "llama"), cwd=tmp_path)
     passed = [line.split()[1] for line in output.splitlines() if line.startswith("passed ")]
     assert passed == ["zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"]
 
@@ -85,7 +85,7 @@ def test_resumed_draws_are_the_same_draws(straight: tuple[Path, Losses], tmp_pat
     assert losses(copy) == straight[1]
     copy = go_on(straight[0], tmp_path / "one", 3)
     zero3 = ("--config", str(ROOT / "ds_configs" / "zero3.json"), *faults.STEPS[2:])
-    run("python", 1, TRAIN, *zero3, *SUBSPACE, "--resume", cwd=tmp_path / "one")
+    run("fork", 1, TRAIN, *zero3, *SUBSPACE, "--resume", cwd=tmp_path / "one")
     assert [entry[2] for entry in losses(copy)] == pytest.approx([entry[2] for entry in straight[1]], rel=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_without_its_base_is_refused(straight: tuple[Path, Losses],
     for path in checkpoint.glob("base_changes-*"):
         path.unlink()
     write_manifest(checkpoint)
-    output = run("python", 1, TRAIN, *faults.STEPS, *SUBSPACE, "--resume", cwd=tmp_path, status=1)
+    output = run("fork", 1, TRAIN, *faults.STEPS, *SUBSPACE, "--resume", cwd=tmp_path, status=1)
     assert "the checkpoint lacks model.layers.0" in output
     assert "Traceback" not in output
 
@@ -106,7 +106,7 @@ def test_a_linked_base_outlives_its_checkpoint(straight: tuple[Path, Losses], tm
     out = tmp_path / "elsewhere"
     one = ("--training.keep_checkpoints", "1", "--training.output_dir", str(out))
     source = go_on(straight[0], tmp_path, 3) / "checkpoints" / "step-000003"
-    run("torchrun", 2, TRAIN, *faults.STEPS, *SUBSPACE, *one, "--resume", str(source), cwd=tmp_path)
+    run("fork", 2, TRAIN, *faults.STEPS, *SUBSPACE, *one, "--resume", str(source), cwd=tmp_path)
     assert losses(out) == [entry for entry in straight[1] if entry[0] > 3]
     (last,) = (out / "checkpoints").glob("step-*")
     assert manifest_problem(last) is None
@@ -117,7 +117,7 @@ def test_a_linked_base_outlives_its_checkpoint(straight: tuple[Path, Losses], tm
 def test_a_bfloat16_run_goes_on_with_its_residual(tmp_path: Path) -> None:
     size = ("--training.max_steps", "4", "--ds.train_batch_size", "4", "--data.eval", "none")
     arguments = (*faults.STEPS, *SUBSPACE, *size, "--ds.bf16.enabled", "true", "--training.keep_checkpoints", "9")
-    run("torchrun", 2, TRAIN, *arguments, cwd=tmp_path)
+    run("fork", 2, TRAIN, *arguments, cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     expected = losses(folder)
     drift = [line["drift"] for line in metrics(folder) if line.get("event") == "draw"]
@@ -126,7 +126,7 @@ def test_a_bfloat16_run_goes_on_with_its_residual(tmp_path: Path) -> None:
     for path in (folder / "checkpoints").glob("step-*"):
         if int(path.name[5:]) > 1:
             shutil.rmtree(path)
-    run("torchrun", 2, TRAIN, *arguments, "--resume", cwd=tmp_path)
+    run("fork", 2, TRAIN, *arguments, "--resume", cwd=tmp_path)
     assert losses(folder) == expected
     assert [line["drift"] for line in metrics(folder) if line.get("event") == "draw"] == drift
 
@@ -155,7 +155,7 @@ def test_a_signal_at_a_draw(straight: tuple[Path, Losses], tmp_path: Path) -> No
 def test_a_mask_and_draws_in_one_run(tmp_path: Path) -> None:
     """Warm-up, collected mask, restart with the first draw, then draws beside the sparse part; resumed at another stage."""
     arguments = ("--method", "robust-subspace", "--draw.every", "2 steps", "--draw.moments", "project")
-    run("torchrun", 2, TRAIN, *faults.STEPS, *arguments, "--training.keep_checkpoints", "20", cwd=tmp_path)
+    run("fork", 2, TRAIN, *faults.STEPS, *arguments, "--training.keep_checkpoints", "20", cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     events = [(line["step"], line["event"]) for line in metrics(folder) if line.get("event") in ("mask", "draw")]
     assert events == [(6, "mask"), (6, "draw"), (8, "draw"), (10, "draw")]
@@ -165,5 +165,5 @@ def test_a_mask_and_draws_in_one_run(tmp_path: Path) -> None:
             if int(path.name[5:]) > step:
                 shutil.rmtree(path)
         zero3 = ("--config", str(ROOT / "ds_configs" / "zero3.json"), *faults.STEPS[2:])
-        run("torchrun", 2, TRAIN, *zero3, *arguments, "--resume", "--training.keep_checkpoints", "20", cwd=tmp_path)
+        run("fork", 2, TRAIN, *zero3, *arguments, "--resume", "--training.keep_checkpoints", "20", cwd=tmp_path)
         assert [entry[2] for entry in losses(folder)] == pytest.approx([entry[2] for entry in expected], rel=1e-5)

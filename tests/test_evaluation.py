@@ -263,7 +263,7 @@ def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
     )
     metrics = ("--metric", "exact_match", "--metric", "chrf", "--metric", "perplexity")
     results = []
-    for launcher, ranks in (("python", 1), ("torchrun", 2)):
+    for launcher, ranks in (("fork", 1), ("torchrun", 2)):
         output = f"{launcher}.json"
         run(launcher, ranks, EVAL, *arguments, *metrics, "--output", output, cwd=tmp_path)
         results.append(json.loads((tmp_path / output).read_text()))

@@ -113,7 +113,7 @@ def test_a_user_asks_for_a_checkpoint_and_nobody_else_gets_the_folder(tmp_path: 
     try:
         wait_until(process, lambda: bool(metrics(folder)))
         (folder / "save").touch()
-        second = run("python", 1, TRAIN, *faults.STEPS, cwd=tmp_path, status=1)
+        second = run("fork", 1, TRAIN, *faults.STEPS, cwd=tmp_path, status=1)
         wait_until(process, lambda: any(line.get("event") == "save" for line in metrics(folder)))
         os.kill(faults.ranks_of(process)[0], signal.SIGTERM)
         process.wait(timeout=TIMEOUT)
@@ -157,7 +157,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(
     arguments = ("--config", str(ROOT / "ds_configs" / f"zero{stage}.json"), *faults.STEPS[2:])
     more = ("--mask.score", "random", "--training.keep_checkpoints", "9")
     monkeypatch.setenv("BAD_STEPS", "3")
-    output = run("torchrun", 2, str(script), *arguments, *more, cwd=tmp_path)
+    output = run("fork", 2, str(script), *arguments, *more, cwd=tmp_path)
     assert "step 3 is left out: its loss is nan" in output
     folder = tmp_path / "runs" / "default"
     before, after, later = (
@@ -174,6 +174,6 @@ def test_a_step_without_a_finite_loss_changes_nothing(
     if stage != 2:
         return
     monkeypatch.setenv("BAD_STEPS", "3,4,5")
-    output = run("torchrun", 2, str(script), *arguments, *more, "--training.max_bad_steps", "2", cwd=tmp_path, status=1)
+    output = run("fork", 2, str(script), *arguments, *more, "--training.max_bad_steps", "2", cwd=tmp_path, status=1)
     assert "3 steps in a row left out" in output
     assert "the last good checkpoint is runs/default/checkpoints/step-000004" in output

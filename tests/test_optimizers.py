@@ -120,7 +120,7 @@ def test_a_run_with_draws_goes_on_with_its_8_bit_moments(tmp_path: Path) -> None
         *("--training.max_steps", "6", "--training.save_steps", "1", "--training.keep_checkpoints", "9"),
         *("--ds.optimizer.type", "AdamW8bit", "--training.warmup_steps", "1", "--ds.train_batch_size", "8"),
     )
-    run("torchrun", 2, TRAIN, *arguments, "--training.output_dir", "straight", cwd=tmp_path)
+    run("fork", 2, TRAIN, *arguments, "--training.output_dir", "straight", cwd=tmp_path)
     expected = losses(tmp_path / "straight")
     draws = [line for line in metrics(tmp_path / "straight") if line.get("event") == "draw"]
     assert [line["moments_reset"] for line in draws] == [None, 1.0, 1.0]
@@ -129,7 +129,7 @@ def test_a_run_with_draws_goes_on_with_its_8_bit_moments(tmp_path: Path) -> None
         for step in (4, 5, 6):
             shutil.rmtree(tmp_path / name / "checkpoints" / f"step-{step:06d}")
         more = ("--training.output_dir", name, "--ds.zero_optimization.stage", stage, "--resume")
-        run("torchrun", ranks, TRAIN, *arguments, *more, cwd=tmp_path)
+        run("fork", ranks, TRAIN, *arguments, *more, cwd=tmp_path)
         found = losses(tmp_path / name)
         assert [line[:2] for line in found] == [line[:2] for line in expected]
         if name == "same":

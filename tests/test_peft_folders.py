@@ -279,7 +279,7 @@ def test_a_run_begins_where_peft_ended(tmp_path: Path) -> None:
     expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
     given = ("--data.train", "builtin:sql[:16]", "--data.eval", "builtin:sql[:2]", "--training.max_steps", "2")
     given = (*given, "--adapter.init_from", "peft", "--adapter.dropout", "0")
-    output = run("torchrun", 2, TRAIN, "--config", str(ROOT / "ds_configs" / "zero3.json"), *given, cwd=tmp_path)
+    output = run("fork", 2, TRAIN, "--config", str(ROOT / "ds_configs" / "zero3.json"), *given, cwd=tmp_path)
     assert "beginning with the robust adapter of peft" in output
     folder = tmp_path / "runs" / "default"
     lines = [line for line in metrics(folder) if "event" not in line]

@@ -419,7 +419,7 @@ def test_ten_steps_like_the_dense_model_at_stages_2_and_3(tmp_path: Path) -> Non
     curves = {}
     for name, (ranks, config, more) in runs.items():
         arguments = ("--config", str(ROOT / "ds_configs" / config), *COMMON, *more, "--training.output_dir", name)
-        run("torchrun" if ranks > 1 else "python", ranks, TRAIN, *arguments, cwd=tmp_path)
+        run("fork", ranks, TRAIN, *arguments, cwd=tmp_path)
         curves[name] = losses(tmp_path / name)
     assert [line[:2] for line in curves["stage2"]] == [line[:2] for line in curves["plain"]]
     assert sum(line[1] == "train" for line in curves["plain"]) == 10

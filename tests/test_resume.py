@@ -44,18 +44,18 @@ def assert_close(found: list[tuple[int, str, float]], expected: list[tuple[int, 
 
 def test_other_ranks_and_stages(tmp_path: Path) -> None:
     """2 ranks at stage 2, then 1 at stage 3 (between collect steps), 4 at stage 1, and 2 at stage 3."""
-    run("torchrun", 2, TRAIN, *zero(2), *COMMON, cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero(2), *COMMON, cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     straight = losses(folder)
-    for step, launcher, ranks, stage in ((4, "python", 1, 3), (7, "deepspeed", 4, 1), (10, "torchrun", 2, 3)):
+    for step, ranks, stage in ((4, 1, 3), (7, 4, 1), (10, 2, 3)):
         forget_after(folder, step)
-        output = run(launcher, ranks, TRAIN, *zero(stage), *COMMON, "--resume", cwd=tmp_path)
+        output = run("fork", ranks, TRAIN, *zero(stage), *COMMON, "--resume", cwd=tmp_path)
         assert f"step {step}" in output
         assert_close(losses(folder), straight)
     # what two ranks of ZeRO-3 have saved is exported as what one rank saves of the same state
     last = sorted((folder / "checkpoints").glob("step-*"))[-1]
     exported = [export_merged(path, tmp_path / f"out{n}", None) for n, path in enumerate((folder, last))]
-    run("python", 1, TRAIN, *zero(0), *COMMON, "--resume", cwd=tmp_path)
+    run("fork", 1, TRAIN, *zero(0), *COMMON, "--resume", cwd=tmp_path)
     exported.append(export_merged(folder, tmp_path / "alone", None))
     contents = {(path / "model.safetensors").read_bytes() for path in exported}
     assert len(contents) == 1
@@ -65,7 +65,7 @@ def test_other_ranks_and_stages(tmp_path: Path) -> None:
 def test_deepspeeds_own_files(tmp_path: Path, stage: int, goes_on: list[int]) -> None:
     """Only DeepSpeed's shards are left: on as many ranks the same bits, on one rank the same run."""
     arguments = (*zero(stage), *COMMON, "--mask.score", "random", "--checkpoint.format", "deepspeed")
-    run("torchrun", 2, TRAIN, *arguments, cwd=tmp_path)
+    run("fork", 2, TRAIN, *arguments, cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     straight = losses(folder)
     assert (folder / "deepspeed" / "global_step6").is_dir()
@@ -73,7 +73,7 @@ def test_deepspeeds_own_files(tmp_path: Path, stage: int, goes_on: list[int]) ->
         shutil.rmtree(folder / "checkpoints")
         for step in (4, 5, 6):
             shutil.rmtree(folder / "deepspeed" / f"global_step{step}", ignore_errors=True)
-        output = run("torchrun", ranks, TRAIN, *arguments, "--resume", cwd=tmp_path)
+        output = run("fork", ranks, TRAIN, *arguments, "--resume", cwd=tmp_path)
         assert "global_step3, step 3" in output
         if ranks == 2:
             assert losses(folder) == straight
@@ -84,7 +84,7 @@ def test_deepspeeds_own_files(tmp_path: Path, stage: int, goes_on: list[int]) ->
 def test_a_folder_of_deepspeeds_files_alone(tmp_path: Path) -> None:
     """As DeepSpeed's own programs leave it: the shards lie in the run's folder itself. One that was asked for is checked."""
     arguments = (*zero(2), *COMMON, "--mask.score", "random", "--checkpoint.format", "deepspeed")
-    run("torchrun", 2, TRAIN, *arguments, cwd=tmp_path)
+    run("fork", 2, TRAIN, *arguments, cwd=tmp_path)
     folder, bare = tmp_path / "runs" / "default", tmp_path / "bare"
     straight = losses(folder)
     bare.mkdir()
@@ -94,10 +94,10 @@ def test_a_folder_of_deepspeeds_files_alone(tmp_path: Path) -> None:
     kept = shard.read_bytes()
     shard.write_bytes(kept[:-1])
     here = (*arguments, "--training.output_dir", str(bare), "--resume")
-    output = run("torchrun", 2, TRAIN, *here, str(bare / "global_step3"), cwd=tmp_path, status=1)
+    output = run("fork", 2, TRAIN, *here, str(bare / "global_step3"), cwd=tmp_path, status=1)
     assert "zero_pp_rank_0_mp_rank_00_optim_states.pt has" in output
     shard.write_bytes(kept)
-    output = run("torchrun", 2, TRAIN, *here, cwd=tmp_path)
+    output = run("fork", 2, TRAIN, *here, cwd=tmp_path)
     assert "global_step3, step 3" in output
     assert losses(bare) == [entry for entry in straight if entry[0] > 3]
     assert {"adapter", "global_step3"} <= {path.name for path in bare.iterdir()}
@@ -111,7 +111,7 @@ class Payload:
 def test_files_that_are_not_trusted(tmp_path: Path) -> None:
     """Missing, cut and foreign files, and one that would run a program."""
     arguments = (*zero(2), *COMMON, "--mask.score", "random", "--checkpoint.format", "deepspeed")
-    run("torchrun", 2, TRAIN, *arguments, "--training.max_steps", "2", cwd=tmp_path)
+    run("fork", 2, TRAIN, *arguments, "--training.max_steps", "2", cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "deepspeed" / "global_step1")
@@ -119,7 +119,7 @@ def test_files_that_are_not_trusted(tmp_path: Path) -> None:
     model, optimizer = shards / "mp_rank_00_model_states.pt", shards / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
     def refused(message: str) -> None:
-        output = run("python", 1, TRAIN, *arguments, "--training.max_steps", "2", "--resume", cwd=tmp_path, status=1)
+        output = run("fork", 1, TRAIN, *arguments, "--training.max_steps", "2", "--resume", cwd=tmp_path, status=1)
         assert message in output
         assert "Traceback" not in output
 

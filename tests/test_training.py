@@ -1,4 +1,4 @@
-"""Whole runs, started as users start them, against each other and against plain PyTorch."""
+"""Whole runs against each other and against plain PyTorch; each launcher starts one at least, the others are forked."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_resume_is_bit_equal(straight: Path, tmp_path: Path, step: int) -> None:
         if int(folder.name[5:]) > step:
             shutil.rmtree(folder)
     shutil.rmtree(copy / "adapter")
-    output = run("torchrun", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", cwd=tmp_path)
+    output = run("fork", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", cwd=tmp_path)
     assert f"step {step}" in output
     assert losses(copy) == losses(straight)
     assert (copy / "mask.safetensors").read_bytes() == (straight / "mask.safetensors").read_bytes()
@@ -98,7 +98,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(straight: Path, tmp_path: Path
     wait_for_step(process, folder, 5)
     kill(process)
     assert len([line for line in metrics(folder) if "event" not in line]) < 8
-    run("deepspeed", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", cwd=tmp_path)
     assert losses(folder) == losses(straight)
 
 
@@ -112,7 +112,7 @@ def test_resume_names_what_changed(straight: Path, tmp_path: Path) -> None:
             "--resume: deepspeed.optimizer was",
         ),
     ):
-        output = run("deepspeed", 2, TRAIN, *given, *change, cwd=tmp_path, status=1)
+        output = run("fork", 2, TRAIN, *given, *change, cwd=tmp_path, status=1)
         assert message in output
         assert "Traceback" not in output
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
@@ -121,7 +121,7 @@ def test_resume_names_what_changed(straight: Path, tmp_path: Path) -> None:
 def test_resuming_into_another_folder_leaves_the_run_alone(straight: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
     source = straight / "checkpoints" / "step-000006"
-    run("deepspeed", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", str(source), cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", str(source), cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     assert losses(folder) == [entry for entry in losses(straight) if entry[0] > 6]
     assert (folder / "mask.safetensors").read_bytes() == (straight / "mask.safetensors").read_bytes()
@@ -135,7 +135,7 @@ def test_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path) -> No
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(bytes(content))
-    output = run("deepspeed", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", cwd=tmp_path)
+    output = run("fork", 2, TRAIN, *zero(2), *FAST, *PHASES, *KEEP, "--resume", cwd=tmp_path)
     assert "step-000008 is damaged (trained-00000.safetensors does not have the hash that was written)" in output
     assert losses(copy) == losses(straight)
 
@@ -143,25 +143,20 @@ def test_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path) -> No
 PERSIST = "--ds.zero_optimization.stage3_param_persistence_threshold"
 REUSE = "--ds.zero_optimization.stage3_max_reuse_distance"
 OVERLAP = "--ds.zero_optimization.overlap_comm"
-SPLITS: dict[str, tuple[str, int, int | str, tuple[str, ...]]] = {
-    "1 rank, 4 micro-batches, stage 0": ("python", 1, 0, ()),
-    "2 ranks, 2 micro-batches, stage 1": ("torchrun", 2, 1, ()),
-    "4 ranks, 1 micro-batch, stage 2": ("deepspeed", 4, 2, ()),
-    "2 ranks, stage 2, positions partitioned": ("torchrun", 2, 2, ("--adapter.partition_positions", "true")),
-    "1 rank, stage 3": ("python", 1, 3, ()),
-    "2 ranks, stage 3, DeepSpeed's own persistence": ("torchrun", 2, 3, (PERSIST, "100000")),
-    "4 ranks, stage 3, nothing persists, no reuse, no overlap": (
-        *("deepspeed", 4, 3),
-        (PERSIST, "0", REUSE, "0", OVERLAP, "false"),
-    ),
+SPLITS: dict[str, tuple[int, int | str, tuple[str, ...]]] = {
+    "1 rank, 4 micro-batches, stage 0": (1, 0, ()),
+    "2 ranks, 2 micro-batches, stage 1": (2, 1, ()),
+    "4 ranks, 1 micro-batch, stage 2": (4, 2, ()),
+    "2 ranks, stage 2, positions partitioned": (2, 2, ("--adapter.partition_positions", "true")),
+    "1 rank, stage 3": (1, 3, ()),
+    "2 ranks, stage 3, DeepSpeed's own persistence": (2, 3, (PERSIST, "100000")),
+    "4 ranks, stage 3, nothing persists, no reuse, no overlap": (4, 3, (PERSIST, "0", REUSE, "0", OVERLAP, "false")),
     "2 ranks, stage 3, offload, checkpointing": (
-        *("torchrun", 2, "3_offload"),
+        2,
+        "3_offload",
         (PERSIST, "0", "--training.gradient_checkpointing", "true"),
     ),
-    "2 ranks, stage 3, reentrant checkpointing": (
-        *("torchrun", 2, 3),
-        ("--training.gradient_checkpointing", "reentrant"),
-    ),
+    "2 ranks, stage 3, reentrant checkpointing": (2, 3, ("--training.gradient_checkpointing", "reentrant")),
 }
 NO_DROPOUT = (*FAST, *PHASES, "--adapter.dropout", "0")
 
@@ -169,9 +164,9 @@ NO_DROPOUT = (*FAST, *PHASES, "--adapter.dropout", "0")
 @pytest.fixture(scope="session", params=SPLITS)
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
-    launcher, ranks, stage, more = SPLITS[request.param]
+    ranks, stage, more = SPLITS[request.param]
     size = ("--ds.train_micro_batch_size_per_gpu", "4")
-    run(launcher, ranks, TRAIN, *zero(stage), *NO_DROPOUT, *size, *more, cwd=folder)
+    run("fork", ranks, TRAIN, *zero(stage), *NO_DROPOUT, *size, *more, cwd=folder)
     return folder / "runs" / "default"
 
 
@@ -180,7 +175,7 @@ def one_batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on one rank with a single micro-batch a step."""
     folder = tmp_path_factory.mktemp("one")
     size = ("--ds.train_micro_batch_size_per_gpu", "16")
-    run("python", 1, TRAIN, *zero(0), *NO_DROPOUT, *size, cwd=folder)
+    run("fork", 1, TRAIN, *zero(0), *NO_DROPOUT, *size, cwd=folder)
     return folder / "runs" / "default"
 
 
@@ -234,7 +229,7 @@ def training_losses(folder: Path) -> list[float]:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_lora_equals_peft(tmp_path: Path) -> None:
     arguments = ("--method", "lora", "--adapter.rank", "4", "--adapter.dropout", "0", "--training.max_steps", "6")
-    run("torchrun", 2, TRAIN, *zero(2), *SMALL, *arguments, "--training.warmup_steps", "2", cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero(2), *SMALL, *arguments, "--training.warmup_steps", "2", cwd=tmp_path)
     base = AutoModelForCausalLM.from_pretrained(TINY_FOLDER, dtype=torch.float32)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=16, target_modules=names))
@@ -263,7 +258,7 @@ class DenseRobust(torch.nn.Module):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_robust_equals_dense_autograd(tmp_path: Path, stage: int) -> None:
     arguments = ("--adapter.dropout", "0", "--training.max_steps", "6", "--mask.score", "random")
-    run("torchrun", 2, TRAIN, *zero(stage), *FAST, *arguments, cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero(stage), *FAST, *arguments, cwd=tmp_path)
     mask = load_file(tmp_path / "runs" / "default" / "mask.safetensors")
     model = AutoModelForCausalLM.from_pretrained(TINY_FOLDER, dtype=torch.float32)
     rosa_ds.inject(model, rosa_ds.AdapterConfig(method="robust", rank=4, density=0.01), seed=42)
@@ -297,7 +292,7 @@ def test_bfloat16_keeps_float32_masters(tmp_path: Path, stage: int) -> None:
         ),
         *("--mask.warmup_steps", "1", "--mask.steps", "1", "--training.max_steps", "5", "--training.save_steps", "3"),
     )
-    run("torchrun", 2, TRAIN, *zero(stage), *FAST, *arguments, cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero(stage), *FAST, *arguments, cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     assert [line["phase"] for line in metrics(folder) if "phase" in line] == ["warmup", "collect"] + ["train"] * 3
     adapter = load_file(folder / "adapter" / "adapter.safetensors")
@@ -308,7 +303,7 @@ def test_bfloat16_keeps_float32_masters(tmp_path: Path, stage: int) -> None:
     assert list((folder / "tensorboard").iterdir())
     before = losses(folder)
     shutil.rmtree(folder / "checkpoints" / "step-000005")
-    run("torchrun", 2, TRAIN, *zero(stage), *FAST, *arguments, "--resume", cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero(stage), *FAST, *arguments, "--resume", cwd=tmp_path)
     assert losses(folder) == before
 
 
@@ -323,7 +318,7 @@ def test_a_restart_begins_with_the_base(tmp_path: Path) -> None:
         "0",
     )
     steps = ("--mask.warmup_steps", "2", "--mask.steps", "1", "--training.max_steps", "2")
-    run("torchrun", 2, TRAIN, *zero(2), *FAST, *arguments, *steps, cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero(2), *FAST, *arguments, *steps, cwd=tmp_path)
     before_mask, train = (
         training_losses(tmp_path / "runs" / "default")[:3],
         training_losses(tmp_path / "runs" / "default")[3:],
@@ -335,7 +330,7 @@ def test_a_restart_begins_with_the_base(tmp_path: Path) -> None:
 def test_sparse_and_full_and_a_loaded_mask(straight: Path, tmp_path: Path) -> None:
     common = ("--training.max_steps", "3", *SMALL)
     run(
-        "python",
+        "fork",
         1,
         TRAIN,
         *zero(0),
@@ -353,11 +348,11 @@ def test_sparse_and_full_and_a_loaded_mask(straight: Path, tmp_path: Path) -> No
     before = losses(full)
     shutil.rmtree(full / "checkpoints" / "step-000003")
     again = (*common, "--method", "full", "--training.learning_rate", "1e-3", "--training.save_steps", "2", "--resume")
-    run("python", 1, TRAIN, *zero(0), *again, cwd=tmp_path)
+    run("fork", 1, TRAIN, *zero(0), *again, cwd=tmp_path)
     assert losses(full) == before
     mask = straight / "mask.safetensors"
     given = ("--method", "sparse", "--adapter.density", "0.01", "--mask.load", str(mask), "--mask.steps", "2")
-    output = run("python", 1, TRAIN, *zero(2), *common, *given, cwd=tmp_path)
+    output = run("fork", 1, TRAIN, *zero(2), *common, *given, cwd=tmp_path)
     assert "setting without effect: mask.steps (the mask is loaded)" in output
     assert "the run that was in runs/default is in runs/default.1 now" in output
     assert (full / "mask.safetensors").read_bytes() != b""
@@ -374,12 +369,12 @@ def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
         (("--ds.optimizer.type", "Adamm"), "optimizer type 'Adamm' of the DeepSpeed file is not supported"),
         (("--model.dtype", "float16"), "float16 does not train on this device (cpu): use bfloat16 or float32"),
     ):
-        output = run("python", 1, TRAIN, *zero(2), *SMALL, *arguments, cwd=tmp_path, status=1)
+        output = run("fork", 1, TRAIN, *zero(2), *SMALL, *arguments, cwd=tmp_path, status=1)
         assert message in output
         assert "Traceback" not in output
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    output = run("python", 1, TRAIN, *zero(2), *SMALL, "--training.output_dir", "mine", cwd=tmp_path, status=1)
+    output = run("fork", 1, TRAIN, *zero(2), *SMALL, "--training.output_dir", "mine", cwd=tmp_path, status=1)
     assert "error: training.output_dir mine is not empty and holds no run" in output
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
@@ -389,7 +384,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
 
 def test_export_and_evaluation(straight: Path, tmp_path: Path) -> None:
     export, evaluate = str(ROOT / "launch" / "export.py"), str(ROOT / "launch" / "eval.py")
-    output = run("python", 1, export, str(straight), "out", "--dtype", "float32", "--verify", cwd=tmp_path)
+    output = run("fork", 1, export, str(straight), "out", "--dtype", "float32", "--verify", cwd=tmp_path)
     assert "verification passed" in output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     adapted = AutoModelForCausalLM.from_pretrained(TINY_FOLDER, dtype=torch.float32).eval()
@@ -400,7 +395,7 @@ def test_export_and_evaluation(straight: Path, tmp_path: Path) -> None:
     figures = []
     for model in (str(straight), "out"):
         arguments = (model, "--data", "builtin:sql[:16]", "--metric", "perplexity", "--metric", "exact_match")
-        run("python", 1, evaluate, *arguments, "--max-new-tokens", "4", "--output", "eval.json", cwd=tmp_path)
+        run("fork", 1, evaluate, *arguments, "--max-new-tokens", "4", "--output", "eval.json", cwd=tmp_path)
         figures.append(json.loads((tmp_path / "eval.json").read_text()))
     assert figures[0]["loss"] == pytest.approx(losses(straight)[-1][2], rel=1e-4)
     assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], rel=1e-4)

@@ -34,7 +34,7 @@ def models(tmp_path: Path, llama: LlamaForCausalLM, gpt2: GPT2LMHeadModel) -> Pa
 @pytest.mark.ranks
 @pytest.mark.parametrize("threshold", [0, 100_000])
 def test_two_ranks(models: Path, threshold: int) -> None:
-    output = run("torchrun", 2, str(CHECKS), str(models), str(threshold), cwd=models)
+    output = run("fork", 2, str(CHECKS), str(models), str(threshold), cwd=models)
     passed = {line.split()[1] for line in output.splitlines() if line.startswith("passed ")}
     wanted = {line[4:].split("(")[0] for line in CHECKS.read_text().splitlines() if line.startswith("def check_")}
     assert passed == wanted
