@@ -65,7 +65,8 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(
         mark = json.loads((folder / "interrupted.json").read_text())
         assert (checkpoints / "latest").read_text() == f"step-{mark['step']:06d}\n"
         assert f"after step {mark['step']}: the state is saved" in (tmp_path / "output").read_text()
-        assert f'File "{ROOT}' not in (tmp_path / "output").read_text()  # no traceback but torchrun's own
+        said = (tmp_path / "output").read_text()  # no traceback but torchrun's own, which may lie in the clone, too
+        assert not any(f'File "{ROOT / part}' in said for part in ("rosa_ds", "kernels", "launch"))
     faults.finish(tmp_path)
     assert losses(folder) == expected
     assert not (folder / "interrupted.json").exists()
