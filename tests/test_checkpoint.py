@@ -94,6 +94,19 @@ def test_going_back_keeps_the_new_checkpoint_and_the_old_timeline(tmp_path: Path
     assert (tmp_path / "checkpoints" / "abandoned-step-000003.1").is_dir()
 
 
+def test_a_step_saved_again_is_there_at_every_moment(tmp_path: Path) -> None:
+    """Killed between the two renames, the older one gets its name back; afterwards the newer one has it."""
+    first, _, _ = checkpoint.save(tmp_path, make(2), keep=2)
+    old = {path.name: path.read_bytes() for path in first.iterdir()}
+    first.rename(first.with_name(f".{first.name}.discarded"))
+    first.with_name(f".{first.name}.partial").mkdir()
+    checkpoint.folders(tmp_path).clean()
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == old
+    checkpoint.save(tmp_path, make(2, trained={"layer.A": torch.zeros(2, 3)}), keep=2)
+    assert not checkpoint.load(first).trained["layer.A"].any()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000002"]
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, make(1), keep=1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from launching import ROOT, SMALL, TRAIN, losses, run
+from launching import ROOT, SMALL, TRAIN, losses, metrics, run
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -401,20 +401,27 @@ STEPS = ("--training.max_steps", "6", "--mask.warmup_steps", "2", "--mask.steps"
 COMMON = (*SMALL, *STEPS, "--adapter.dropout", "0", "--training.save_steps", "0", "--ds.train_batch_size", "8")
 
 
-@pytest.mark.ranks
-def test_ten_steps_like_the_dense_model_at_stages_2_and_3(tmp_path: Path) -> None:
-    """The curve of ``robust`` on NF4, 2 ranks, against a dense run on a base that has the dequantised weights."""
+@pytest.fixture(scope="module")
+def dequantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with the weights that NF4 makes of it, dense."""
+    folder = tmp_path_factory.mktemp("dequantised")
     settings = ModelSettings(quantization="nf4")
     dense = dense_like(load_model(ModelSettings(), torch.float32), load_quantized(settings, torch.float32, []))
-    dense.save_pretrained(tmp_path / "model")
+    dense.save_pretrained(folder)
     for path in (ROOT / "rosa_ds" / "models" / "tiny").iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
-            shutil.copy(path, tmp_path / "model")
+            shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.ranks
+def test_ten_steps_like_the_dense_model_at_stages_2_and_3(tmp_path: Path, dequantised: Path) -> None:
+    """The curve of ``robust`` on NF4, 2 ranks, against a dense run on a base that has the dequantised weights."""
     everything = ("--ds.zero_optimization.stage3_param_persistence_threshold", "0")
     runs = {
         "stage2": (2, "zero2.json", ("--model.quantization", "nf4")),
         "stage3": (2, "zero3.json", ("--model.quantization", "nf4", *everything)),
-        "plain": (1, "zero0.json", ("--model.name_or_path", str(tmp_path / "model"))),
+        "plain": (1, "zero0.json", ("--model.name_or_path", str(dequantised))),
     }
     curves = {}
     for name, (ranks, config, more) in runs.items():
@@ -436,3 +443,24 @@ def test_ten_steps_like_the_dense_model_at_stages_2_and_3(tmp_path: Path) -> Non
     assert accounts[1]["measured"]["memory"]["base"] <= 0.51 * accounts[0]["measured"]["memory"]["base"]
     merged = export_merged(tmp_path / "stage3", tmp_path / "out", None)
     assert verify(tmp_path / "stage3", merged).passed
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [2, 3])
+def test_draws_like_those_of_the_dense_model(tmp_path: Path, dequantised: Path, stage: int) -> None:
+    """Three draws on NF4 with a mask of the largest weights, 2 ranks, and a resume after the second, against a dense run."""
+    draws = ("--method", "robust-subspace", "--draw.directions", "projection", "--draw.every", "2 steps")
+    steps = ("--mask.score", "magnitude", "--training.max_steps", "6", "--training.warmup_steps", "2")
+    common = (*SMALL, *draws, *steps, "--training.save_steps", "5", "--ds.train_batch_size", "8")
+    zero = ("--config", str(ROOT / "ds_configs" / f"zero{stage}.json"), "--model.quantization", "nf4")
+    plain = ("--config", str(ROOT / "ds_configs" / "zero0.json"), "--model.name_or_path", str(dequantised))
+    run("fork", 1, TRAIN, *plain, *common, "--training.output_dir", "plain", cwd=tmp_path)
+    run("fork", 2, TRAIN, *zero, *common, "--training.output_dir", "nf4", cwd=tmp_path)
+    expected, found = losses(tmp_path / "plain"), losses(tmp_path / "nf4")
+    assert [line[:2] for line in found] == [line[:2] for line in expected]
+    assert [line[2] for line in found] == pytest.approx([line[2] for line in expected], rel=1e-5)
+    assert sum(line.get("event") == "draw" for line in metrics(tmp_path / "nf4")) == 3
+    shutil.rmtree(tmp_path / "nf4" / "checkpoints" / "step-000006")
+    run("fork", 2, TRAIN, *zero, *common, "--training.output_dir", "nf4", "--resume", cwd=tmp_path)
+    assert losses(tmp_path / "nf4") == found
+    assert verify(tmp_path / "nf4", export_merged(tmp_path / "nf4", tmp_path / "out", None)).passed
