@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> None:
         plan, _ = plan_deepspeed(config, RunConfig(model=model), distributed.world_size(), gpu_has_bfloat16=False)
     case = StepCase(model, getattr(torch, options.dtype), **sizes, deepspeed=plan)
     names = options.candidate or [PEERS[0], *OURS, PEERS[1]]
+    if options.profile and len(set(names)) < 2:
+        raise ValueError("--profile compares: give --candidate twice, or not at all for all of them")
     mask = load_mask(options.mask) if options.mask else None
     rows = measure_steps(case, names, mask)
     logger.info(
