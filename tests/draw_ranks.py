@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
 import rosa_ds
@@ -19,8 +21,9 @@ from rosa_ds.adapters.subspace import project_moments
 from rosa_ds.config import DrawSettings, RunConfig
 from rosa_ds.ds_config import plan_deepspeed
 from rosa_ds.models.load import load_model
+from rosa_ds.training import trained_state
 from rosa_ds.training.changed_base import ChangedBase
-from rosa_ds.training.draw import Drawing
+from rosa_ds.training.draw import MOMENTS, Drawing
 from rosa_ds.training.engine import build_engine
 from rosa_ds.training.model import build_model
 from rosa_kernels.testing import relative_rms
@@ -82,10 +85,9 @@ class Trainee:
         return {name: self.state.read_one(name).clone() for name in self.state.parameters}
 
     def moments(self) -> dict[str, Tensor]:
-        keys = ("exp_avg", "exp_avg_sq")
         self.state.masters.link()
         return {
-            f"{name}/{key}": self.state.read_one(name, key).clone() for name in self.state.parameters for key in keys
+            f"{name}/{key}": self.state.read_one(name, key).clone() for name in self.state.parameters for key in MOMENTS
         }
 
 
@@ -154,11 +156,7 @@ def check_moments_kept_and_projected(file: str) -> None:
         assert trainee.drawing.draw(1)["moments_reset"] is None
         after, new = trainee.moments(), trainee.masters()
         for name in trainee.layers:
-            expected = {
-                f"{name}.{part}/{key}": before[f"{name}.{part}/{key}"]
-                for part in "AB"
-                for key in ("exp_avg", "exp_avg_sq")
-            }
+            expected = {f"{name}.{part}/{key}": before[f"{name}.{part}/{key}"] for part in "AB" for key in MOMENTS}
             if kind == "project":
                 A, B = f"{name}.A", f"{name}.B"
                 first, second = project_moments(before[f"{A}/exp_avg"], before[f"{A}/exp_avg_sq"], new[B], old[B])
@@ -192,6 +190,51 @@ def check_a_residual_keeps_the_bits_of_a_bfloat16_base(file: str) -> None:
             assert trainee.base.bytes == 2 * sum(-(-layer.weight_numel // 2) for layer in trainee.layers.values())
     assert drifts[True] < 1e-6, drifts
     assert drifts[False] > 1e-3, drifts
+
+
+def check_what_is_read_is_what_deepspeed_reads(file: str) -> None:
+    trainee = Trainee(file)
+    trainee.step()
+    state = trainee.state
+    state.masters.link()
+    for name, parameter in state.parameters.items() if "zero0" not in file else ():  # where DeepSpeed reads nothing
+        assert torch.equal(state.read_one(name), safe_get_full_fp32_param(parameter)), name
+        for key in MOMENTS:
+            moment = safe_get_full_optimizer_state(parameter, key)
+            assert torch.equal(state.read_one(name, key), moment.to(distributed.device())), f"{name}/{key}"
+    name = next(name for name in state.parameters if is_factor(name))
+    value = state.read_one(name).clone()
+    value[0] = -0.0
+    state.write({name: value})
+    assert torch.equal(state.read_one(name).view(torch.int32), value.view(torch.int32)), "the sign of 0 is lost"
+    owners = {name: number % distributed.world_size() for number, name in enumerate(state.parameters)}
+    at_once = state.read(owners), state.read_optimizer(owners)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained_state, "BATCH_BYTES", 2000)
+        in_batches = state.read(owners), state.read_optimizer(owners)[0]
+    for whole, parts in zip(at_once, in_batches, strict=True):
+        assert whole.keys() == parts.keys()
+        assert {name.partition("/")[0] for name in whole} == {n for n, r in owners.items() if r == distributed.rank()}
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def check_collectives_do_not_grow_with_the_factors() -> None:
+    """One message a layer, and a few sums a turn: a collective of a few numbers waits longer than its data take."""
+    trainee = Trainee("zero2.json")
+    trainee.drawing.draw(0)
+    trainee.step()
+    calls: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        call = getattr(torch.distributed, name)
+        return lambda *args, **kwargs: (calls.update([name]), call(*args, **kwargs))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("broadcast", "all_reduce", "all_gather_into_tensor", "all_gather_object"):
+            patch.setattr(torch.distributed, name, counting(name))
+        trainee.drawing.draw(1)
+    turns = len(trainee.drawing.turns)
+    assert calls == {"broadcast": len(trainee.layers), "all_reduce": 2 * turns, "all_gather_object": 2}, calls
 
 
 def check_changes_are_restored(file: str, dtype: str) -> None:
@@ -233,11 +276,14 @@ def main() -> None:
         check_first_draw_is_that_of_one_process(file)
         check_a_draw_replaces_what_it_should(file)
         check_moments_kept_and_projected(file)
+        check_what_is_read_is_what_deepspeed_reads(file)
         check_changes_are_restored(file, "float32")
         if file in ("zero2.json", "zero3_offload.json"):
             check_a_residual_keeps_the_bits_of_a_bfloat16_base(file)
             check_changes_are_restored(file, "bfloat16")
             check_a_layer_without_low_rank_part(file)
+        if file == "zero2.json":
+            check_collectives_do_not_grow_with_the_factors()
         if distributed.is_main():
             sys.stdout.write(f"passed {file}\n")
     distributed.leave()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GROUP = "low_rank"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ALIGNMENT = 16
+"""Bytes, of the tensors in a message."""
 BATCH_BYTES = 64 * 2**20
 """Of float32 weights that a rank holds at once: one large layer, or several small ones, so that ranks wait less often."""
 
@@ -113,6 +116,10 @@ class Drawing:
         begun = time.monotonic()
         keys = self.state.moment_keys(GROUP) if self.settings.moments == "project" and number else []
         done: list[_Result] = []
+        longest = max(self._places(name, keys)[1] for name in self.layers)
+        message = torch.empty(
+            longest, dtype=torch.uint8, device=distributed.device()
+        )  # one for all: each is touched once
         hidden = None if distributed.is_main() else True
         with tqdm(total=len(self.layers), desc=f"draw {number}", unit="layer", leave=False, disable=hidden) as bar:
             for turn in self.turns:
@@ -121,7 +128,7 @@ class Drawing:
                 results = self._work_on(batch, number, keys)
                 done += [dataclasses.replace(result, tensors={}) for result in results.values()]
                 for name in batch:
-                    self._take(name, results.pop(name, None), keys)
+                    self._take(name, results.pop(name, None), keys, message)
                 bar.update(len(batch))
         found = [result for part in distributed.gather_objects(done) for result in part]
         rounding = max(result.rounding for result in found)
@@ -140,7 +147,7 @@ class Drawing:
 
     def _work_on(self, batch: list[str], number: int, keys: list[str]) -> dict[str, _Result]:
         """Gather the layers of a batch one after another; each rank draws its own. An error is raised on all ranks."""
-        mine = [layer for wanted in batch if (layer := self._read(wanted, keys)) is not None]
+        mine = self._read(batch, keys)
         results: dict[str, _Result] = {}
         problem: Exception | None = None
         name = ""
@@ -155,15 +162,18 @@ class Drawing:
         distributed.raise_everywhere(problem)
         return results
 
-    def _read(self, name: str, keys: list[str]) -> _Layer | None:
-        """A layer on its owner; collective."""
-        parts = {part: self.state.read_one(f"{name}.{part}") for part in ("A", "B")}
-        moments = {f"{part}/{key}": self.state.read_one(f"{name}.{part}", key) for part in parts for key in keys}
-        base = self.base.read_weight(name, self.owners[name])
-        if base is None:
-            return None
-        weight, packed = base
-        return _Layer(name, weight, packed, parts["A"].to(weight), parts["B"].to(weight), moments)
+    def _read(self, batch: list[str], keys: list[str]) -> list[_Layer]:
+        """Those of the layers that are this rank's; collective."""
+        wanted = [(f"{name}.{part}", key) for name in batch for part in "AB" for key in (None, *keys)]
+        found = dict(zip(wanted, self.state.read_many(wanted), strict=True))
+        mine = []
+        for name in batch:
+            base = self.base.read_weight(name, self.owners[name])
+            if base is not None:
+                A, B = found[f"{name}.A", None].to(base[0]), found[f"{name}.B", None].to(base[0])
+                moments = {f"{part}/{key}": found[f"{name}.{part}", key] for part in "AB" for key in keys}
+                mine.append(_Layer(name, *base, A, B, moments))
+        return mine
 
     def _split(self, mine: _Layer, number: int) -> _Result:
         name, layer = mine.name, self.layers[mine.name]
@@ -190,15 +200,24 @@ class Drawing:
         found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
         assert found == self._shapes(name, keys), f"{name}: {found}"
 
-    def _take(self, name: str, result: _Result | None, keys: list[str]) -> None:
-        """Send or receive what the owner found, and write it: factors in both copies, the base, the moments. Collective."""
-        tensors = {}
+    def _places(self, name: str, keys: Iterable[str]) -> tuple[dict[str, tuple[int, int]], int]:
+        """Where in a layer's message each tensor begins and ends, and how long it is, in bytes."""
+        places, end = {}, 0
         for key, (shape, dtype) in self._shapes(name, keys).items():
-            if result is None:
-                tensor = torch.empty(shape, dtype=dtype, device=distributed.device())
-            else:
-                tensor = result.tensors[key].contiguous()
-            tensors[key] = distributed.broadcast(tensor, self.owners[name])
+            begin = -(-end // ALIGNMENT) * ALIGNMENT
+            end = begin + math.prod(shape) * dtype.itemsize
+            places[key] = begin, end
+        return places, end
+
+    def _take(self, name: str, result: _Result | None, keys: list[str], message: Tensor) -> None:
+        """Send or receive what the owner found, and write it: factors in both copies, the base, the moments. Collective."""
+        shapes = self._shapes(name, keys)
+        places, length = self._places(name, keys)
+        tensors = {key: message[slice(*places[key])].view(dtype).view(shape) for key, (shape, dtype) in shapes.items()}
+        if result is not None:
+            for key, tensor in result.tensors.items():
+                tensors[key].copy_(tensor)
+        distributed.broadcast(message[:length], self.owners[name])
         self.state.write({f"{name}.{part}": tensors[part] for part in ("A", "B")})
         self.base.write(name, tensors)
         for key, tensor in tensors.items():
@@ -207,18 +226,11 @@ class Drawing:
                 self.state.masters.write(f"{name}.{part}", moment, tensor)
 
     def _finish_moments(self) -> float | None:
-        """Forget the moments where that is wanted. Returns: the share of them that is zero now; ``None`` if none was kept.
-
-        Read as DeepSpeed's optimizer will use them, not as they were written.
-        """
+        """Forget the moments where that is wanted. Returns: the share of them that is zero now; ``None`` if none was kept."""
         if self.settings.moments != "reset" or not self.state.moment_keys(GROUP):
             return None
         self.state.reset_optimizer([GROUP])
-        zeros = total = 0
-        names = [f"{name}.{part}" for name in self.layers for part in "AB"]
-        for name, key in itertools.product(names, self.state.moment_keys(GROUP)):
-            moment = self.state.read_one(name, key)
-            zeros, total = zeros + int((moment == 0).sum()), total + moment.numel()
+        zeros, total = self.state.zeros(GROUP)
         if zeros < total or not total:
             raise RuntimeError(
                 f"{zeros} of {total} moments were reset at a draw: this version of DeepSpeed keeps them in another "

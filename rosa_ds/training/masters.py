@@ -1,21 +1,17 @@
 """Where DeepSpeed keeps the float32 numbers and moments of a trained parameter, for each way of dividing them.
 
-Keys: ``None`` is the master itself, others are the optimizer's (``exp_avg``, ``exp_avg_sq``). Reading and writing is
-collective: every rank does it in the same order.
+Keys: ``None`` is the master itself, others are the optimizer's (``exp_avg``, ``exp_avg_sq``). Reading is collective:
+every rank does it in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import abc
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
 from rosa_ds import distributed
@@ -24,11 +20,19 @@ Groups = Mapping[str, Mapping[str, nn.Parameter]]
 """Parameter group name -> parameter name -> parameter, in the order given to the optimizer."""
 
 
-class Masters(Protocol):
-    """Access to float32 masters and moments, whole."""
+Wanted = tuple[str, str | None]
+"""A parameter's name, and a key."""
 
-    def read(self, name: str, key: str | None) -> Tensor | None:
-        """``None`` for a moment of a parameter that never had a gradient."""
+
+class Masters(Protocol):
+    """Access to float32 masters and moments."""
+
+    def read(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
+        """Each whole, in the parameter's shape; ``None`` for a moment of a parameter that never had a gradient. Collective."""
+        ...
+
+    def own(self, name: str, key: str | None) -> Tensor | None:
+        """What this rank keeps of one, flat: a view of what the optimizer steps with. Not collective."""
         ...
 
     def write(self, name: str, key: str | None, value: Tensor) -> None: ...
@@ -52,12 +56,19 @@ class OwnMasters:
             assert len(stepped["params"]) == len(group), "DeepSpeed changed the order of the parameters"
             self.by_name |= dict(zip(group, stepped["params"], strict=True))
 
-    def read(self, name: str, key: str | None) -> Tensor | None:
+    def read(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
+        return [self._whole(name, key) for name, key in wanted]
+
+    def own(self, name: str, key: str | None) -> Tensor | None:
+        whole = self._whole(name, key)
+        return None if whole is None else whole.reshape(-1)
+
+    def _whole(self, name: str, key: str | None) -> Tensor | None:
         master = self.by_name[name]
         return master if key is None else self.inner.state[master].get(key)
 
     def write(self, name: str, key: str | None, value: Tensor) -> None:
-        target = self.read(name, key)
+        target = self._whole(name, key)
         assert target is not None, f"{name} has no {key}"
         target.copy_(value)
 
@@ -68,18 +79,44 @@ class OwnMasters:
         pass
 
 
-class FlatMasters:
-    """Stages 1 and 2, and ``BF16_Optimizer``: flat partitions behind DeepSpeed's safe functions."""
+class DividedMasters(abc.ABC):
+    """Each rank keeps some numbers of a parameter.
+
+    DeepSpeed's own functions read one parameter with one collective; here as many as are wanted take one, since adapters
+    have hundreds of small parameters and a collective's delay is longer than its data take.
+    """
 
     def __init__(self, optimizer: Any, groups: Groups) -> None:
         self.optimizer = optimizer
         self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
 
-    def read(self, name: str, key: str | None) -> Tensor:
-        parameter = self.parameters[name]
-        found = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-        assert found is not None, f"{name} has no {key or 'master'}"
-        return found
+    @abc.abstractmethod
+    def _own(self, name: str, key: str | None) -> tuple[int, Tensor]:
+        """Where this rank's numbers begin in the flat parameter, and a view of them."""
+
+    def own(self, name: str, key: str | None) -> Tensor:
+        return self._own(name, key)[1]
+
+    def read(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
+        shapes = [distributed.full_shape(self.parameters[name]) for name, _ in wanted]
+        numbers = torch.zeros(sum(shape.numel() for shape in shapes), device=distributed.device())
+        parts = numbers.split([shape.numel() for shape in shapes])
+        for part, (name, key) in zip(parts, wanted, strict=True):
+            start, own = self._own(name, key)
+            assert own.dtype == torch.float32, f"{name}: {key or 'master'} is {own.dtype}"
+            part[start : start + own.numel()].copy_(own)
+        distributed.sum_over_ranks(numbers.view(torch.int32))  # all but one are 0: sums of bits, which keep -0.0
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class FlatMasters(DividedMasters):
+    """Stages 1 and 2, and ``BF16_Optimizer``: flat partitions, which DeepSpeed maps to parameters."""
+
+    def _own(self, name: str, key: str | None) -> tuple[int, Tensor]:
+        mapping = self.parameters[name]._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # other ranks have all of it
+            return 0, torch.empty(0)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach().reshape(-1)
 
     def write(self, name: str, key: str | None, value: Tensor) -> None:
         parameter = self.parameters[name]
@@ -98,31 +135,24 @@ class FlatMasters:
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-class PartitionedMasters:
+class PartitionedMasters(DividedMasters):
     """Stage 3: flat subgroups of every parameter's shares.
 
     DeepSpeed's functions that set a whole parameter fail where its size is no multiple of the number of ranks, so shares
-    are read and written here.
+    are written here, too.
     """
 
-    def __init__(self, optimizer: Any, groups: Groups) -> None:
-        self.optimizer = optimizer
-        self.parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
-
-    def _share(self, name: str, key: str | None) -> Tensor:
-        """A view; DeepSpeed's ``safe_get_local`` functions copy to the accelerator what is offloaded."""
+    def _own(self, name: str, key: str | None) -> tuple[int, Tensor]:
+        """Of the share without its padding; DeepSpeed's ``safe_get_local`` functions copy to the accelerator what is offloaded."""
         optimizer, parameter = self.optimizer, self.parameters[name]
-        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         flat: Tensor = optimizer.fp32_partitioned_groups_flat[group]
         whole = flat if key is None else optimizer.optimizer.state[flat][key]
-        return whole.detach().narrow(0, start, size)
-
-    def read(self, name: str, key: str | None) -> Tensor:
-        return distributed.gather(self.parameters[name], self._share(name, key))
+        mine = distributed.own_share(parameter)
+        return mine.start, whole.detach().narrow(0, start, mine.stop - mine.start)
 
     def write(self, name: str, key: str | None, value: Tensor) -> None:
-        mine = value.reshape(-1)[distributed.own_share(self.parameters[name])]
-        self._share(name, key)[: mine.numel()].copy_(mine)
+        self.own(name, key).copy_(value.reshape(-1)[distributed.own_share(self.parameters[name])])
 
     def stepped(self, group: int) -> list[Tensor]:
         flat = self.optimizer.fp32_partitioned_groups_flat

@@ -10,7 +10,7 @@ All methods are collective: every rank calls them in the same order. What they r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from rosa_ds import distributed
 from rosa_ds.training.eight_bit import MOMENTS, collapse, expand, is_bitsandbytes
-from rosa_ds.training.masters import Groups, find_masters
+from rosa_ds.training.masters import Groups, Wanted, find_masters
 
+BATCH_BYTES = 64 * 2**20
+"""Of what is read at once for a checkpoint."""
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -63,21 +65,43 @@ class TrainedState:
     @torch.no_grad()
     def read(self, owners: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """Float32 masters by name, whole, on the CPU of their owners: parameter name -> rank, by default the first one."""
-        result = {}
-        for name in self.parameters:
-            master = self.masters.read(name, None)
-            assert master is not None, f"{name} has no master"
-            if distributed.rank() == (owners[name] if owners else 0):
-                result[name] = master.detach().float().to("cpu", copy=True)
-        return result
+        found = self._read_in_batches([(name, None) for name in self.parameters])
+        return {name: master for (name, _), master in self._for_owners(found, owners)}
 
     @torch.no_grad()
+    def read_many(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+        """Float32 masters, and with a key of :meth:`moment_keys` moments, whole, on every rank's device, all at once."""
+        with self.float32_moments() if any(key for _, key in wanted) else contextlib.nullcontext():
+            result = []
+            for (name, key), found in zip(wanted, self.masters.read(wanted), strict=True):
+                assert found is not None, f"{name} has no {key or 'master'}"
+                result.append(found.detach().to(distributed.device()))
+            return result
+
     def read_one(self, name: str, key: str | None = None) -> Tensor:
-        """A float32 master, or with ``key`` one of :meth:`moment_keys`, whole, on every rank's device."""
-        with self.float32_moments() if key else contextlib.nullcontext():
-            found = self.masters.read(name, key)
-            assert found is not None, f"{name} has no {key or 'master'}"
-            return found.detach().to(distributed.device())
+        """:meth:`read_many` of one."""
+        return self.read_many([(name, key)])[0]
+
+    def _read_in_batches(self, wanted: Sequence[Wanted]) -> Iterator[tuple[Wanted, Tensor]]:
+        """What there is of what is wanted, in this order, not much more than ``BATCH_BYTES`` at once."""
+        batch: list[Wanted] = []
+        room = BATCH_BYTES
+        for index, (name, key) in enumerate(wanted):
+            batch.append((name, key))
+            room -= 4 * distributed.full_numel(self.parameters[name])
+            if room <= 0 or index == len(wanted) - 1:
+                found = zip(batch, self.masters.read(batch), strict=True)
+                yield from ((entry, tensor) for entry, tensor in found if tensor is not None)
+                batch, room = [], BATCH_BYTES
+
+    @staticmethod
+    def _for_owners(
+        found: Iterable[tuple[Wanted, Tensor]], owners: Mapping[str, int] | None
+    ) -> Iterator[tuple[Wanted, Tensor]]:
+        """Copies on the CPU of what this rank owns; all of it is read."""
+        for (name, key), tensor in found:
+            if distributed.rank() == (owners[name] if owners else 0):
+                yield (name, key), tensor.detach().float().to("cpu", copy=True)
 
     def moment_keys(self, group: str) -> list[str]:
         """The moments that the optimizer keeps of a parameter group; none before it has stepped."""
@@ -139,11 +163,9 @@ class TrainedState:
         for index, (group, members) in enumerate(self.groups.items()):
             state = next(iter(self._states(index)), {})
             scalars[group] = {key: float(value) for key, value in state.items() if _is_scalar(value)}
-            for name in members:
-                for key in sorted(key for key, value in state.items() if not _is_scalar(value)):
-                    moment = self.masters.read(name, key)
-                    if moment is not None and distributed.rank() == (owners[name] if owners else 0):
-                        tensors[f"{name}/{key}"] = moment.detach().to("cpu", copy=True)
+            keys = sorted(key for key, value in state.items() if not _is_scalar(value))
+            found = self._read_in_batches([(name, key) for name in members for key in keys])
+            tensors |= {f"{name}/{key}": moment for (name, key), moment in self._for_owners(found, owners)}
         return tensors, scalars
 
     @torch.no_grad()
@@ -163,6 +185,20 @@ class TrainedState:
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition("/")
             self.masters.write(name, key, tensor)
+
+    @torch.no_grad()
+    def zeros(self, group: str) -> tuple[int, int]:
+        """How many of a group's moments are 0, and how many there are. Collective.
+
+        Read where DeepSpeed's optimizer will use them, not where :meth:`reset_optimizer` writes.
+        """
+        with self.float32_moments():
+            keys = self.moment_keys(group)
+            found = [self.masters.own(name, key) for name in self.groups[group] for key in keys]
+        moments = [moment for moment in found if moment is not None]
+        mine = sum(int((moment == 0).sum()) for moment in moments), sum(moment.numel() for moment in moments)
+        zeros, total = zip(*distributed.gather_objects(mine), strict=True)
+        return sum(zeros), sum(total)
 
     @torch.no_grad()
     def reset_optimizer(self, groups: Iterable[str]) -> int:
