@@ -16,7 +16,7 @@ from rosa_ds.adapters.mask import load_mask
 from rosa_ds.cli import parse_command_line
 from rosa_ds.config import ModelSettings, RunConfig
 from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.evaluation.step_time import OURS, PEERS, QUANTIZED, OperatorTime, StepCase, measure_steps, profile_steps
+from rosa_ds.evaluation.step_time import OURS, PEERS, QUANTIZED, OperatorTime, StepBench, StepCase
 from rosa_ds.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.step_time")
@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> None:
     if options.profile and len(set(names)) < 2:
         raise ValueError("--profile compares: give --candidate twice, or not at all for all of them")
     mask = load_mask(options.mask) if options.mask else None
-    rows = measure_steps(case, names, mask)
+    bench = StepBench(case, names, mask)
+    rows = bench.measure()
     logger.info(
         "%s, %s, %d ranks of %d × %d tokens, %d threads each, medians of %d steps in turns, torch %s",
         *(options.model, options.dtype, distributed.world_size(), case.batch, case.length),
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
             *(row.name, f"{row.trained:,}", row.forward, row.backward, row.update, row.step, row.ratio),
         )
     if options.profile:
-        for name, found in profile_steps(case, names, mask).items():
+        for name, found in bench.profile().items():
             _show(names[0], name, found)
 
 

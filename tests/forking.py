@@ -21,14 +21,19 @@ from typing import Any, NoReturn
 SECONDS_TO_END = 60.0  # for the other ranks, when one has ended with an error
 
 
+def exit_status(ended: SystemExit) -> int:
+    """What Python ends with; it prints a message first, as here."""
+    if isinstance(ended.code, str):
+        sys.stderr.write(f"{ended.code}\n")
+        return 1
+    return int(ended.code or 0)
+
+
 def _call(script: str) -> int:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as ended:
-        if isinstance(ended.code, str):  # as Python does at its end
-            sys.stderr.write(f"{ended.code}\n")
-            return 1
-        return int(ended.code or 0)
+        return exit_status(ended)
     except BaseException:
         traceback.print_exc()
         return 1

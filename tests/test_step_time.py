@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rosa_ds.config import ModelSettings
-from rosa_ds.evaluation.step_time import OURS, PEERS, StepCase, measure_steps, profile_steps
+from rosa_ds.evaluation.step_time import OURS, PEERS, StepBench, StepCase
 
 CASE = StepCase(ModelSettings(), torch.float32, rank=2, density=0.01, batch=1, length=8, repeats=2)
 
@@ -14,7 +14,7 @@ CASE = StepCase(ModelSettings(), torch.float32, rank=2, density=0.01, batch=1, l
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 def test_all_candidates_train_and_are_compared() -> None:
     names = [*PEERS, *OURS, "robust-nf4"]
-    rows = {row.name: row for row in measure_steps(CASE, names)}
+    rows = {row.name: row for row in StepBench(CASE, names).measure()}
     assert list(rows) == names
     assert rows["robust-nf4"].trained == rows["robust"].trained
     assert rows["peft-lora"].ratio == 1.0
@@ -30,7 +30,7 @@ def test_all_candidates_train_and_are_compared() -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 def test_operators_are_those_of_each_candidate() -> None:
-    (found,) = profile_steps(CASE, ["peft-lora", "lora"]).values()
+    (found,) = StepBench(CASE, ["peft-lora", "lora"]).profile().values()
     rows = {row.operator: row for row in found}
     assert len(rows) == len(found)
     ours = [row for name, row in rows.items() if "AdapterLinear" in name]
@@ -44,4 +44,4 @@ def test_operators_are_those_of_each_candidate() -> None:
 
 def test_unknown_candidates_are_named() -> None:
     with pytest.raises(ValueError, match="no candidate 'dora': choose from robust"):
-        measure_steps(CASE, ["dora"])
+        StepBench(CASE, ["dora"])

@@ -72,17 +72,16 @@ class _Candidate:
     backward: Callable[[Tensor], object]
     update: Callable[[], object]
     trained: int
-    times: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
 
-    def step(self, ids: Tensor) -> None:
-        """One optimizer step; its times are kept."""
+    def step(self, ids: Tensor) -> tuple[float, float, float]:
+        """One optimizer step. Returns: seconds of forward, backward and update."""
         begin = _now()
         loss = self.forward(input_ids=ids, labels=ids, use_cache=False).loss
         forward = _now()
         self.backward(loss)
         backward = _now()
         self.update()
-        self.times.append((forward - begin, backward - forward, _now() - backward))
+        return forward - begin, backward - forward, _now() - backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,78 +162,72 @@ def _on_deepspeed(case: StepCase, model: nn.Module) -> _Candidate:
     return _Candidate(engine, engine.backward, engine.step, count)
 
 
-def measure_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None) -> list[StepTime]:
-    """Steps of every candidate in turns (A, B, A, B, ...), after one of each that is not counted.
+class StepBench:
+    """Candidates that are stepped in turns (A, B, A, B, ...) on one batch.
 
     Args:
         case: model, shapes, repeats.
-        names: of :data:`OURS` and :data:`PEERS`; ratios are to the first.
+        names: of :data:`OURS`, :data:`PEERS` and :data:`QUANTIZED`; ratios and differences are to the first.
         mask: of the sparse parts; where not given, one from a gradient of the same batch.
 
     Raises: ValueError for an unknown name, or a peer that is not installed.
     """
-    candidates, ids = _candidates(case, names, mask)
-    for _ in range(case.repeats + 1):
-        for candidate in candidates.values():
-            candidate.step(ids)
-    return _table(candidates)
 
+    def __init__(self, case: StepCase, names: Sequence[str], mask: Mask | None = None) -> None:
+        if unknown := [name for name in names if name not in (*OURS, *PEERS, *QUANTIZED)]:
+            raise ValueError(f"no candidate {unknown[0]!r}: choose from {', '.join((*OURS, *PEERS, *QUANTIZED))}")
+        self.repeats = case.repeats
+        ids = torch.randint(0, 256, (case.batch, case.length), generator=torch.Generator().manual_seed(case.seed))
+        self.ids = ids.to(distributed.device())
+        kept: list[Mask] = [mask] if mask is not None else []
 
-def profile_steps(case: StepCase, names: Sequence[str], mask: Mask | None = None) -> dict[str, list[OperatorTime]]:
-    """What each operator takes of a step, with torch's profiler, which slows the step down itself.
+        def one_mask() -> Mask:
+            if not kept:
+                kept.append(gradient_mask(case, self.ids))
+            return kept[0]
 
-    Args and errors: those of :func:`measure_steps`.
+        try:
+            self.candidates = {name: _build(case, name, one_mask) for name in dict.fromkeys(names)}
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"a peer cannot be built ({error}): pip install 'peft>=0.21', or leave it out") from error
+        for candidate in self.candidates.values():
+            candidate.step(self.ids)  # the first allocates what later ones use again
 
-    Returns: for each candidate but the first all operators that one of the two calls, the largest difference first; means over
-    the repeats, which are taken in turns. Times are the device's where it is a GPU, else the CPU's.
-    """
-    candidates, ids = _candidates(case, names, mask)
-    gpu = torch.cuda.is_available()
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
-    seconds: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in candidates}
-    for candidate in candidates.values():
-        candidate.step(ids)
-    for _ in range(case.repeats):
-        for name, candidate in candidates.items():
-            with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-                candidate.step(ids)
-            for event in profile.key_averages():
-                spent = event.self_device_time_total if gpu else event.self_cpu_time_total
-                seconds[name][event.key] += spent / 1e6 / case.repeats
-    (_, first), *others = seconds.items()
-    return {
-        name: sorted(
-            (OperatorTime(operator, first[operator], found[operator]) for operator in {**first, **found}),
-            key=lambda row: -abs(row.other - row.first),
-        )
-        for name, found in others
-    }
+    def measure(self) -> list[StepTime]:
+        """Medians of the repeats."""
+        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in self.candidates}
+        for _ in range(self.repeats):
+            for name, candidate in self.candidates.items():
+                times[name].append(candidate.step(self.ids))
+        rows: list[StepTime] = []
+        for name, candidate in self.candidates.items():
+            forward, backward, update = (statistics.median(part) for part in zip(*times[name], strict=True))
+            step = statistics.median(map(sum, times[name]))
+            ratio = step / rows[0].step if rows else 1.0
+            rows.append(StepTime(name, candidate.trained, forward, backward, update, step, ratio))
+        return rows
 
+    def profile(self) -> dict[str, list[OperatorTime]]:
+        """What each operator takes of a step, with torch's profiler, which slows the step down itself.
 
-def _candidates(case: StepCase, names: Sequence[str], mask: Mask | None) -> tuple[dict[str, _Candidate], Tensor]:
-    if unknown := [name for name in names if name not in (*OURS, *PEERS, *QUANTIZED)]:
-        raise ValueError(f"no candidate {unknown[0]!r}: choose from {', '.join((*OURS, *PEERS, *QUANTIZED))}")
-    ids = torch.randint(0, 256, (case.batch, case.length), generator=torch.Generator().manual_seed(case.seed))
-    ids = ids.to(distributed.device())
-    kept: list[Mask] = [mask] if mask is not None else []
-
-    def one_mask() -> Mask:
-        if not kept:
-            kept.append(gradient_mask(case, ids))
-        return kept[0]
-
-    try:
-        return {name: _build(case, name, one_mask) for name in dict.fromkeys(names)}, ids
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"a peer cannot be built ({error}): pip install 'peft>=0.21', or leave it out") from error
-
-
-def _table(candidates: dict[str, _Candidate]) -> list[StepTime]:
-    rows: list[StepTime] = []
-    for name, candidate in candidates.items():
-        forward, backward, update = (statistics.median(part) for part in zip(*candidate.times[1:], strict=True))
-        step = statistics.median(sum(times) for times in candidate.times[1:])
-        rows.append(
-            StepTime(name, candidate.trained, forward, backward, update, step, step / rows[0].step if rows else 1.0)
-        )
-    return rows
+        Returns: for each candidate but the first all operators that one of the two calls, the largest difference first; means
+        over the repeats. Times are the device's where it is a GPU, else the CPU's.
+        """
+        gpu = torch.cuda.is_available()
+        activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
+        seconds: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in self.candidates}
+        for _ in range(self.repeats):
+            for name, candidate in self.candidates.items():
+                with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+                    candidate.step(self.ids)
+                for event in profile.key_averages():
+                    spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+                    seconds[name][event.key] += spent / 1e6 / self.repeats
+        (_, first), *others = seconds.items()
+        return {
+            name: sorted(
+                (OperatorTime(operator, first[operator], found[operator]) for operator in {**first, **found}),
+                key=lambda row: -abs(row.other - row.first),
+            )
+            for name, found in others
+        }

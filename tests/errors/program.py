@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import transformers
+from forking import exit_status
 from launching import ROOT
 
 from rosa_ds import distributed
@@ -137,9 +138,6 @@ def call(
             try:
                 run_program(main)
             except SystemExit as ended:
-                code = ended.code
-                if isinstance(code, str):  # as Python does at its end
-                    sys.stderr.write(f"{code}\n")
-                    code = 1
+                status = exit_status(ended)
         sys.stderr.flush()
-        return Outcome(int(code or 0), output.read_text())
+        return Outcome(status, output.read_text())
