@@ -117,9 +117,8 @@ class Drawing:
         keys = self.state.moment_keys(GROUP) if self.settings.moments == "project" and number else []
         done: list[_Result] = []
         longest = max(self._places(name, keys)[1] for name in self.layers)
-        message = torch.empty(
-            longest, dtype=torch.uint8, device=distributed.device()
-        )  # one for all: each is touched once
+        # one for all layers, so that its pages are touched once
+        message = torch.empty(longest, dtype=torch.uint8, device=distributed.device())
         hidden = None if distributed.is_main() else True
         with tqdm(total=len(self.layers), desc=f"draw {number}", unit="layer", leave=False, disable=hidden) as bar:
             for turn in self.turns:
