@@ -205,6 +205,6 @@ def test_a_trial_without_a_loss_is_never_chosen() -> None:
 
 def test_cells_of_tables() -> None:
     assert table(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |"
-    assert [number(value) for value in (None, math.inf, 0.123456, 1234.5)] == ["–", "–", "0.1235", "1234"]
+    assert [number(value) for value in (None, math.inf, 0.123456, 1234.5, 1.8e-17)] == ["–", "–", "0.1235", "1234", "0"]
     assert spread(Summary(2, 0.5, 0.25)) == "0.5 ± 0.25"
     assert spread(Summary(1, 0.5, None)) == "0.5"

@@ -13,8 +13,8 @@ from rosa_ds.comparing.updates import Changes
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; a dash for what is not there."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+    """Four significant digits, 0 for what only rounding keeps from it; a dash for what is not there."""
+    return "–" if value is None or not math.isfinite(value) else f"{round(value, 14):.4g}"
 
 
 def spread(summary: Summary | None) -> str:
