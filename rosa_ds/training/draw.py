@@ -164,7 +164,12 @@ class Drawing:
     def _read(self, batch: list[str], keys: list[str]) -> list[_Layer]:
         """Those of the layers that are this rank's; collective."""
         wanted = [(f"{name}.{part}", key) for name in batch for part in "AB" for key in (None, *keys)]
-        found = dict(zip(wanted, self.state.read_many(wanted), strict=True))
+        own = {f"{name}.{part}" for name in batch for part in "AB" if self.owners[name] == distributed.rank()}
+        found = {  # copies: what is read is one tensor of all ranks' layers
+            (name, key): tensor.clone()
+            for (name, key), tensor in zip(wanted, self.state.read_many(wanted), strict=True)
+            if name in own
+        }
         mine = []
         for name in batch:
             base = self.base.read_weight(name, self.owners[name])

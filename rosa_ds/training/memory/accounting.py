@@ -213,19 +213,21 @@ def _draw_bytes(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, rank
     narrow = plan.dtype != "float32"
     copied = plan.stage == 3 or narrow
     dtype = getattr(torch, plan.dtype)
-    most = side = 0
+    moved = 3 if settings.draw.moments == "project" else 1  # a factor, and its moments
+    most = side = message = 0
     for mine in (names for turn in turns for names in turn):
         sizes = [layers[name].weight_shape for name in mine]
-        factors = [4 * layers[name].rank * sum(layers[name].weight_shape) for name in mine]
+        factors = [4 * moved * layers[name].rank * sum(layers[name].weight_shape) for name in mine]
         held = sum(4 * rows * columns * copied for rows, columns in sizes) + sum(factors)
         for name, (rows, columns), factor in zip(mine, sizes, factors, strict=True):
             stored = dtype.itemsize + 2 * keeps_residual(settings.draw, layers[name], dtype)
             matrix, side = 4 * rows * columns, max(side, min(rows, columns))
+            message = max(message, stored * rows * columns + factor)
             # the fold; then Gram matrix and its eigenvectors, or what is left and its error, of a 16-bit one twice
             found = 0 if settings.draw.directions == "projection" else 8 * min(rows, columns) ** 2
             most = max(most, held + factor + matrix + max(found, (3 if narrow else 2) * matrix))
             held += stored * rows * columns - matrix * copied
-    return most, 0 if settings.draw.directions == "projection" else 8 * side**2
+    return message + most, 0 if settings.draw.directions == "projection" else 8 * side**2
 
 
 @dataclasses.dataclass(frozen=True)
