@@ -113,7 +113,8 @@ class FlatMasters(DividedMasters):
     """Stages 1 and 2, and ``BF16_Optimizer``: flat partitions, which DeepSpeed maps to parameters."""
 
     def _own(self, name: str, key: str | None) -> tuple[int, Tensor]:
-        mapping = self.parameters[name]._hp_mapping  # type: ignore[attr-defined]
+        parameter: Any = self.parameters[name]  # what DeepSpeed hangs on it is no part of torch's type
+        mapping = parameter._hp_mapping
         if mapping is None:  # other ranks have all of it
             return 0, torch.empty(0)
         return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach().reshape(-1)
