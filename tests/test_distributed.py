@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from launching import environment, free_port
 
 from rosa_ds import distributed
@@ -186,25 +190,96 @@ def test_a_busy_thread_does_not_change_the_exit_status(tmp_path: Path, status: i
     assert "flushedhandlers ran\n" in done.stdout
 
 
-def test_all_ranks_at_one_point_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "world_size", lambda: 2)
+def say(store: dist.Store, rank: int, report: watch.Report) -> None:
+    store.set(f"rosa_ds/progress/{rank}", json.dumps(report))
+
+
+@contextlib.contextmanager
+def signs_of_life(store: dist.Store, rank: int, report: watch.Report) -> Iterator[None]:
+    """Another rank that stays where it is, but lives."""
+    done = threading.Event()
+
+    def speak() -> None:
+        for alive in itertools.count(1):
+            say(store, rank, report._replace(alive=alive))
+            if done.wait(0.02):
+                return
+
+    thread = threading.Thread(target=speak)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+def stalled(store: dist.Store, *places: str) -> str:
+    """What rank 0 says when it stands still at the last of these places."""
     messages: list[str] = []
-
-    class Store(dict[str, str]):
-        set = dict.__setitem__
-        get = dict.__getitem__
-
-        def check(self, keys: list[str]) -> bool:
-            return all(key in self for key in keys)
-
-    store = Store({"rosa_ds/progress/1": '[1, "step 1", 0.0, 0, "there"]'})
     watched = watch.Watch(store, 0.2, messages.append)
-    watched.progress("step 1")
+    for place in places:
+        watched.progress(place)
     watched._thread.join(timeout=20)
     assert len(messages) == 1
-    assert f"rank 0 on {socket.gethostname()} at 'step 1'" in messages[0]
-    assert "rank 1 on there at 'step 1'" in messages[0]
-    assert messages[0].endswith("(all ranks)")
+    return messages[0]
+
+
+def test_all_ranks_at_one_point_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "world_size", lambda: 2)
+    store = dist.HashStore()
+    with signs_of_life(store, 1, watch.Report(1, "step 1", 1.0, 0, "there")):
+        message = stalled(store, "step 1")
+    assert f"rank 0 on {socket.gethostname()} at 'step 1'" in message
+    assert "rank 1 on there at 'step 1'" in message
+    assert message.endswith("(all ranks)")
+
+
+def test_a_rank_without_a_sign_of_life_is_named_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host is cut off in the step that the others are in, or after it has got further than they."""
+    monkeypatch.setattr(watch, "world_size", lambda: 3)
+    for passed, where in ((1, "step 1"), (2, "step 2")):
+        store = dist.HashStore()
+        say(store, 2, watch.Report(passed, where, 1.0, 0, "there", 7))
+        with signs_of_life(store, 1, watch.Report(1, "step 1", 1.0, 0, "here")):
+            message = stalled(store, "step 1")
+        assert message.startswith(f"no progress for 0 s: rank 2 on there (no sign of life) at {where!r} for ")
+        assert message.endswith("s; the others wait at 'step 1'")
+        assert "rank 1" not in message
+        assert "rank 0" not in message
+
+
+def test_a_rank_that_ended_the_wait_by_itself_is_not_the_one_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "world_size", lambda: 2)
+    store = dist.HashStore()
+    say(store, 1, watch.Report(1, "step 1", 1.0, 0, "there", watch.LEFT))
+    assert "no sign of life" not in stalled(store, "step 1")
+    assert watch.read_report(store, 0).alive == watch.LEFT
+
+
+def test_a_rank_that_never_said_a_word_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "world_size", lambda: 2)
+    message = stalled(dist.HashStore(), "step 1")
+    assert message == "no progress for 0 s: rank 1 at 'nowhere yet'; the others wait at 'step 1'"
+
+
+def test_a_rank_that_gets_further_while_it_asks_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "world_size", lambda: 1)
+    looks = []
+
+    class Store(dist.HashStore):
+        def clone(self) -> Store:
+            return self
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            looks.append(keys)
+            if len(looks) == 1:
+                watched.progress("step 1")
+            return super().multi_get(keys)
+
+    messages: list[str] = []
+    watched = watch.Watch(Store(), 0.2, messages.append)
+    watched._thread.join(timeout=20)
+    assert len(looks) == 3  # the first, and two where it stood still for good
+    assert len(messages) == 1
 
 
 def test_a_store_that_does_not_answer_holds_no_rank_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +291,9 @@ def test_a_store_that_does_not_answer_holds_no_rank_up(monkeypatch: pytest.Monke
 
     class Store:
         asked = 0
+
+        def clone(self) -> Store:
+            return self
 
         def set(self, key: str, value: str) -> None:
             self.asked += 1

@@ -126,7 +126,7 @@ def scenario(folder: Path, steps: int, log: Callable[[str], None]) -> None:
         assert reasons, output[-6000:]
         for line in reasons:
             log(f"alpha said: {line}")
-        assert "no progress for 10 s: rank 1 on beta at '" in reasons[0], reasons[0]
+        assert "no progress for 10 s: rank 1 on beta (no sign of life) at '" in reasons[0], reasons[0]
         while left := ranks_on(beta):
             assert time.monotonic() - pulled < TIMEOUT, f"still on beta, which nobody reaches: {left}"
             time.sleep(0.2)

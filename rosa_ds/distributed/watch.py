@@ -1,12 +1,14 @@
 """Finding out which rank the others wait for.
 
 Every rank says where it is with :func:`progress`, in the same order as the others. A thread of each rank writes that
-to the group's store. A rank that has not got further for a while reads what all have said: those that are furthest
-behind are the ones waited for. It names them and ends, instead of waiting for ever.
+to the group's store again and again, with a count of the times: its sign of life. A rank that has not got further for
+a while reads twice what all have said. Those that gave no sign of life in between are the ones waited for, and if all did,
+those that are furthest behind. It names them and ends, instead of waiting for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import json
@@ -16,8 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -26,25 +28,42 @@ from rosa_ds.distributed.group import peak_memory_bytes, rank, world_size
 logger = logging.getLogger(__name__)
 STALLED_STATUS = 74  # of a process that ended because a rank stalled (EX_IOERR)
 ANSWER_SECONDS = 10.0  # that the store may take
+LEFT = -1
 Answer = TypeVar("Answer")
 _active: Watch | None = None
+
+
+class Report(NamedTuple):
+    """What a rank said last."""
+
+    passed: int = -1  # how often it got further
+    where: str = "nowhere yet"
+    since: float = 0.0  # seconds since the epoch, by its own clock
+    peak_memory_bytes: int = 0
+    host: str = ""
+    alive: int = 0  # how often it has said something; LEFT: it has ended by itself
+
+    def placed(self, ago: str, mark: str = "") -> str:
+        """`` on node3 at 'step 9 train' for 12 s``; ``ago``: what is said of the seconds, ``mark``: of the rank."""
+        host = f" on {self.host}" if self.host else ""
+        return f"{host}{mark} at {self.where!r}" + (ago.format(time.time() - self.since) if self.since else "")
 
 
 class Watch:
     """Watches this rank's progress and tells the others.
 
     Args:
-        store: shared by the ranks; ``set`` and ``get`` of bytes by name.
-        seconds: without progress, after which the run ends.
+        store: shared by the ranks, a :class:`torch.distributed.Store` (whose type does not declare ``clone``).
+        seconds: without progress, after which the run ends, as soon as it is known who gives no sign of life.
         end: called then with the message; by default the process is ended with a dump of its stacks.
     """
 
     def __init__(self, store: Any, seconds: float, end: Callable[[str], None] | None = None) -> None:
         # a client of its own: another's blocking call would hold this thread up
-        self.store, self.seconds = store.clone() if hasattr(store, "clone") else store, seconds
+        self.store, self.seconds = store.clone(), seconds
         self.end = end or _end_process
-        self._host = socket.gethostname()
-        self._at = (0, "start", time.time(), 0)
+        self.pause = min(5.0, seconds / 4)
+        self._report = Report(0, "start", time.time(), 0, socket.gethostname())
         self._asking: threading.Thread | None = None
         self._since = time.monotonic()
         self._closed = threading.Event()
@@ -52,7 +71,10 @@ class Watch:
         self._thread.start()
 
     def progress(self, where: str) -> None:
-        self._at = (self._at[0] + 1, where, time.time(), peak_memory_bytes())
+        last = self._report
+        self._report = last._replace(
+            passed=last.passed + 1, where=where, since=time.time(), peak_memory_bytes=peak_memory_bytes()
+        )
         self._since = time.monotonic()
 
     def close(self) -> None:
@@ -60,20 +82,38 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        told = None
-        while not self._closed.wait(min(5.0, self.seconds / 4)):
-            stalled = time.monotonic() - self._since > self.seconds
+        alive = 0
+        before: list[Report] = []
+        while True:
+            alive += 1
+            stalled = time.monotonic() - self._since - self.seconds
             try:
-                if (at := self._at) != told:
-                    said = json.dumps([*at, self._host])
-                    self.ask(functools.partial(self.store.set, f"rosa_ds/progress/{rank()}", said))
-                    told = at
-                message = self.ask(self._message) if stalled else ""
+                self._tell(alive)
+                if stalled <= 0:
+                    before = []
+                elif not before:
+                    before = self._ask_all()
+                elif stalled > 3 * self.pause:  # two signs of life of every rank that gives any
+                    return self._leave(describe_stall(before, self._ask_all(), self.seconds))
             except (dist.DistError, RuntimeError, TimeoutError) as error:
-                message = f"no progress for {self.seconds:.0f} s at {self._at[1]!r} on {self._host}, and no word of the other ranks: {error}"
-            if stalled:
-                self.end(message)
+                if stalled > 0:
+                    last = self._report
+                    said = f"no progress for {self.seconds:.0f} s at {last.where!r} on {last.host}"
+                    return self._leave(f"{said}, and no word of the other ranks: {error}")
+            if self._closed.wait(self.pause):
                 return
+
+    def _leave(self, message: str) -> None:
+        with contextlib.suppress(dist.DistError, RuntimeError, TimeoutError):
+            self._tell(LEFT)  # it is not this rank's silence that the others' run ends for
+        self.end(message)
+
+    def _tell(self, alive: int) -> None:
+        said = json.dumps(self._report._replace(alive=alive))
+        self.ask(functools.partial(self.store.set, _key(rank()), said))
+
+    def _ask_all(self) -> list[Report]:
+        return self.ask(functools.partial(read_reports, self.store, world_size()))
 
     def ask(self, question: Callable[[], Answer]) -> Answer:
         """The store's answer. Raises: TimeoutError if it does not come: a host that is cut off leaves its connections open."""
@@ -96,31 +136,44 @@ class Watch:
             raise results[0]
         return results[0]
 
-    def _message(self) -> str:
-        reports = [read_progress(self.store, other) for other in range(world_size())]
-        last = min(count for count, *_ in reports)
-        now = time.time()
-        behind = [
-            f"rank {other}{_on(host)} at {where!r} for {now - since:.0f} s"
-            for other, (count, where, since, _, host) in enumerate(reports)
-            if count == last
-        ]
-        ahead = sorted({where for count, where, *_ in reports if count > last})
-        waiting = f"; the others wait at {', '.join(map(repr, ahead))}" if ahead else " (all ranks)"
-        return f"no progress for {self.seconds:.0f} s: {', '.join(behind)}{waiting}"
+
+def describe_stall(before: Sequence[Report], after: Sequence[Report], seconds: float) -> str:
+    """Which ranks the others wait for.
+
+    Args:
+        before: of every rank, what it had said when this one was found to stand still.
+        after: what it has said since, long enough for a sign of life.
+        seconds: without progress.
+    """
+    silent = [
+        other
+        for other, (then, now) in enumerate(zip(before, after, strict=True))
+        if now.passed >= 0 and now.alive == then.alive != LEFT
+    ]
+    last = min(report.passed for report in after)
+    missing = silent or [other for other, report in enumerate(after) if report.passed == last]
+    mark = " (no sign of life)" if silent else ""
+    named = ", ".join(f"rank {other}{after[other].placed(' for {:.0f} s', mark)}" for other in missing)
+    places = sorted({report.where for other, report in enumerate(after) if other not in missing})
+    waiting = f"; the others wait at {', '.join(map(repr, places))}" if places else " (all ranks)"
+    return f"no progress for {seconds:.0f} s: {named}{waiting}"
 
 
-def read_progress(store: Any, other: int) -> list[Any]:
-    """What a rank said last: how often it got further, where, when, its largest memory, its host."""
-    key = f"rosa_ds/progress/{other}"
-    if not store.check([key]):
-        return [-1, "nowhere yet", time.time(), 0, ""]
-    said: list[Any] = json.loads(store.get(key))
-    return said
+def _key(other: int) -> str:
+    return f"rosa_ds/progress/{other}"
 
 
-def _on(host: str) -> str:
-    return f" on {host}" if host else ""
+def read_reports(store: dist.Store, ranks: int) -> list[Report]:
+    """Of every rank, in two questions: one for each of hundreds of ranks would take a store longer than it is given."""
+    keys = [_key(other) for other in range(ranks)]
+    if store.check(keys):
+        return [Report(*json.loads(said)) for said in store.multi_get(keys)]
+    return [read_report(store, other) for other in range(ranks)]
+
+
+def read_report(store: dist.Store, other: int) -> Report:
+    """Of one rank; ``Report()`` if it has said nothing yet."""
+    return Report(*json.loads(store.get(_key(other)))) if store.check([_key(other)]) else Report()
 
 
 def _end_process(message: str) -> None:
@@ -150,13 +203,12 @@ def describe_ranks() -> str:
     for other in range(world_size()):
         try:
             assert _active is not None
-            report = _active.ask(functools.partial(read_progress, _active.store, other))
-            _, where, since, memory, host = report
+            report = _active.ask(functools.partial(read_report, _active.store, other))
         except (RuntimeError, AssertionError, ValueError, TimeoutError):
             reports.append(f"rank {other} unknown")
             continue
-        ago = time.time() - since
-        reports.append(f"rank {other}{_on(host)} at {where!r} {ago:.0f} s ago, peak memory {memory / 2**30:.2f} GiB")
+        peak = f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB"
+        reports.append(f"rank {other}{report.placed(' {:.0f} s ago')}, {peak}")
     return "; ".join(reports)
 
 
