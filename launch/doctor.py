@@ -33,18 +33,16 @@ def main(arguments: list[str]) -> None:
         return
     if options.megabytes < 1 or options.timeout_minutes <= 0:
         raise ValueError("--megabytes is 1 or more, --timeout-minutes above 0")
-    try:
-        distributed.initialize(options.timeout_minutes)
-        with distributed.together():
-            mine = (socket.gethostname(), examine(options.output))
-        by_host = dict(reversed(distributed.gather_objects(mine)))  # of each host its first rank's
-        by_host["all ranks"] = examine_ranks(options.megabytes * 10**6)
-        for host, found in by_host.items():
-            logger.info("%s\n%s", host, "\n".join(map(str, found)))
-        todo = sum(bool(finding.advice) for found in by_host.values() for finding in found)
-        logger.info("%d findings with something to do (→)", todo)
-    finally:
-        distributed.shutdown()
+    distributed.initialize(options.timeout_minutes)
+    with distributed.together():
+        mine = (socket.gethostname(), examine(options.output))
+    by_host = dict(reversed(distributed.gather_objects(mine)))  # of each host its first rank's
+    by_host["all ranks"] = examine_ranks(options.megabytes * 10**6)
+    for host, found in by_host.items():
+        logger.info("%s\n%s", host, "\n".join(map(str, found)))
+    todo = sum(bool(finding.advice) for found in by_host.values() for finding in found)
+    logger.info("%d findings with something to do (→)", todo)
+    distributed.shutdown()  # after an error run_program does, once it is said
 
 
 if __name__ == "__main__":

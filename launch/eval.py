@@ -157,21 +157,19 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if distributed.planned_world_size() > 1:
-            distributed.initialize()
-            distributed.use_threads()
-        with distributed.together():
-            model, tokenizer = _load(options)
-        model.to(distributed.device()).eval()
-        start = time.monotonic()
-        figures = _evaluate(model, tokenizer, options)
-        shown = {name: value for name, value in figures.items() if name != "samples"}
-        logger.info("%s (%.1f s)", json.dumps(shown, indent=1), time.monotonic() - start)
-        if options.output and distributed.is_main():
-            write_json(options.output, figures)
-    finally:
-        distributed.shutdown()
+    if distributed.planned_world_size() > 1:
+        distributed.initialize()
+        distributed.use_threads()
+    with distributed.together():
+        model, tokenizer = _load(options)
+    model.to(distributed.device()).eval()
+    start = time.monotonic()
+    figures = _evaluate(model, tokenizer, options)
+    shown = {name: value for name, value in figures.items() if name != "samples"}
+    logger.info("%s (%.1f s)", json.dumps(shown, indent=1), time.monotonic() - start)
+    if options.output and distributed.is_main():
+        write_json(options.output, figures)
+    distributed.shutdown()  # after an error run_program does, once it is said
 
 
 if __name__ == "__main__":

@@ -21,10 +21,8 @@ def main(arguments: list[str]) -> None:
         return
     from rosa_ds.training.run import train
 
-    try:
-        train(command)
-    finally:
-        distributed.shutdown()
+    train(command)
+    distributed.shutdown()  # after an error run_program does, once it is said
 
 
 if __name__ == "__main__":

@@ -161,6 +161,15 @@ def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) 
     return wanted
 
 
+def _check_float16(dtype: str, stage: int) -> None:
+    """Stage 0 of DeepSpeed 0.19.8 trains with gradients 65,536 times too small (its pull request 8393)."""
+    if dtype == "float16" and stage == 0:
+        raise ValueError(
+            "float16 at stage 0: DeepSpeed divides its gradients by a loss scale that it has not multiplied the loss with; use "
+            "--ds.zero_optimization.stage 1, or --model.dtype bfloat16"
+        )
+
+
 def _merge_training(settings: RunConfig, given: dict[str, Any], source: str) -> RunConfig:
     """Settings with what the DeepSpeed file says of ``training``; a setting of ours that says otherwise is an error."""
     training = settings.training
@@ -311,6 +320,7 @@ def plan_deepspeed(
                 f"checkpoint.format deepspeed keeps the moments of {optimizer.name} in a form that nothing reads back: use rosa"
             )
     dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)
+    _check_float16(dtype, stage)
     total, micro, steps = resolve_batch(config, world_size)
     config.update(zip(_BATCH_KEYS, (total, micro, steps), strict=True))
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})

@@ -187,6 +187,7 @@ def test_batch_sizes(given: tuple[Any, ...], world: int, expected: tuple[int, in
             "offload_optimizer to 'cpu' at stage 2: only stage 3 offloads",
         ),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, 1, "choose one"),
+        ({"fp16": {"enabled": True}}, 1, "float16 at stage 0.*stage 1"),
         ({"bf16": True}, 1, "is a section such as"),
         ({"gradient_acumulation_steps": 2}, 1, "Did you mean gradient_accumulation_steps"),
         ({"scheduler": {"type": "OneCycle"}}, 1, "scheduler 'OneCycle' of the DeepSpeed file is not one of"),

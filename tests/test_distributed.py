@@ -21,7 +21,7 @@ from launching import environment, free_port
 
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.distributed import ahead, partitioned, watch
+from rosa_ds.distributed import ahead, group, partitioned, watch
 from rosa_ds.training.model import divide_positions
 
 TWO_RANKS = """
@@ -221,6 +221,30 @@ def stalled(store: dist.Store, *places: str) -> str:
     watched._thread.join(timeout=20)
     assert len(messages) == 1
     return messages[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "status", "left"), [("nccl", 0, True), ("nccl", 1, False), ("gloo", 1, True), ("gloo", 0, True)]
+)
+def test_a_failed_rank_does_not_wait_for_nccls_collectives(
+    backend: str, status: int, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ProcessGroupNCCL's shutdown waits for its kernels, and these for the ranks that wait for this one."""
+    calls: list[str] = []
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(group, "_joined", True)
+    monkeypatch.setattr(group.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(group.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(group.dist, "destroy_process_group", lambda: calls.append("left"))
+    monkeypatch.setattr(group.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(group.os, "_exit", end)
+    with pytest.raises(SystemExit) as ended:
+        distributed.leave(status)
+    assert ended.value.code == status
+    assert calls == ["left"] * left
 
 
 def test_all_ranks_at_one_point_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:

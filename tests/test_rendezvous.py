@@ -99,14 +99,21 @@ def test_interface() -> None:
     assert environ["GLOO_SOCKET_IFNAME"] == "ib7"
 
 
-def test_a_rank_without_a_gpu_of_its_own_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """srun --gpus-per-task shows each task a single GPU."""
+@pytest.mark.parametrize(("rank", "said"), [("3", {}), ("0", {"LOCAL_WORLD_SIZE": "4"}), ("0", {"LOCAL_SIZE": "4"})])
+def test_a_rank_without_a_gpu_of_its_own_is_told_why(
+    rank: str, said: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun --gpus-per-task shows each task a single GPU; rank 0 has one, and would wait for the others."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    environ = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in environ.items():
+    environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (environ | said).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"rank 3 of this host sees 1 GPU\(s\).*--gpu-bind=none"):
+    with pytest.raises(
+        ValueError, match=rf"rank {rank} of this host sees 1 GPU\(s\), and the host has 4 ranks.*--gpu-bind=none"
+    ):
         distributed.initialize()
 
 

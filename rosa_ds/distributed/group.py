@@ -60,9 +60,11 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
+        # all ranks of a host end, not only those without a GPU
+        here = max(local + 1, number_in("LOCAL_WORLD_SIZE", number_in("LOCAL_SIZE", 1)))
+        if here > gpus:
             raise ValueError(
-                f"rank {local} of this host sees {gpus} GPU(s): start as many ranks a host as it has GPUs, and let each see all "
+                f"rank {local} of this host sees {gpus} GPU(s), and the host has {here} ranks: start as many ranks a host as it has GPUs, and let each see all "
                 "of them (with srun: --gpus-per-node and not --gpus-per-task, --gpu-bind=none)"
             )
         torch.cuda.set_device(local)
@@ -100,7 +102,10 @@ def _tell_of_compiling() -> None:
 def tell_of_locks() -> None:
     """Warn of what a process leaves that is killed while it compiles an op: every later one waits for it without a word."""
     for lock in _compiled_ops().glob("**/lock"):
-        minutes = (time.time() - lock.stat().st_mtime) / 60
+        try:
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+        except FileNotFoundError:  # its compiler is done
+            continue
         if minutes > LOCK_MINUTES:
             logger.warning(
                 "%s is %.0f minutes old: if no process compiles there now, one was killed that did, and this run will wait for ever: "
@@ -122,10 +127,15 @@ def leave(status: int = 0) -> NoReturn:
     A thread of gloo lets go of a collective's tensors some time after the collective, which takes Python's lock. If Python
     is being torn down by then, the process ends with SIGABRT instead of its status, and its launcher takes the run for
     failed (pytorch issue 190489). DeepSpeed keeps groups alive, so that leaving them does not end those threads.
+
+    With NCCL a rank that failed does not leave the group: that waits for the collectives in which the others wait for it.
     """
     if not _joined:
         sys.exit(status)
-    shutdown()
+    if status and dist.is_initialized() and dist.get_backend() == "nccl":
+        _remove_shared_buffer()
+    else:
+        shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads any more
@@ -190,8 +200,8 @@ def peak_memory_bytes() -> int:
 
 
 def gpu_has_bfloat16() -> bool:
-    """Whether this rank has a GPU that computes in bfloat16."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    """Whether this rank has a GPU that computes in bfloat16, and does not only imitate it (which Triton cannot)."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def has_float16() -> bool:

@@ -92,9 +92,9 @@ class Watch:
                 if stalled <= 0:
                     before = []
                 elif not before:
-                    before = self._ask_all()
+                    before = self.ask_all()
                 elif stalled > 3 * self.pause:  # two signs of life of every rank that gives any
-                    return self._leave(describe_stall(before, self._ask_all(), self.seconds))
+                    return self._leave(describe_stall(before, self.ask_all(), self.seconds))
             except (dist.DistError, RuntimeError, TimeoutError) as error:
                 if stalled > 0:
                     last = self._report
@@ -112,7 +112,7 @@ class Watch:
         said = json.dumps(self._report._replace(alive=alive))
         self.ask(functools.partial(self.store.set, _key(rank()), said))
 
-    def _ask_all(self) -> list[Report]:
+    def ask_all(self) -> list[Report]:
         return self.ask(functools.partial(read_reports, self.store, world_size()))
 
     def ask(self, question: Callable[[], Answer]) -> Answer:
@@ -199,17 +199,15 @@ def lost_contact(error: RuntimeError) -> bool:
 
 def describe_ranks() -> str:
     """Where each rank was last, and its largest memory: what is known when one of them is gone."""
-    reports = []
-    for other in range(world_size()):
-        try:
-            assert _active is not None
-            report = _active.ask(functools.partial(read_report, _active.store, other))
-        except (RuntimeError, AssertionError, ValueError, TimeoutError):
-            reports.append(f"rank {other} unknown")
-            continue
-        peak = f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB"
-        reports.append(f"rank {other}{report.placed(' {:.0f} s ago')}, {peak}")
-    return "; ".join(reports)
+    try:
+        assert _active is not None
+        reports = _active.ask_all()
+    except (RuntimeError, AssertionError, ValueError, TimeoutError):
+        return "nothing is known of the ranks"
+    return "; ".join(
+        f"rank {other}{report.placed(' {:.0f} s ago')}, peak memory {report.peak_memory_bytes / 2**30:.2f} GiB"
+        for other, report in enumerate(reports)
+    )
 
 
 def start_watch(seconds: float) -> None:

@@ -103,7 +103,7 @@ def generate(
         for row, index in enumerate(chosen):
             ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
-        with torch.random.fork_rng(), _plain(model):
+        with torch.random.fork_rng([model.device.index] if model.device.type == "cuda" else []), _plain(model):
             torch.manual_seed(how.seed * 1_000_003 + number)
             output = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config

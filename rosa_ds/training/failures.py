@@ -48,9 +48,10 @@ def all_statuses() -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of a CPU's allocator."""
-    said = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said
+    """Of a GPU, of a library on it (NCCL, cuBLAS), of pinned memory, or of a CPU's allocator."""
+    said = str(error).lower()
+    told = any(text in said for text in ("out of memory", "alloc_failed", "can't allocate memory"))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and told)
 
 
 def _first_line(error: BaseException) -> str:

@@ -136,7 +136,14 @@ ROWS = [
         ("draw.warmup_steps 5", "next draw"),
         rows,
     ),
-    Row("float16 on a CPU", "train", DATA + "--model.dtype float16", ("float16", "cpu", "bfloat16 or float32"), rows),
+    Row(
+        "float16 on a CPU",
+        "train",
+        DATA + "--model.dtype float16 --ds.zero_optimization.stage 1",
+        ("float16", "cpu", "bfloat16 or float32"),
+        rows,
+    ),
+    Row("float16 at stage 0", "train", DATA + "--model.dtype float16", ("float16", "stage 0", "stage 1"), rows),
     Row("gpus without dry run", "train", "--gpus 8", ("--gpus", "--dry-run")),
     Row("gpus 0", "train", "--dry-run --gpus 0", ("--gpus", "'0'", "1 or more")),
     Row(
