@@ -173,6 +173,18 @@ def test_points_of_the_metric_plot() -> None:
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("trained parameters", "exact_match")
 
 
+@pytest.mark.parametrize("count", [3, 16, 30])
+def test_each_of_many_variants_has_a_color_of_its_own(count: int) -> None:
+    names = [f"v{number}" for number in range(count)]
+    study = Study(name="s", variants={name: {} for name in names}, seeds=[1])
+    panel = plot_metric(Results(study, [], [_result(name, 1, 0.1, [1.0]) for name in names]), "exact_match").axes[0]
+    colors = {tuple(scatter.get_facecolor()[0][:3]) for scatter in panel.collections}
+    assert len(colors) == count
+    legend = panel.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == names
+
+
 def test_curves_are_means_at_common_steps() -> None:
     assert mean_and_range([[(1, 3.0), (2, 1.0)], [(1, 5.0), (2, 2.0), (3, 1.0)]]).tolist() == [
         [1, 4, 3, 5],

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
@@ -25,7 +27,13 @@ def _panels(rows: int, columns: int, width: float = 4.8, height: float = 3.8) ->
 
 
 def _colors(results: Results) -> dict[str, str]:
-    return {variant: f"C{number % 10}" for number, variant in enumerate(results.study.variants)}
+    """Of each variant, one of its own."""
+    count = len(results.study.variants)
+    chosen = [f"C{number}" for number in range(count)]
+    if count > 10:
+        named, anywhere = colormaps["tab20"], colormaps["turbo"]
+        chosen = [to_hex(named(number) if count <= 20 else anywhere(number / (count - 1))) for number in range(count)]
+    return dict(zip(results.study.variants, chosen, strict=True))
 
 
 def plot_metric(results: Results, metric: str) -> Figure:
@@ -79,8 +87,11 @@ def plot_losses(results: Results) -> Figure:
 
 
 def _legend(panel: Axes) -> None:
-    """Where there is something to name."""
-    if panel.get_legend_handles_labels()[0]:
+    """Where there is something to name; beside the panel if it would hide much of it."""
+    names = len(panel.get_legend_handles_labels()[0])
+    if names > 6:
+        panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+    elif names:
         panel.legend(fontsize="small")
 
 
@@ -122,7 +133,7 @@ def plot_masks(changes: Mapping[str, Changes], layers: Sequence[str], colors: Ma
             panel.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
             panel.set_title(f"share of entries in the busiest {kind}", fontsize="x-small")
             panel.set(xlabel=f"share of {kind}", xlim=(0, 1), ylim=(0, 1.02))
-            panel.legend(fontsize="small", loc="lower right")
+            panel.legend(fontsize="x-small", loc="lower right")
     return figure
 
 
