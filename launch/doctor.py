@@ -42,7 +42,6 @@ def main(arguments: list[str]) -> None:
         logger.info("%s\n%s", host, "\n".join(map(str, found)))
     todo = sum(bool(finding.advice) for found in by_host.values() for finding in found)
     logger.info("%d findings with something to do (→)", todo)
-    distributed.shutdown()  # after an error run_program does, once it is said
 
 
 if __name__ == "__main__":

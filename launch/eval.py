@@ -169,7 +169,6 @@ def main(arguments: list[str]) -> None:
     logger.info("%s (%.1f s)", json.dumps(shown, indent=1), time.monotonic() - start)
     if options.output and distributed.is_main():
         write_json(options.output, figures)
-    distributed.shutdown()  # after an error run_program does, once it is said
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ def main(arguments: list[str]) -> None:
     from rosa_ds.training.run import train
 
     train(command)
-    distributed.shutdown()  # after an error run_program does, once it is said
 
 
 if __name__ == "__main__":

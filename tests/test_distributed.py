@@ -212,12 +212,11 @@ def signs_of_life(store: dist.Store, rank: int, report: watch.Report) -> Iterato
     thread.join()
 
 
-def stalled(store: dist.Store, *places: str) -> str:
-    """What rank 0 says when it stands still at the last of these places."""
+def stalled(store: dist.Store, place: str) -> str:
+    """What rank 0 says when it stands still there."""
     messages: list[str] = []
     watched = watch.Watch(store, 0.2, messages.append)
-    for place in places:
-        watched.progress(place)
+    watched.progress(place)
     watched._thread.join(timeout=20)
     assert len(messages) == 1
     return messages[0]

@@ -29,11 +29,8 @@ def _panels(rows: int, columns: int, width: float = 4.8, height: float = 3.8) ->
 def _colors(results: Results) -> dict[str, str]:
     """Of each variant, one of its own."""
     count = len(results.study.variants)
-    chosen = [f"C{number}" for number in range(count)]
-    if count > 10:
-        named, anywhere = colormaps["tab20"], colormaps["turbo"]
-        chosen = [to_hex(named(number) if count <= 20 else anywhere(number / (count - 1))) for number in range(count)]
-    return dict(zip(results.study.variants, chosen, strict=True))
+    palette = colormaps["tab10" if count <= 10 else "tab20"] if count <= 20 else colormaps["turbo"].resampled(count)
+    return {variant: to_hex(palette(number)) for number, variant in enumerate(results.study.variants)}
 
 
 def plot_metric(results: Results, metric: str) -> Figure:

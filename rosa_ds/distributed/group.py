@@ -61,7 +61,7 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     if torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         # all ranks of a host end, not only those without a GPU
-        here = max(local + 1, number_in("LOCAL_WORLD_SIZE", number_in("LOCAL_SIZE", 1)))
+        here = max(local + 1, planned_local_size(1))
         if here > gpus:
             raise ValueError(
                 f"rank {local} of this host sees {gpus} GPU(s), and the host has {here} ranks: start as many ranks a host as it has GPUs, and let each see all "
@@ -172,6 +172,11 @@ def planned_local_rank() -> int:
     return number_in("LOCAL_RANK", 0)
 
 
+def planned_local_size(unsaid: int) -> int:
+    """Number of ranks on this node by the environment; ``unsaid`` where the launcher does not tell."""
+    return number_in("LOCAL_WORLD_SIZE", number_in("LOCAL_SIZE", unsaid))  # torchrun and srun; DeepSpeed's launcher
+
+
 def is_main() -> bool:
     """Whether this rank prints and writes what is written once."""
     return rank() == 0
@@ -214,8 +219,7 @@ def has_float16() -> bool:
 def use_threads() -> int:
     """Share this machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise; threads of this rank."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", planned_world_size())))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // planned_local_size(planned_world_size())))
     return torch.get_num_threads()
 
 

@@ -28,7 +28,7 @@ from rosa_ds.distributed.group import peak_memory_bytes, rank, world_size
 logger = logging.getLogger(__name__)
 STALLED_STATUS = 74  # of a process that ended because a rank stalled (EX_IOERR)
 ANSWER_SECONDS = 10.0  # that the store may take
-LEFT = -1
+LEFT = -1  # in place of a count of signs of life
 Answer = TypeVar("Answer")
 _active: Watch | None = None
 

@@ -170,7 +170,7 @@ def network() -> Iterator[Finding]:
 def memory_and_limits() -> Iterator[Finding]:
     """Shared memory and the limits that runs meet."""
     shared = shutil.disk_usage("/dev/shm")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = distributed.planned_local_size(1)
     left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"))
     short = shared.free < 2 * ranks * SHARED_BUFFER
     found = f"{shared.free / _GIB:.2f} of {shared.total / _GIB:.2f} GiB free; {len(left)} of DeepSpeed's buffers in it"
