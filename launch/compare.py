@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"--jobs is 1 or more, given {options.jobs}")
     from rosa_ds.comparing.compare import Options, compare
     from rosa_ds.comparing.running import Programs
-    from rosa_ds.training.interrupt import hold_folder
+    from rosa_ds.training.folder_lock import hold_folder
 
     if not options.report_only:
         hold_folder(options.output, "--output")

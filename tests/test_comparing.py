@@ -26,7 +26,7 @@ from rosa_ds.config import AdapterConfig, ModelSettings
 from rosa_ds.errors import InterruptedRunError, RunError
 from rosa_ds.files import write_manifest
 from rosa_ds.models.load import identify, load_model
-from rosa_ds.training import interrupt
+from rosa_ds.training import folder_lock
 
 FAKE = Path(__file__).with_name("fake_run.py")
 LR = "adapter.low_rank_lr"
@@ -216,22 +216,22 @@ def test_a_signal_ends_runs_and_the_next_start_goes_on(workshop: Workshop) -> No
 
 def test_a_run_that_a_killed_study_has_left_is_waited_for(workshop: Workshop) -> None:
     folder = workshop.output / "runs/plain/trial1-seed1/run"
-    held = len(interrupt._held)
-    interrupt.hold_folder(folder)
-    assert interrupt.holder(folder) == f"process {os.getpid()} on {socket.gethostname()}"
+    held = len(folder_lock._held)
+    folder_lock.hold_folder(folder)
+    assert folder_lock.holder(folder) == f"process {os.getpid()} on {socket.gethostname()}"
     ended: list[float] = []
 
     def end() -> None:
         time.sleep(0.7)
         ended.append(time.time())
-        interrupt._held.pop(held).close()
+        folder_lock._held.pop(held).close()
 
     ending = threading.Thread(target=end)
     ending.start()
     workshop.run(only="plain/trial1*")
     ending.join()
     assert (folder / "metrics.jsonl").stat().st_mtime > ended[0]
-    assert interrupt.holder(folder) is None
+    assert folder_lock.holder(folder) is None
 
 
 def test_a_run_without_a_whole_record_is_begun_again(workshop: Workshop) -> None:

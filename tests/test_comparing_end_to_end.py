@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from rosa_ds.training import interrupt
+from rosa_ds.training import folder_lock
 
 COMPARE = str(launching.ROOT / "launch" / "compare.py")
 LR = "adapter.low_rank_lr"
@@ -40,11 +40,11 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[
     """compare.py in this process, which saves its start; the programs that it starts are real ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    held = list(interrupt._held)
+    held = list(folder_lock._held)
     yield runpy.run_path(COMPARE)["main"]
-    for stream in interrupt._held[len(held) :]:
+    for stream in folder_lock._held[len(held) :]:
         stream.close()
-    interrupt._held[:] = held
+    folder_lock._held[:] = held
 
 
 def test_a_study_of_the_built_in_model(tmp_path: Path, main: Callable[[list[str]], None]) -> None:

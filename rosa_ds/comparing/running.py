@@ -22,7 +22,7 @@ from rosa_ds.comparing.study import Evaluation, digest_of
 from rosa_ds.errors import INTERRUPTED_STATUS
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.training import checkpoint
-from rosa_ds.training.interrupt import holder
+from rosa_ds.training.folder_lock import holder
 
 logger = logging.getLogger(__name__)
 RECORD_FILE, CONFIG_FILE, LOG_FILE = "result.json", "config.json", "log.txt"

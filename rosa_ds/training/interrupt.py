@@ -1,16 +1,14 @@
-"""Ending a run early with nothing lost: signals, files that a user touches in the run's folder, and one run a folder."""
+"""Ending a run early with nothing lost: signals, and files that a user touches in the run's folder."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 from rosa_ds.errors import InterruptedRunError
 from rosa_ds.files import write_json
@@ -18,7 +16,6 @@ from rosa_ds.files import write_json
 logger = logging.getLogger(__name__)
 SAVE_FILE = "save"
 MARK_FILE = "interrupted.json"
-_held: list[TextIO] = []
 
 
 class Interruption:
@@ -73,55 +70,6 @@ def take_save_request(folder: Path) -> bool:
         logger.warning("%s asks for no checkpoint: %s", folder / SAVE_FILE, error)
         return False
     return True
-
-
-def hold_folder(folder: Path, setting: str = "training.output_dir") -> None:
-    """Keep other runs out of a folder until this process ends, however it ends. A lock beside it, since runs are moved aside.
-
-    Args:
-        setting: that named the folder, for messages.
-
-    Raises: ValueError if another run holds it.
-    """
-    folder = folder.resolve()
-    path = folder.with_name(f".{folder.name}.lock")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a+")
-    except OSError as error:
-        raise ValueError(f"{setting} {folder}: its lock {path} cannot be made ({error}); give another folder") from None
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        holder = stream.read().strip() or "another process"
-        stream.close()
-        raise ValueError(
-            f"{setting} {folder}: a run is writing there ({holder}); wait for it, end it, or give another folder"
-        ) from None
-    except OSError as error:  # a file system without locks
-        logger.warning("%s cannot be locked (%s): make sure that no other run writes to %s", path, error, folder)
-        stream.close()
-        return
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    stream.flush()
-    _held.append(stream)  # closing the file would give the lock back
-
-
-def holder(folder: Path) -> str | None:
-    """Which process writes to a folder that :func:`hold_folder` keeps for it; ``None`` if there is none."""
-    path = folder.resolve().with_name(f".{folder.name}.lock")
-    if not path.exists():
-        return None
-    with path.open() as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return stream.read().strip() or "another process"
-        except OSError:  # a file system without locks
-            return None
-    return None
 
 
 def leave(folder: Path, received: str, step: int, main: bool) -> None:

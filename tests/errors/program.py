@@ -27,7 +27,7 @@ from launching import ROOT
 from rosa_ds import distributed
 from rosa_ds.distributed import group
 from rosa_ds.logs import run_program
-from rosa_ds.training import interrupt
+from rosa_ds.training import folder_lock
 from rosa_ds.training import run as training
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -91,7 +91,7 @@ def _own_process(program: str, arguments: tuple[str, ...], folder: Path, environ
         mock.patch.dict(os.environ, {**kept, **environ}, clear=True),
         mock.patch.object(sys, "argv", [f"launch/{program}.py", *arguments]),
         mock.patch.object(group, "_joined", False),
-        mock.patch.object(interrupt, "_held", []),
+        mock.patch.object(folder_lock, "_held", []),
         mock.patch.object(sys, "excepthook", sys.excepthook),  # joining a process group wraps it
         mock.patch.object(training, "build_engine", _not_refused),
         warnings.catch_warnings(),
@@ -103,7 +103,7 @@ def _own_process(program: str, arguments: tuple[str, ...], folder: Path, environ
             yield
         finally:
             os.chdir(before)
-            for stream in interrupt._held:  # the end of a process closes it
+            for stream in folder_lock._held:  # the end of a process closes it
                 stream.close()
             for handler in ours.handlers:
                 handler.close()
