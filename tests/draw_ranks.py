@@ -35,6 +35,11 @@ LR = 0.01
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
 
+def read_one(state: trained_state.TrainedState, name: str, key: str | None = None) -> Tensor:
+    """A master or a moment, whole, on every rank."""
+    return state.read_for({name}, [(name, key)])[name, key]
+
+
 class Trainee:
     """A small model on all ranks in an engine, with a sparse part and a module that is trained whole."""
 
@@ -82,13 +87,11 @@ class Trainee:
         return {name: both[0].clone() for name, both in found.items() if both is not None}
 
     def masters(self) -> dict[str, Tensor]:
-        return {name: self.state.read_one(name).clone() for name in self.state.parameters}
+        return {name: read_one(self.state, name) for name in self.state.parameters}
 
     def moments(self) -> dict[str, Tensor]:
         self.state.masters.link()
-        return {
-            f"{name}/{key}": self.state.read_one(name, key).clone() for name in self.state.parameters for key in MOMENTS
-        }
+        return {f"{name}/{key}": read_one(self.state, name, key) for name in self.state.parameters for key in MOMENTS}
 
 
 def is_factor(name: str) -> bool:
@@ -198,15 +201,15 @@ def check_what_is_read_is_what_deepspeed_reads(file: str) -> None:
     state = trainee.state
     state.masters.link()
     for name, parameter in state.parameters.items() if "zero0" not in file else ():  # where DeepSpeed reads nothing
-        assert torch.equal(state.read_one(name), safe_get_full_fp32_param(parameter)), name
+        assert torch.equal(read_one(state, name), safe_get_full_fp32_param(parameter)), name
         for key in MOMENTS:
             moment = safe_get_full_optimizer_state(parameter, key)
-            assert torch.equal(state.read_one(name, key), moment.to(distributed.device())), f"{name}/{key}"
+            assert torch.equal(read_one(state, name, key), moment.to(distributed.device())), f"{name}/{key}"
     name = next(name for name in state.parameters if is_factor(name))
-    value = state.read_one(name).clone()
+    value = read_one(state, name)
     value[0] = -0.0
     state.write({name: value})
-    assert torch.equal(state.read_one(name).view(torch.int32), value.view(torch.int32)), "the sign of 0 is lost"
+    assert torch.equal(read_one(state, name).view(torch.int32), value.view(torch.int32)), "the sign of 0 is lost"
     owners = {name: number % distributed.world_size() for number, name in enumerate(state.parameters)}
     at_once = state.read(owners), state.read_optimizer(owners)[0]
     with pytest.MonkeyPatch.context() as patch:

@@ -142,6 +142,29 @@ def test_a_failed_factorisation_is_done_again_in_float64(
     assert "factorisation gram in float32 on cpu" in caplog.text
 
 
+def test_products_are_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the process allows it, as in NVIDIA's containers; what it allows is so again afterwards."""
+    seen: list[str] = []
+    true = subspace._factorise
+
+    def factorise(*arguments: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return true(*arguments)
+
+    monkeypatch.setattr(subspace, "_factorise", factorise)
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        split_off(make(24, 60).float(), 4, DrawSettings(), generator(), torch.float32)
+        with pytest.raises(ValueError, match="cannot be factorised"):
+            split_off(torch.full((4, 4), float("nan")), 2, DrawSettings(), generator(), torch.float32)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+    assert len(seen) > 1
+    assert set(seen) == {"highest"}
+
+
 def test_the_last_resort_is_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(gram: Tensor) -> tuple[Tensor, Tensor]:
         raise torch.linalg.LinAlgError("failed")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,6 +27,20 @@ def initial_A(name: str, rank: int, features_in: int, seed: int) -> Tensor:
     return torch.empty(rank, features_in).uniform_(-bound, bound, generator=generator)
 
 
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """Float32 products are computed in float32, whatever the process allows: NVIDIA's containers allow TF32, whose ten bits
+    are too few for a factorisation or for what a base is changed by.
+    """
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+@float32_products()
 def low_rank_delta(A_RM: Tensor, B_NR: Tensor, scale: float) -> Tensor:
     """``scale · B A`` in float32 (float64 for float64 factors). Shapes: result (N, M)."""
     wide = torch.promote_types(torch.float32, torch.promote_types(A_RM.dtype, B_NR.dtype))

@@ -106,7 +106,8 @@ class QuantizedNumbers:
     def _make(self, first: int) -> None:
         """Each rank quantises one of the next layers, then all send theirs."""
         ranks = min(distributed.world_size(), AT_ONCE) if self.together else 1
-        owners = dict(zip(self._order[first : first + ranks], range(ranks), strict=False))
+        apart = distributed.world_size() // ranks  # so that many hosts read, not the first alone
+        owners = {name: apart * index for index, name in enumerate(self._order[first : first + ranks])}
         mine: dict[str, Tensor] = {}
         rank = distributed.rank() if self.together else 0
         with distributed.together() if self.together else contextlib.nullcontext():

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rosa_ds.adapters.low_rank import float32_products
 from rosa_ds.config import Directions, DrawSettings, Factorization
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Drawn:
     rest: Tensor
     fallbacks: int
 
+    @float32_products()
     def error(self, stored: Tensor, weight: Tensor) -> float:
         """What the function loses: ``stored + B A`` against the ``weight`` (N, M) that was drawn, relative."""
         difference = torch.addmm(stored.to(weight.dtype), self.B, self.A).sub_(weight)
@@ -120,6 +122,7 @@ def _balance(A: Tensor, B: Tensor, sigma: str) -> tuple[Tensor, Tensor]:
     return A * factor[:, None], B / factor
 
 
+@float32_products()
 def split_off(
     weight: Tensor, rank: int, settings: DrawSettings, generator: torch.Generator, dtype: torch.dtype
 ) -> Drawn:

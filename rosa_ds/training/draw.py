@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.low_rank import draw_generator
+from rosa_ds.adapters.low_rank import draw_generator, float32_products
 from rosa_ds.adapters.subspace import Drawn, project_moments, split_off
 from rosa_ds.config import DrawSettings
 from rosa_ds.training.changed_base import ChangedBase, Packed
@@ -165,11 +165,7 @@ class Drawing:
         """Those of the layers that are this rank's; collective."""
         wanted = [(f"{name}.{part}", key) for name in batch for part in "AB" for key in (None, *keys)]
         own = {f"{name}.{part}" for name in batch for part in "AB" if self.owners[name] == distributed.rank()}
-        found = {  # copies: what is read is one tensor of all ranks' layers
-            (name, key): tensor.clone()
-            for (name, key), tensor in zip(wanted, self.state.read_many(wanted), strict=True)
-            if name in own
-        }
+        found = self.state.read_for(own, wanted)
         mine = []
         for name in batch:
             base = self.base.read_weight(name, self.owners[name])
@@ -179,6 +175,7 @@ class Drawing:
                 mine.append(_Layer(name, *base, A, B, moments))
         return mine
 
+    @float32_products()
     def _split(self, mine: _Layer, number: int) -> _Result:
         name, layer = mine.name, self.layers[mine.name]
         folded = torch.addmm(mine.weight, mine.B, mine.A, alpha=layer.scale)

@@ -10,7 +10,7 @@ All methods are collective: every rank calls them in the same order. What they r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,18 +69,19 @@ class TrainedState:
         return {name: master for (name, _), master in self._for_owners(found, owners)}
 
     @torch.no_grad()
-    def read_many(self, wanted: Sequence[Wanted]) -> list[Tensor]:
-        """Float32 masters, and with a key of :meth:`moment_keys` moments, whole, on every rank's device, all at once."""
-        with self.float32_moments() if any(key for _, key in wanted) else contextlib.nullcontext():
-            result = []
-            for (name, key), found in zip(wanted, self.masters.read(wanted), strict=True):
-                assert found is not None, f"{name} has no {key or 'master'}"
-                result.append(found.detach().to(distributed.device()))
-            return result
+    def read_for(self, names: Collection[str], wanted: Sequence[Wanted]) -> dict[Wanted, Tensor]:
+        """Copies of what is wanted of the parameters ``names``, whole, on this rank's device; every rank wants the same.
 
-    def read_one(self, name: str, key: str | None = None) -> Tensor:
-        """:meth:`read_many` of one."""
-        return self.read_many([(name, key)])[0]
+        Args:
+            wanted: float32 masters, and with a key of :meth:`moment_keys` moments.
+        """
+        with self.float32_moments() if any(key for _, key in wanted) else contextlib.nullcontext():
+            found = self._read_in_batches(wanted)
+            return {
+                (name, key): tensor.detach().to(distributed.device(), copy=True)
+                for (name, key), tensor in found
+                if name in names
+            }
 
     def _read_in_batches(self, wanted: Sequence[Wanted]) -> Iterator[tuple[Wanted, Tensor]]:
         """What there is of what is wanted, in this order, not much more than ``BATCH_BYTES`` at once."""
