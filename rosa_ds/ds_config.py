@@ -77,14 +77,30 @@ class OptimizerChoice:
 
 @dataclasses.dataclass(frozen=True)
 class DeepSpeedPlan:
-    """``config`` goes to ``deepspeed.initialize``; the rest is what our own code needs of it."""
+    """``config`` goes to ``deepspeed.initialize``; the rest is what our own code needs of it.
+
+    ``batch_size`` examples a step fill ``micro_batch_size · accumulation_steps · ranks`` places, which is what DeepSpeed
+    calls ``train_batch_size``; places that are left over hold rows without trained tokens.
+    """
 
     config: dict[str, Any]
     optimizer: OptimizerChoice
+    batch_size: int
     micro_batch_size: int
     accumulation_steps: int
     dtype: str
     stage: int
+
+    @property
+    def ranks(self) -> int:
+        places: int = self.config["train_batch_size"]
+        return places // (self.micro_batch_size * self.accumulation_steps)
+
+    def step(self) -> str:
+        """In words: ``a step: 16 examples, 18 places (3 ranks × 1 micro-batches × 6)``."""
+        places = f"{self.ranks} ranks × {self.accumulation_steps} micro-batches × {self.micro_batch_size}"
+        shape = f"{self.config['train_batch_size']} places ({places})"
+        return f"a step: {self.batch_size} examples, {shape}"
 
     def record(self) -> dict[str, Any]:
         """What decides the numbers of a run beside our settings: compared when it is resumed."""
@@ -96,13 +112,14 @@ class DeepSpeedPlan:
 
 
 def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, int]:
-    """Global batch, micro-batch and accumulation steps, with ``global = micro · accumulation · world``.
+    """Examples of a step, micro-batch and accumulation steps, with ``examples <= micro · accumulation · world``.
 
-    Whatever is missing or ``"auto"`` follows from the rest; with nothing given the global batch is 16 examples
-    and the micro-batch the largest divisor of a rank's share that is at most 8.
+    Whatever is missing or ``"auto"`` follows from the rest; with nothing given a step has 16 examples, and a micro-batch
+    at most 8. A number of examples that micro-batches of the ranks cannot share equally leaves less than one micro-batch
+    of each rank empty, so that a run can go on with any number of ranks; what is given of the two is then the most.
 
     Raises:
-        ValueError: three numbers that do not agree, or a global batch that the ranks cannot share equally.
+        ValueError: three numbers that do not agree.
     """
     given = {key: config.get(key, "auto") for key in _BATCH_KEYS}
     for key, value in given.items():
@@ -114,23 +131,37 @@ def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, in
             total = (micro or 1) * (steps or 1) * world_size
         else:
             total = max(DEFAULT_TRAIN_BATCH_SIZE, world_size)
-    share, rest = divmod(total, world_size)
-    if rest:
-        raise ValueError(
-            f"train_batch_size {total} cannot be shared by {world_size} ranks: use a multiple of {world_size}"
-        )
-    if micro is None:
-        sizes = range(1, min(share, MAX_AUTO_MICRO_BATCH_SIZE) + 1)
-        micro = share // steps if steps is not None else max(size for size in sizes if share % size == 0)
-    if steps is None:
-        steps = share // micro
-    if micro * steps * world_size != total:
+    elif micro is not None and steps is not None and micro * steps * world_size != total:
         raise ValueError(
             f"train_batch_size {total} is not train_micro_batch_size_per_gpu × gradient_accumulation_steps × ranks "
-            f"({given['train_micro_batch_size_per_gpu']} × {given['gradient_accumulation_steps']} × {world_size}): "
-            'change one of them or set it to "auto"'
+            f'({micro} × {steps} × {world_size}): change one of them or set it to "auto"'
         )
-    return total, micro, steps
+    share = -(-total // world_size)
+    if steps is None:
+        steps = -(-share // (micro or MAX_AUTO_MICRO_BATCH_SIZE))
+    micro = -(-share // steps)
+    return total, micro, -(-share // micro)
+
+
+def keep_batch(plan: DeepSpeedPlan, given: dict[str, Any], batch_size: int) -> DeepSpeedPlan:
+    """The plan of a resumed run: where only the number of ranks decided how many examples a step has, as many as before.
+
+    Args:
+        given: the user's DeepSpeed JSON.
+        batch_size: examples of a step, of the checkpoint.
+    """
+    asked = any(given.get(key, "auto") != "auto" for key in ("train_batch_size", "gradient_accumulation_steps"))
+    if asked or batch_size == plan.batch_size:
+        return plan
+    total, micro, steps = resolve_batch({**given, "train_batch_size": batch_size}, plan.ranks)
+    config = {**plan.config, **_batch_section(micro, steps, plan.ranks)}
+    kept = dataclasses.replace(plan, config=config, batch_size=total, micro_batch_size=micro, accumulation_steps=steps)
+    logger.info("train_batch_size as in the checkpoint; %s", kept.step())
+    return kept
+
+
+def _batch_section(micro: int, steps: int, world_size: int) -> dict[str, int]:
+    return dict(zip(_BATCH_KEYS, (micro * steps * world_size, micro, steps), strict=True))
 
 
 def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) -> str:
@@ -322,14 +353,14 @@ def plan_deepspeed(
     dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)
     _check_float16(dtype, stage)
     total, micro, steps = resolve_batch(config, world_size)
-    config.update(zip(_BATCH_KEYS, (total, micro, steps), strict=True))
+    config |= _batch_section(micro, steps, world_size)
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
     number_of(config, "gradient_clipping", "")
     if config.get("gradient_clipping") == "auto":
         config["gradient_clipping"] = 1.0
     config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did
     _drop_auto(config, "")
-    return DeepSpeedPlan(config, optimizer, micro, steps, dtype, stage), settings
+    return DeepSpeedPlan(config, optimizer, total, micro, steps, dtype, stage), settings
 
 
 def check_packages(plan: DeepSpeedPlan, tensorboard: bool) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rosa_ds.cli import build_config, parse_command_line
 from rosa_ds.config import AdapterConfig, RunConfig, setting_names
-from rosa_ds.ds_config import plan_deepspeed, resolve_batch
+from rosa_ds.ds_config import keep_batch, plan_deepspeed, resolve_batch
 
 CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 
@@ -160,18 +160,49 @@ def test_override_of_something_that_is_no_section(tmp_path: Path) -> None:
         ((None, 4, 3), 2, (24, 4, 3)),
         ((24, None, 3), 2, (24, 4, 3)),
         ((24, 4, "auto"), 2, (24, 4, 3)),
+        ((15, None, None), 2, (15, 8, 1)),
+        ((26, None, None), 2, (26, 7, 2)),  # 13 a rank: not 13 micro-batches of 1
+        ((16, 8, None), 4, (16, 4, 1)),
+        ((20, 8, None), 2, (20, 5, 2)),
+        ((16, None, None), 24, (16, 1, 1)),
+        ((17, None, 2), 4, (17, 3, 2)),
+        ((10, None, 4), 2, (10, 2, 3)),
     ],
 )
 def test_batch_sizes(given: tuple[Any, ...], world: int, expected: tuple[int, int, int]) -> None:
+    """Examples of a step, micro-batch, accumulation steps; less than a micro-batch of each rank stays empty."""
+    assert expected[0] <= expected[1] * expected[2] * world < expected[0] + expected[1] * world
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert resolve_batch({key: value for key, value in zip(keys, given, strict=True) if value}, world) == expected
 
 
 @pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, (16, 6, 1)),
+        ({"train_micro_batch_size_per_gpu": 4}, (16, 3, 2)),
+        # what the user wants is left: the checkpoint will say no
+        ({"gradient_accumulation_steps": 2}, (6, 1, 2)),
+        ({"train_batch_size": 12}, (12, 4, 1)),
+    ],
+)
+def test_a_resumed_run_keeps_its_batch(given: dict[str, Any], kept: tuple[int, int, int]) -> None:
+    """On 3 ranks, of a run with 16 examples a step."""
+    plan, _ = plan_deepspeed(given, RunConfig(), 3, gpu_has_bfloat16=False)
+    found = keep_batch(plan, given, 16)
+    assert (found.batch_size, found.micro_batch_size, found.accumulation_steps) == kept
+    assert found.config["train_batch_size"] == kept[1] * kept[2] * 3
+    assert f"a step: {kept[0]} examples, {kept[1] * kept[2] * 3} places (3 ranks" in found.step()
+
+
+@pytest.mark.parametrize(
     ("deepspeed", "world", "message"),
     [
-        ({"train_batch_size": 15}, 2, "use a multiple of 2"),
-        ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 3}, 2, "is not train_micro_batch_size_per_gpu ×"),
+        (
+            {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 3},
+            2,
+            "is not train_micro_batch_size_per_gpu ×",
+        ),
         ({"train_batch_size": 0}, 1, "is a whole number of 1 or more"),
         ({"zero_optimization": {"stage": 4}}, 1, "stage 4: supported are"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 1, "cpu_offload True is not supported: remove it"),

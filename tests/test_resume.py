@@ -43,14 +43,19 @@ def assert_close(found: list[tuple[int, str, float]], expected: list[tuple[int, 
 
 
 def test_other_ranks_and_stages(tmp_path: Path) -> None:
-    """2 ranks at stage 2, then 1 at stage 3 (between collect steps), 4 at stage 1, and 2 at stage 3."""
+    """2 ranks at stage 2, then 1 at stage 3 (between collect steps), 3 at stage 1, and 2 at stage 3.
+
+    Three ranks cannot share 16 examples equally, and are not told that there are 16.
+    """
     run("fork", 2, TRAIN, *zero(2), *COMMON, cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     straight = losses(folder)
-    for step, ranks, stage in ((4, 1, 3), (7, 4, 1), (10, 2, 3)):
+    untold = ("--ds.train_batch_size", "auto", "--ds.train_micro_batch_size_per_gpu", "3")
+    for step, ranks, stage, more in ((4, 1, 3, ()), (7, 3, 1, untold), (10, 2, 3, ())):
         forget_after(folder, step)
-        output = run("fork", ranks, TRAIN, *zero(stage), *COMMON, "--resume", cwd=tmp_path)
+        output = run("fork", ranks, TRAIN, *zero(stage), *COMMON, *more, "--resume", cwd=tmp_path)
         assert f"step {step}" in output
+        assert ("as in the checkpoint; a step: 16 examples, 18 places (3 ranks × 2" in output) == bool(more)
         assert_close(losses(folder), straight)
     # what two ranks of ZeRO-3 have saved is exported as what one rank saves of the same state
     last = sorted((folder / "checkpoints").glob("step-*"))[-1]

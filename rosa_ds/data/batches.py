@@ -34,8 +34,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 class BatchPlan:
     """Divides each optimizer step's examples into micro-batches for all ranks.
 
-    The last step of an epoch may have fewer examples; rows without any trained token stand in for the missing ones,
-    so that each example is seen once an epoch and every rank has as many micro-batches.
+    The last step of an epoch may have fewer examples, and the ranks' micro-batches more places than examples; rows
+    without any trained token stand in for the missing ones, so that each example is seen once an epoch and every rank
+    has as many micro-batches.
     """
 
     lengths: NDArray[np.int64]
@@ -60,11 +61,14 @@ class BatchPlan:
         return np.concatenate([chosen, padding])
 
     def micro_batches(self, step: int, rank: int) -> NDArray[np.int64]:
-        """This rank's share of a step, (accumulation steps, micro_batch_size).
+        """This rank's share of a step, (accumulation steps, micro_batch_size), padded with -1.
 
         Neighbours in :meth:`step_indices` go to all ranks at once, so that ranks wait little for each other.
         """
-        return self.step_indices(step).reshape(-1, self.world_size, self.micro_batch_size)[:, rank]
+        at_once = self.world_size * self.micro_batch_size
+        places = np.full(-(-self.batch_size // at_once) * at_once, PADDING_ROW, dtype=np.int64)
+        places[: self.batch_size] = self.step_indices(step)
+        return places.reshape(-1, self.world_size, self.micro_batch_size)[:, rank]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ def dry_run(command: CommandLine, ranks: int) -> None:
     except ValueError as error:
         problem = error
         logger.warning("tokenizer or data would end the run; the plan is for rows of %d tokens", shape.length)
-    steps = -(-len(data) // plan.config["train_batch_size"]) if data is not None else 0
+    steps = -(-len(data) // plan.batch_size) if data is not None else 0
     if steps or settings.training.max_steps:
         logger.info("steps:\n%s", phases(build_schedule(settings, steps)))
     _show_plan(planner, plan, settings, ranks, shape)

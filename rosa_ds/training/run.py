@@ -22,7 +22,7 @@ from rosa_ds.config import LOW_RANK_METHODS, RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.ds_checks import check_by_deepspeed
-from rosa_ds.ds_config import DeepSpeedPlan, check_packages, plan_deepspeed
+from rosa_ds.ds_config import DeepSpeedPlan, check_packages, keep_batch, plan_deepspeed
 from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
 from rosa_ds.logs import SAME_ON_ALL_RANKS, log_to
@@ -35,7 +35,8 @@ from rosa_ds.training.draw import Drawing
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
 from rosa_ds.training.folder import check_free
-from rosa_ds.training.interrupt import MARK_FILE, Interruption, hold_folder
+from rosa_ds.training.folder_lock import OTHER_HOST_SECONDS, hold_folder
+from rosa_ds.training.interrupt import MARK_FILE, Interruption
 from rosa_ds.training.loop import Loop
 from rosa_ds.training.masking import check_loaded_mask
 from rosa_ds.training.memory.accounting import Account, predict, table
@@ -179,10 +180,7 @@ def _announce(settings: RunConfig, plan: DeepSpeedPlan, threads: int) -> None:
             extra=SAME_ON_ALL_RANKS,
         )
     ranks = distributed.world_size()
-    logger.info(
-        "%d ranks, %d threads each, ZeRO-%d, %s; a step: %d ranks × %d micro-batches × %d examples",
-        *(ranks, threads, plan.stage, plan.dtype, ranks, plan.accumulation_steps, plan.micro_batch_size),
-    )
+    logger.info("%d ranks, %d threads each, ZeRO-%d, %s; %s", ranks, threads, plan.stage, plan.dtype, plan.step())
 
 
 def _make_drawing(model: PreTrainedModel, state: TrainedState, settings: RunConfig) -> Drawing | None:
@@ -258,7 +256,7 @@ def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
             folder = Path(settings.training.output_dir)
             if command.resume is None:
                 check_free(folder)
-            hold_folder(folder)
+            hold_folder(folder, wait_seconds=OTHER_HOST_SECONDS if command.resume is not None else 0.0)
             (folder / MARK_FILE).unlink(missing_ok=True)
     return plan, settings
 
@@ -266,7 +264,7 @@ def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
 def _plan_batches(settings: RunConfig, plan: DeepSpeedPlan, data: TokenSet) -> BatchPlan:
     return BatchPlan(
         lengths=data.lengths,
-        batch_size=plan.config["train_batch_size"],
+        batch_size=plan.batch_size,
         micro_batch_size=plan.micro_batch_size,
         world_size=distributed.world_size(),
         seed=settings.training.seed,
@@ -285,6 +283,7 @@ def _whole_at_start(model: nn.Module, schedule: Schedule) -> dict[str, Tensor]:
 def _train(command: CommandLine, interruption: Interruption) -> Path:
     plan, settings = _begin(command)
     source, saved = _read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
+    plan = keep_batch(plan, command.deepspeed, saved.batch_size) if saved is not None else plan
     with distributed.together():
         if settings.mask.load is not None:
             open_mask(Path(settings.mask.load))  # a wrong path should not be found out after an hour
@@ -308,7 +307,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     record = {**settings.model_dump(), "deepspeed": plan.record()}
     if saved is not None:
         with distributed.together():
-            check_resumable(saved, record, plan.config["train_batch_size"], base, data_digest)
+            check_resumable(saved, record, plan.batch_size, base, data_digest)
     batches = _plan_batches(settings, plan, data)
     schedule = build_schedule(settings, batches.steps_per_epoch)
     at_start = _whole_at_start(model, schedule)
