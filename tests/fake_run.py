@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -33,7 +34,7 @@ def train(folder: Path, arguments: list[str]) -> None:
         raise SystemExit(1)
     out.mkdir(parents=True, exist_ok=True)
     if names(folder, "meet", str(out)):
-        (folder / f"here-{out.parent.name}").touch()
+        (folder / f"here-{out.parent.name}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         end = time.monotonic() + 20
         while len(list(folder.glob("here-*"))) < 2:
             assert time.monotonic() < end, "the others have not been started"

@@ -20,7 +20,7 @@ from rosa_ds.comparing import children
 from rosa_ds.comparing.children import Children
 from rosa_ds.comparing.compare import Options, compare
 from rosa_ds.comparing.planned import plan_finals, plan_trials
-from rosa_ds.comparing.running import Programs
+from rosa_ds.comparing.running import Programs, places
 from rosa_ds.comparing.study import read_study
 from rosa_ds.config import AdapterConfig, ModelSettings
 from rosa_ds.errors import InterruptedRunError, RunError
@@ -257,6 +257,33 @@ def test_jobs_and_only(workshop: Workshop) -> None:
     assert workshop.run(report_only=True) == []
     with pytest.raises(ValueError, match=r"--only god fits no run\. Did you mean good\?"):
         workshop.run(only="god")
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "expected"),
+    [
+        (None, 0, [None, None, None]),
+        (None, 2, ["0", "1", "0"]),
+        ("3,5,6,7", 4, ["3", "5", "6"]),
+        ("GPU-a,GPU-b", 1, ["GPU-a"] * 3),  # what cannot be used ends the list, as in CUDA
+    ],
+)
+def test_runs_at_once_have_gpus_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int, expected: list[str | None]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [place.get("CUDA_VISIBLE_DEVICES") for place in places(3)] == expected
+
+
+def test_each_program_is_told_its_gpu(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    (workshop.fake / "meet").write_text("good/trial1 good/trial2")
+    workshop.run(only="good/trial*", jobs=2)
+    gpus = {folder: (workshop.fake / folder).read_text() for folder in ("here-trial1-seed1", "here-trial2-seed1")}
+    assert set(gpus.values()) == {"0", "1"}
 
 
 def test_report_only_needs_runs(workshop: Workshop) -> None:

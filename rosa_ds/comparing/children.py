@@ -70,8 +70,11 @@ class Children:
                 # SIGTERM to the program itself, which ends its own children; a kill to all that it has started
                 (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
 
-    def run(self, command: Sequence[str], log: Path) -> Outcome:
+    def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Outcome:
         """Run a program to its end, its output added to a file. After a signal nothing is started any more: status 75.
+
+        Args:
+            environment: of this program alone, beside that of all.
 
         Raises: OSError if it cannot be started.
         """
@@ -87,7 +90,7 @@ class Children:
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=subprocess.STDOUT,
-                    env=self._environment,
+                    env={**self._environment, **(environment or {})},
                     start_new_session=True,
                 )
                 self._running.add(process.pid)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import queue
 import shutil
 import time
 from collections.abc import Sequence
@@ -100,6 +101,14 @@ def is_trained(run: PlannedRun, record: Record) -> bool:
     return record.trained and (run.folder / "run" / "adapter" / "manifest.json").is_file()
 
 
+def places(jobs: int) -> list[dict[str, str]]:
+    """Environment variables of each of the runs that are done at once: a GPU of its own, or by turns if there are fewer."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = torch.cuda.device_count()
+    gpus = visible.split(",")[:found] if visible else [str(index) for index in range(found)]
+    return [{"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {} for job in range(jobs)]
+
+
 class Runner:
     """Does runs, ``jobs`` of them at once.
 
@@ -109,6 +118,9 @@ class Runner:
 
     def __init__(self, programs: Programs, children: Children, jobs: int) -> None:
         self.programs, self.children, self.jobs = programs, children, jobs
+        self._places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        for place in places(jobs):
+            self._places.put(place)
 
     def do(self, runs: Sequence[PlannedRun], evaluations: Sequence[Evaluation]) -> None:
         """Do what is not finished of these runs. What fails is in its record; the others go on."""
@@ -152,8 +164,11 @@ class Runner:
             time.sleep(WAIT_SECONDS)
 
     def _attempt(self, run: PlannedRun, record: Record, what: str, command: list[str]) -> bool:
-        log = run.folder / LOG_FILE
-        outcome = self.children.run(command, log)
+        log, place = run.folder / LOG_FILE, self._places.get()
+        try:
+            outcome = self.children.run(command, log, place)
+        finally:
+            self._places.put(place)
         record.attempts.append({"what": what, **dataclasses.asdict(outcome), "machine": machine()})
         problem = "" if outcome.status == 0 else _describe(what, outcome, log)
         if outcome.status != INTERRUPTED_STATUS and not self.children.stopped:  # which goes on when it is started again
