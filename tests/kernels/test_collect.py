@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosa_kernels.collect import op
 from rosa_kernels.collect.op import RunningTopK, gradient_blocks
@@ -42,6 +45,35 @@ def test_same_entries_whatever_the_blocks(
     assert largest.positions().dtype == torch.int32
     assert largest.positions().tolist() == top_positions_reference(grad.double(), x.double(), count).tolist()
     assert largest.scores().shape == (count,)
+
+
+class WideNumbers(TorchDispatchMode):
+    """Float32 numbers of each tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # a view, or what is changed in place, is another name of what there is
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and not func.is_view:
+            self.made.append(result.numel())
+        return result
+
+
+def test_long_inputs_of_16_bits_are_widened_in_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    grad, x = (torch.randn(2500, size, generator=generator).bfloat16() for size in (6, 40))
+    with WideNumbers() as numbers:
+        [(first, block)] = gradient_blocks(grad, x)
+    assert first == 0
+    assert max(numbers.made) == op.TOKENS_AT_ONCE * 40
+    assert_rel_close("G", block, grad.double().T @ x.double(), torch.float32)
+    grad, x = grad.float(), x.float()
+    with WideNumbers() as numbers:
+        list(gradient_blocks(grad, x))
+    assert numbers.made == [6 * 40]
 
 
 def test_nothing_seen() -> None:

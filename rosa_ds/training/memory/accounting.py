@@ -23,7 +23,7 @@ from rosa_ds.ds_config import BITSANDBYTES, DeepSpeedPlan
 from rosa_ds.training.changed_base import keeps_residual
 from rosa_ds.training.draw import share_draws
 from rosa_ds.training.engine import PERSISTENCE
-from rosa_kernels.collect.op import BLOCK_BYTES
+from rosa_kernels.collect.op import BLOCK_BYTES, TOKENS_AT_ONCE, block_rows
 
 if TYPE_CHECKING:  # what a plan does not need imports deepspeed
     from rosa_ds.training.changed_base import ChangedBase
@@ -186,8 +186,13 @@ def _collect_bytes(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, r
         load[owner] += 8 * layers[name].entries if single else matrices * 4 * sizes[name]
     block = min(BLOCK_BYTES, 4 * max(sizes.values()))
     most = max(layer.entries for layer in layers.values())
-    # the block and its operand, and where candidates are kept those of the block: scores, 64-bit indices, old and new
-    return max(load), 2 * block + (40 * most if single else 0)
+    wide = 0
+    if plan.dtype != "float32":
+        shapes = [layer.weight_shape for layer in layers.values()]
+        wide = max(4 * TOKENS_AT_ONCE * (min(rows, block_rows(columns, 4)) + columns) for rows, columns in shapes)
+    # the block and its scores, what of 16-bit factors is wide, and where candidates are kept those of the block: scores,
+    # 64-bit indices, old and new
+    return max(load), 2 * block + wide + (40 * most if single else 0)
 
 
 def _add_draws(
