@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+HASHES_AT_ONCE = 8
 
 
 def _fsync(path: Path) -> None:
@@ -87,12 +89,21 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
+    """SHA-256 of a file's content, hexadecimal. Raises: OSError with the file's name."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:  # of a disk that fails while it is read: without a name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return digest.hexdigest()
+
+
+def file_hashes(paths: Sequence[Path]) -> list[str]:
+    """:func:`file_hash` of each, several at once: hashing releases the interpreter's lock. Raises: OSError of the first."""
+    with ThreadPoolExecutor(min(HASHES_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(file_hash, paths))
 
 
 Entries = dict[str, dict[str, Any]]
@@ -101,7 +112,11 @@ Entries = dict[str, dict[str, Any]]
 
 def describe_files(paths: Iterable[Path]) -> Entries:
     """What a manifest says of these files, read from the disk."""
-    return {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in sorted(paths)}
+    files = sorted(paths)
+    hashes = file_hashes(files)
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": found} for path, found in zip(files, hashes, strict=True)
+    }
 
 
 def _signature(entries: Entries) -> str:
@@ -137,17 +152,18 @@ def manifest_problem(folder: Path) -> str | None:
         entries = read_manifest(folder)
     except ValueError as problem:
         return str(problem)
-    for name, entry in entries.items():
-        path = folder / name
-        try:
+    paths = [folder / name for name in entries]
+    try:
+        for path, entry in zip(paths, entries.values(), strict=True):
             if not path.is_file():
-                return f"{name} is missing"
+                return f"{path.name} is missing"
             if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if file_hash(path) != entry["sha256"]:
-                return f"{name} does not have the hash that was written"
-        except OSError as error:
-            return f"{name} cannot be read: {error}"
+                return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        for path, entry, found in zip(paths, entries.values(), file_hashes(paths), strict=True):
+            if found != entry["sha256"]:
+                return f"{path.name} does not have the hash that was written"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
     return None
 
 

@@ -147,6 +147,12 @@ def test_damage_is_found_and_the_one_before_used(tmp_path: Path, damage: str) ->
         checkpoint.find(tmp_path, str(folder))
 
 
+def test_a_disk_that_fails_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "trained").symlink_to("/proc/self/mem")  # opens, has no bytes, and cannot be read
+    write_manifest(tmp_path, {"trained": {"bytes": 0, "sha256": ""}})
+    assert manifest_problem(tmp_path) == "trained cannot be read: Input/output error"
+
+
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no checkpoint: start without --resume"):
         checkpoint.find(tmp_path, "")
