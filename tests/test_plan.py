@@ -152,7 +152,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_70b_config_is_planned_in_little_memory(tmp_path: Path) -> None:
-    """README promises 10 seconds and 2 GB; CPU seconds, since others may use the machine."""
+    """A plan takes at most 10 seconds and 2 GB; CPU seconds, since others may use the machine."""
     model = write_config(tmp_path / "seventy")
     code = (
         "import atexit, resource, runpy, sys; used = lambda: resource.getrusage(resource.RUSAGE_SELF); "
