@@ -75,8 +75,13 @@ def _load_on_original(source: Source, model: PreTrainedModel) -> PreTrainedModel
 
 
 def load_merged(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
-    """The base in float32 with its adapter folded in, then rounded once to ``dtype``."""
-    model = load_adapted(source, torch.float32, merge_base)
+    """The base with its adapter folded in: summed in float32, rounded once to ``dtype``.
+
+    A base that is stored in ``dtype``, quantised by nobody and changed by no draw is never held in float32.
+    """
+    settings = identified(source.description.base)
+    narrow = not source.base and settings.quantization == "none" and stored_dtype(settings) == dtype
+    model = load_adapted(source, dtype if narrow else torch.float32, merge_base)
     merge(model)
     for (
         parameter
