@@ -359,6 +359,7 @@ class RunConfig(Section):
             reason = "the mask is loaded" if self.mask.load else f"mask.score {self.mask.score} needs no gradient"
             if self.adapter.init_from is not None:
                 reason = "the mask is that of adapter.init_from"
+            if self.adapter.init_from is not None or self.mask.load is not None:
                 unused["mask.score"] = reason
             for name in ("warmup_steps", "steps", "after", "device_memory_gib"):
                 unused[f"mask.{name}"] = reason

@@ -256,10 +256,10 @@ def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> tuple[Optimi
 
 def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
     """DeepSpeed's warm-up schedulers become ours (a pure function of the step)."""
-    section = config.pop("scheduler", None)
-    if section is None:
+    section = section_of(config, "scheduler", '{"type": "WarmupLR"}')
+    if config.pop("scheduler", None) is None:
         return settings
-    name = section.get("type") if isinstance(section, dict) else section
+    name = section.get("type")
     if name not in _SCHEDULERS:
         raise ValueError(
             f"scheduler {name!r} of the DeepSpeed file is not one of {', '.join(_SCHEDULERS)}: remove the section and "

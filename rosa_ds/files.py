@@ -56,7 +56,11 @@ def written_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
             target.rename(old)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(target)

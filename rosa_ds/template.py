@@ -21,12 +21,16 @@ class Template:
 
     def __post_init__(self) -> None:
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None]
+            fields = [field for field in string.Formatter().parse(self.text) if field[1] is not None]
         except ValueError as error:
             raise ValueError(
                 f"the template {self.text!r} cannot be read ({error}): a column is {{name}}, a brace {{{{"
             ) from None
-        if not names or "" in names:
+        if any(specification or conversion for _, _, specification, conversion in fields):
+            raise ValueError(
+                f"the template {self.text!r} formats a column: write {{name}} alone, its text is taken as it is"
+            )
+        if not fields or any(not name for _, name, _, _ in fields):
             raise ValueError(f"the template {self.text!r} names no column: write {{name}} where a column's text goes")
 
     def fill(self, row: Mapping[str, Any]) -> str:

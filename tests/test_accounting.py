@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BloomConfig, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, PreTrainedConfig
 
 import rosa_ds
 from rosa_ds import distributed
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import plan_deepspeed
 from rosa_ds.training.engine import PERSISTENCE, keep_vectors_everywhere
+from rosa_ds.training.memory import skeleton
 from rosa_ds.training.memory.accounting import RESIDUAL, predict, table
+from rosa_ds.training.memory.skeleton import ActivationPlan
+from rosa_ds.training.memory.trace import Shape
 
 
 def threshold(model: Any, given: dict[str, Any], **adapter: Any) -> int:
@@ -65,6 +68,39 @@ def test_draws_have_their_place_in_the_account(llama: LlamaForCausalLM) -> None:
     assert account.memory["draw, at once"] > 4 * 5 * 32 * 48  # five float32 matrices of the largest layer
     without = RunConfig(method="subspace", adapter={"rank": 2}, draw={"residual": False}, model={"dtype": "bfloat16"})
     assert RESIDUAL not in predict(model, plan, without).memory
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vocab_size=64,
+            word_embed_proj_dim=32,
+        ),
+        BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=64),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_that_read_the_masks_two_dimensions(config: PreTrainedConfig) -> None:
+    """They are planned as if rows had one length."""
+    plan = ActivationPlan(config, RunConfig(method="lora"), torch.float32)
+    found = plan.measure(Shape(2, 16, 8, padded=True), False)
+    assert found == plan.measure(Shape(2, 16, 8), False)
+    assert found.saved > 0
+
+
+def test_a_model_that_cannot_be_traced(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("data-dependent\nmore")
+
+    monkeypatch.setattr(skeleton, "trace", fails)
+    plan = ActivationPlan(llama.config, RunConfig(method="lora"), torch.float32)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be predicted: .*\(RuntimeError: data-dependent\)"):
+        plan.measure(Shape(2, 16, 8), False)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")

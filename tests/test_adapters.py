@@ -208,6 +208,15 @@ def test_rejects_a_tied_head_and_a_second_injection(gpt2: PreTrainedModel) -> No
         rosa_ds.inject(gpt2, AdapterConfig())
 
 
+def test_tied_layers_are_not_adapted_apart(llama: PreTrainedModel) -> None:
+    """Neither by name nor as one of all: each would have an update of its own, and one weight could take only one."""
+    first, second = (llama.get_submodule(f"model.layers.{layer}.mlp.up_proj") for layer in (0, 1))
+    second.weight = first.weight
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj, whose weight is tied to model.layers.1.mlp.up_proj"):
+        rosa_ds.inject(llama, AdapterConfig())
+    rosa_ds.inject(llama, AdapterConfig(target_modules=["q_proj"]))
+
+
 def test_rejects_a_model_without_linear_layers() -> None:
     with pytest.raises(ValueError, match="has no linear layer"):
         rosa_ds.inject(nn.Sequential(nn.Embedding(3, 4)), AdapterConfig())

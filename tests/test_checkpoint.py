@@ -20,8 +20,9 @@ from rosa_ds.files import (
     write_tensors,
     written_folder,
 )
-from rosa_ds.training import checkpoint
+from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.checkpoint import Checkpoint
+from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.resume import check_resumable
 
 BASE = {"name_or_path": "tiny", "revision": None, "hash": "abc"}
@@ -224,6 +225,42 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (temporary / "b").write_text("3")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_failed_rename_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "folder"
+    with written_folder(target) as temporary:
+        (temporary / "a").write_text("1")
+    true = Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError(5, "Input/output error", str(path))
+        return true(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output error"), written_folder(target) as temporary:
+        (temporary / "a").write_text("2")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (target / "a").read_text() == "1"
+
+
+def test_metrics_of_a_run_that_goes_on_from_step_0(tmp_path: Path) -> None:
+    """A mask needs no step of training: what was written before it stays."""
+    log = MetricsLog(tmp_path, False, 0)
+    log.write(step=0, event="eval", loss=float("nan"))
+    log.write(step=0, event="mask", seconds=1.0)
+    log.close()
+    MetricsLog(tmp_path, False, 0).close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["eval", "mask"]
+    assert lines[0]["loss"] is None
+
+
+def test_deepspeeds_files_of_another_version(tmp_path: Path) -> None:
+    torch.save({"rosa_ds": {"state": {"later": 1}, "groups": {}}}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match="has format None, this rosa_ds reads 2: go on with the one that wrote it"):
+        deepspeed_format.read(tmp_path)
 
 
 def test_moved_aside(tmp_path: Path) -> None:

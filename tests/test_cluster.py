@@ -84,6 +84,22 @@ def test_scripts_are_bash(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+def test_a_line_of_a_sweep_that_is_broken(tmp_path: Path) -> None:
+    """A quote that is not closed: no run with the words before it."""
+    (tmp_path / "sweep.txt").write_text('--adapter.rank 8 --data.separator "a\n')
+    (tmp_path / "launch" / "slurm").mkdir(parents=True)
+    (tmp_path / "launch" / "slurm" / "train.sbatch").write_text("echo trained\n")
+    script = next(path for path in SCRIPTS if path.name == "array.sbatch")
+    variables = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "ROSA_DS": str(tmp_path)}
+    command = ["bash", str(script), str(tmp_path / "sweep.txt")]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "trained" not in done.stdout
+    assert "error: line 1 of" in done.stderr
+    (tmp_path / "sweep.txt").write_text("--adapter.rank 8 --data.separator 'a b'\n")
+    assert "trained" in subprocess.run(command, env=os.environ | variables, capture_output=True, text=True).stdout
+
+
 def test_hosts_leave_nothing_behind(tmp_path: Path) -> None:
     if reason := hosts.missing():
         pytest.skip(reason)

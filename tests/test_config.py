@@ -204,6 +204,7 @@ def test_a_resumed_run_keeps_its_batch(given: dict[str, Any], kept: tuple[int, i
             "is not train_micro_batch_size_per_gpu ×",
         ),
         ({"train_batch_size": 0}, 1, "is a whole number of 1 or more"),
+        ({"scheduler": "WarmupLR"}, 1, "scheduler"),
         ({"zero_optimization": {"stage": 4}}, 1, "stage 4: supported are"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 1, "cpu_offload True is not supported: remove it"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, 1, "mics_shard_size 2 is not supported"),
@@ -312,6 +313,8 @@ def test_settings_without_effect_are_named() -> None:
     random = RunConfig(mask={"score": "random", "warmup_steps": 3})
     assert random.settings_without_effect() == ["mask.warmup_steps (mask.score random needs no gradient)"]
     assert not random.collects_gradients
+    loaded = RunConfig(mask={"load": "mask.safetensors", "score": "magnitude"})
+    assert loaded.settings_without_effect() == ["mask.score (the mask is loaded)"]
     sparse = RunConfig(method="sparse", mask={"warmup_steps": 3})
     assert sparse.settings_without_effect() == ["mask.warmup_steps (method sparse has no low-rank part to warm up)"]
     drawn = RunConfig(

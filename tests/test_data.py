@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config import DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, BatchPlan, collate, epoch_order, load_batch
 from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
-from rosa_ds.data.prepare import prepare
+from rosa_ds.data.prepare import fingerprint, prepare
 from rosa_ds.data.sources import load_rows
 from rosa_ds.data.sql import generate_pairs
 from rosa_ds.data.tokenise import Tokens, prompt_and_reference, show_sample, tokenise
@@ -94,10 +95,25 @@ def test_a_prompt_of_several_columns() -> None:
         parse_row(row, (Template("{quest}"), "answer"))
 
 
-@pytest.mark.parametrize("text", ["no column", "{}", "{a", "a}"])
+@pytest.mark.parametrize("text", ["no column", "{}", "{a", "a}", "{a!r}", "{a:>9}"])
 def test_a_template_that_is_none(text: str) -> None:
     with pytest.raises(ValueError, match="the template"):
         Template(text)
+
+
+def test_another_rule_of_the_tokenizer_is_another_cache_entry() -> None:
+    """The same vocabulary and template, and other tokens around a text."""
+    tokenizer, settings = load_tokenizer(ModelSettings()), DataSettings()
+    rows = load_rows("builtin:sql[:2]", "data.train")
+    before = fingerprint(rows, tokenizer, settings)
+    tokenizer("a b", truncation=True, max_length=1)
+    assert fingerprint(rows, tokenizer, settings) == before
+    names = [before]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+    names.append(fingerprint(rows, tokenizer, settings))
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    names.append(fingerprint(rows, tokenizer, settings))
+    assert len(set(names)) == 3
 
 
 def test_named_column_that_is_missing() -> None:

@@ -99,11 +99,20 @@ def test_gguf(tmp_path: Path) -> None:
 def test_the_hash_tells_bases_apart(tmp_path: Path) -> None:
     shutil.copytree(TINY_FOLDER, tmp_path / "copy")
     settings = ModelSettings(name_or_path=str(tmp_path / "copy"))
+    torch.save({"learning_rate": 1}, tmp_path / "copy" / "training_args.bin")  # no weights, and not loaded
     assert identify(settings)["hash"] == identify(ModelSettings())["hash"]
     model = load_model(settings, torch.float32)
     model.model.embed_tokens.weight.data[0] += 1
     model.to(torch.bfloat16).save_pretrained(tmp_path / "copy")
-    assert identify(settings)["hash"] != identify(ModelSettings())["hash"]
+    changed = identify(settings)["hash"]
+    assert changed != identify(ModelSettings())["hash"]
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "copy", max_shard_size="1MB")
+    (tmp_path / "copy" / "another.safetensors").write_bytes(b"")
+    shards = identify(settings)["hash"]
+    last = sorted((tmp_path / "copy").glob("model-*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-1] + b"!")
+    assert len({changed, shards, identify(settings)["hash"]}) == 3
 
 
 def test_rejects_models(tmp_path: Path) -> None:

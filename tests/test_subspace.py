@@ -142,6 +142,12 @@ def test_a_failed_factorisation_is_done_again_in_float64(
     assert "factorisation gram in float32 on cpu" in caplog.text
 
 
+def test_a_weight_of_zeros_has_no_error() -> None:
+    weight = torch.zeros(6, 8)
+    drawn = split_off(weight, 2, DrawSettings(directions="projection"), generator(), torch.float32)
+    assert drawn.error(drawn.rest, weight) == 0
+
+
 def test_products_are_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the process allows it, as in NVIDIA's containers; what it allows is so again afterwards."""
     seen: list[str] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import rosa_ds
+from rosa_ds.adapters import state
 from rosa_ds.config import AdapterConfig
 
 BATCH = dict[str, Tensor]
@@ -154,6 +155,50 @@ def test_a_second_adapter_needs_the_base(llama: PreTrainedModel, batch: BATCH, t
     with pytest.raises(ValueError, match=r"has no adapter 'defalt' \(default\). Did you mean default"):
         rosa_ds.set_adapter(llama, "defalt")
     assert rosa_ds.adapter_names(llama) == ["default"]
+    assert torch.equal(logits(llama, batch), ours)
+
+
+def test_a_name_is_given_once(llama: PreTrainedModel, batch: BATCH, tmp_path: Path) -> None:
+    rosa_ds.save_adapter(adapted(copy.deepcopy(llama.float()), {"method": "lora"}), tmp_path / "other")
+    adapted(llama, {"method": "robust"})
+    ours = logits(llama, batch)
+    rosa_ds.load_adapter(llama, tmp_path / "other", name="b")
+    rosa_ds.remove_adapter(llama, "b")
+    with pytest.raises(ValueError, match="has an adapter 'default': rosa_ds.set_adapter"):
+        rosa_ds.inject(llama, rosa_ds.AdapterConfig(method="lora"))
+    rosa_ds.inject(llama, rosa_ds.AdapterConfig(method="lora"), name="c")
+    assert rosa_ds.adapter_names(llama) == ["c", "default"]
+    rosa_ds.set_adapter(llama, "default")
+    assert torch.equal(logits(llama, batch), ours)
+
+
+def test_full_is_injected_once(llama: PreTrainedModel) -> None:
+    rosa_ds.inject(llama, rosa_ds.AdapterConfig(method="full"))
+    with pytest.raises(ValueError, match="has adapters already"):
+        rosa_ds.inject(llama, rosa_ds.AdapterConfig(method="lora"))
+
+
+@pytest.mark.parametrize("name", ["default", "new"])
+@pytest.mark.parametrize("where", ["open_adapter", "inject", "fill_adapter"])
+def test_a_failure_of_any_kind_leaves_the_adapter_before(
+    llama: PreTrainedModel, batch: BATCH, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str
+) -> None:
+    rosa_ds.save_adapter(adapted(copy.deepcopy(llama.float()), {"method": "lora"}), tmp_path / "folder")
+    adapted(llama, {"method": "robust"})
+    rosa_ds.load_adapter(llama, tmp_path / "folder", name="active")
+    ours, true_inject = logits(llama, batch), state.inject
+
+    def fails(*arguments: Any, **named: Any) -> None:
+        if where == "inject":
+            true_inject(*arguments, **named)
+        raise MemoryError
+
+    if name == "default" and where == "inject":
+        where = "fill_adapter"  # an adapter that is there is not injected
+    monkeypatch.setattr(state, where, fails)
+    with pytest.raises(MemoryError):
+        rosa_ds.load_adapter(llama, tmp_path / "folder", name=name)
+    assert rosa_ds.adapter_names(llama) == ["active", "default"]
     assert torch.equal(logits(llama, batch), ours)
 
 

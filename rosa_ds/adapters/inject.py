@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rosa_ds import distributed
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
-from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, check_exchangeable, keep
+from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, check_exchangeable, check_room, keep
 from rosa_ds.adapters.targets import Linear, by_pattern, check_patterns, find_targets, match_names, stacked_weights
 from rosa_ds.config import (
     LOW_RANK_METHODS,
@@ -134,6 +134,7 @@ def inject(
     seed: int = 42,
     draw: DrawSettings | None = _DRAW,
     keep_base: bool = False,
+    name: str = DEFAULT,
 ) -> InjectReport:
     """Freeze a model and give it trainable parts; the function it computes does not change.
 
@@ -148,40 +149,40 @@ def inject(
         keep_base: copy what the adapter changes of the base itself (the adapted weights of the subspace methods, modules that
             are trained whole), so that :func:`rosa_ds.disable` and :func:`rosa_ds.set_adapter` can put it back. The other
             parts of an adapter leave the base as it is.
+        name: of the adapter, beside others of this model that are not in it now.
 
     Returns: what matched, and counts.
     Raises: ValueError if a target, pattern or module to save matches nothing, a rank is too large for a draw, or the model
         has adapters already.
     """
-    if adapted_layers(model):
-        raise ValueError("this model has adapters already: rosa_ds.merge(model) folds them in first")
+    check_room(model, name, bool(adapted_layers(model)))
     if config.method == "full":
         _check_trainable(model, [""])
         model.requires_grad_(True)
-        _enter(model, config, seed, keep_base)
+        _enter(model, config, seed, keep_base, name)
         return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
     targets, whole = _match(model, config)
     _check_trainable(model, whole)
-    if idle := [name for name in head_modules(model) if not any(f"{name}.".startswith(f"{w}.") for w in whole)]:
+    if idle := [head for head in head_modules(model) if not any(f"{head}.".startswith(f"{w}.") for w in whole)]:
         said = "the classifier's head (%s) stays as it is: modules_to_save would train it"
         logger.warning(said, ", ".join(idle), extra=SAME_ON_ALL_RANKS)
     if stacked := stacked_weights(model, whole):
         said = "no adapter reaches %d weights of three dimensions (experts, e.g. %s): they stay as they are"
         logger.warning(said, len(stacked), stacked[0], extra=SAME_ON_ALL_RANKS)
-    plans = {name: plan_layer(name, layer, config) for name, layer in targets.items()}
+    plans = {target: plan_layer(target, layer, config) for target, layer in targets.items()}
     draw = draw if config.method in SUBSPACE_METHODS else None
     if draw is not None:
         _check_drawable(model)
-        _check_finite({name: targets[name] for name, plan in plans.items() if plan.rank})
+        _check_finite({target: targets[target] for target, plan in plans.items() if plan.rank})
     if keep_base:
         changed = [layer for layer in targets.values() if config.method in SUBSPACE_METHODS]
         check_exchangeable(p for m in (*changed, *map(model.get_submodule, whole)) for p in m.parameters())
 
     model.requires_grad_(False)
     _wrap(model, config, seed, targets, plans)
-    for name in whole:
-        model.get_submodule(name).requires_grad_(True)
-    _enter(model, config, seed, keep_base)
+    for module in whole:
+        model.get_submodule(module).requires_grad_(True)
+    _enter(model, config, seed, keep_base, name)
     if draw is not None:
         _draw(model, draw, seed, 0)
     return _report(model, tuple(whole))
@@ -233,11 +234,11 @@ def _check_trainable(model: nn.Module, modules: list[str]) -> None:
                 )
 
 
-def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool) -> None:
+def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool, name: str) -> None:
     model.rosa_injected = (config, seed)  # type: ignore[assignment]
     known, parts = adapters_of(model), adapter_parts(model)
-    known.active, known.disabled, known.kept = DEFAULT, False, {}
-    known.whole = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in parts]
+    known.active, known.disabled, known.kept = name, False, {}
+    known.whole = [own for own, p in model.named_parameters() if p.requires_grad and id(p) not in parts]
     if keep_base:
         keep(model, changed_parameters(model, planned=True))
 

@@ -68,6 +68,17 @@ def check_enabled(model: nn.Module) -> None:
         raise ValueError("this model's adapter is disabled: rosa_ds.enable(model) comes first")
 
 
+def check_room(model: nn.Module, name: str, adapted: bool) -> None:
+    """Raise ValueError unless a new adapter may have this name, and none is in the model."""
+    known = adapters_of(model)
+    if adapted or known.active is not None:
+        raise ValueError("this model has adapters already: rosa_ds.merge(model) folds them in first")
+    if name in known.parked:
+        raise ValueError(
+            f"this model has an adapter {name!r}: rosa_ds.set_adapter puts it in, rosa_ds.remove_adapter forgets it"
+        )
+
+
 @torch.no_grad()
 def keep(model: nn.Module, names: list[str]) -> None:
     """Copy these parameters, which the active adapter is about to change. Raises: ValueError if they are not whole here."""

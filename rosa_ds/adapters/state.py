@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rosa_ds import distributed
-from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject
+from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject, set_submodule
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import set_mask
 from rosa_ds.adapters.peft_folder import is_peft, read_peft
@@ -226,27 +226,39 @@ def load_adapter(
             raise ValueError(
                 f"the model has an adapter {name!r}: give {folder} another name, or rosa_ds.remove_adapter first"
             )
-        set_adapter(model, name)
-        stored = open_adapter(folder, model)
-        fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
-    else:
+        with contextlib.closing(open_adapter(folder, model)) as stored:
+            set_adapter(model, name)
+            try:
+                fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
+            except BaseException:
+                _go_back(model, before)
+                raise
+            return stored.description
+    park(model)
+    try:
+        with contextlib.closing(open_adapter(folder, model)) as stored:
+            description = stored.description
+            check_task(folder, description.base, model)
+            inject(model, description.config, description.seed, draw=None, keep_base=keep_base, name=name)
+            fill_adapter(model, folder, description, stored.trained, stored.positions, stored.base)
+            return description
+    except BaseException:
+        known = adapters_of(model)
+        if known.active is not None:
+            known.whole, known.kept = [], {}  # nothing was written: there is nothing to put back
+            remove_adapter(model, known.active)
+        for layer_name, layer in adapted_layers(model).items():  # for lack of memory it was left half way
+            set_submodule(model, layer_name, layer.base_layer())
+        _go_back(model, before)
+        raise
+
+
+def _go_back(model: nn.Module, before: str | None) -> None:
+    """The adapter that was in the model before, or none."""
+    if before is None:
         park(model)
-        try:
-            stored = open_adapter(folder, model)
-            check_task(folder, stored.description.base, model)
-            inject(model, stored.description.config, stored.description.seed, draw=None, keep_base=keep_base)
-            adapters_of(model).active = name
-            fill_adapter(model, folder, stored.description, stored.trained, stored.positions, stored.base)
-        except ValueError:
-            known = adapters_of(model)
-            if known.active is not None:
-                known.whole, known.kept = [], {}  # nothing was written: there is nothing to put back
-                remove_adapter(model, known.active)
-            if before is not None:
-                set_adapter(model, before)
-            raise
-    stored.close()
-    return stored.description
+    else:
+        set_adapter(model, before)
 
 
 @torch.no_grad()

@@ -40,7 +40,8 @@ class Drawn:
     def error(self, stored: Tensor, weight: Tensor) -> float:
         """What the function loses: ``stored + B A`` against the ``weight`` (N, M) that was drawn, relative."""
         difference = torch.addmm(stored.to(weight.dtype), self.B, self.A).sub_(weight)
-        return float(difference.norm() / weight.norm())
+        size = weight.norm()
+        return float(difference.norm() / size) if size else float(difference.norm())
 
 
 def choose(directions: Directions, count: int, rank: int, generator: torch.Generator) -> Tensor:

@@ -80,9 +80,9 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
     if wanted == ["all-linear"]:
         heads = head_names(model, layers)
         poolers = tuple(f"{name}." for name in whole if is_classifier(model) and is_pooler(name))
-        return {
-            name: layer for name, layer in layers.items() if name not in heads and not f"{name}.".startswith(poolers)
-        }
+        names = [name for name in layers if name not in heads and not f"{name}.".startswith(poolers)]
+        _check_untied(model, names, layers)
+        return {name: layers[name] for name in names}
     names = match_names(wanted, [name for name, _ in model.named_modules() if name], "adapter.target_modules")
     not_linear = [name for name in names if name not in layers]
     if not_linear:
@@ -91,17 +91,21 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
             f"adapter.target_modules names {not_linear[0]}, a {kind}: only nn.Linear and Conv1D can be adapted; "
             "use adapter.modules_to_save to train it whole"
         )
+    _check_untied(model, names, layers)
+    return {name: layers[name] for name in names}
+
+
+def _check_untied(model: nn.Module, names: Iterable[str], layers: Mapping[str, Linear]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name in names:
-        shared = [other for other in owners[id(layers[name].weight)] if other != f"{name}.weight"]
+        shared = [other for other in owners.get(id(layers[name].weight), []) if other != f"{name}.weight"]
         if shared:
             raise ValueError(
                 f"adapter.target_modules names {name}, whose weight is tied to {shared[0]}: an adapter on one of the two "
-                "cannot be merged; use adapter.modules_to_save, or untie them first"
+                "cannot be merged; use adapter.modules_to_save, untie them first, or name other modules"
             )
-    return {name: layers[name] for name in names}
 
 
 def stacked_weights(model: nn.Module, whole: Iterable[str] = ()) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,21 @@ def columns_of(settings: DataSettings) -> tuple[str | Template, str] | None:
 
 def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *more: object) -> str:
     """A name for what these rows become with this tokenizer and these settings, and what else decides it."""
-    vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    rules = hashlib.sha256(_rules_of(tokenizer).encode()).hexdigest()
     relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate")
-    key = (rows.data._fingerprint, rows.name, rows.first, vocabulary, tokenizer.chat_template, relevant, "v1")
+    key = (rows.data._fingerprint, rows.name, rows.first, rules, tokenizer.chat_template, relevant, "v2")
     return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+
+
+def _rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides which tokens a text becomes: vocabulary, merges, and which special tokens are put around it."""
+    special = repr(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(sorted(tokenizer.get_vocab().items())) + special
+    content = json.loads(backend.to_str())
+    # what the last call asked for
+    return json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")}) + special
 
 
 def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> TokenSet:

@@ -119,6 +119,8 @@ def _supertuning(model: PreTrainedModel, source: Source, whole: dict[str, Tensor
     sparsity, counts = _sparsity(layers)
     tensors = {}
     for name, layer in layers.items():
+        if not layer.entries:
+            _refuse(f"{name}, whose density gives it no entry,", "SUPERTUNING has entries in every layer")
         if layer.weight_name not in source.positions:
             raise ValueError(f"{source.folder}: the mask is not known yet, its run is before the end of mask.steps")
         positions, values = source.positions[layer.weight_name], source.trained[f"{name}.values"].float()

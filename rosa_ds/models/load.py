@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from rosa_ds.config import ModelSettings
 from rosa_ds.files import file_hash
+from rosa_ds.json_files import read_json
 from rosa_ds.models.checks import (
     BROKEN,
     WEIGHT_SUFFIXES,
@@ -210,6 +217,16 @@ def _content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """What transformers would load, in the order in which it looks; not what else lies there, such as training_args.bin."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if (folder / name).is_file() and not name.endswith(".json"):
+            return [folder / name]
+        if (folder / name).is_file():
+            return [folder / shard for shard in sorted(set(read_json(folder / name)["weight_map"].values()))]
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+
+
 def identify(settings: ModelSettings) -> dict[str, Any]:
     """Name, revision, a hash of the weight files, how they are quantised, and the classes: what an adapter or a checkpoint belongs to.
 
@@ -222,7 +239,7 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
     else:
         config = cached_file(name, "config.json", revision=settings.revision or "main")
         assert config is not None
-        files = sorted(path for path in Path(config).parent.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+        files = _weight_files(Path(config).parent)
     if not files:
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r}: no weights ({', '.join(WEIGHT_SUFFIXES)}) are there"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rosa_ds import distributed
 from rosa_ds.files import MANIFEST, manifest_problem, sync_folder, write_manifest
-from rosa_ds.training.checkpoint import PARTS, Checkpoint
+from rosa_ds.training.checkpoint import FORMAT_VERSION, PARTS, Checkpoint
 from rosa_ds.training.step_folders import StepFolders
 from rosa_ds.training.trained_state import TrainedState
 
@@ -48,7 +48,7 @@ def write(
         positions: whole, on the first rank.
     """
     plain = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved) if field.name not in PARTS}
-    client = {"state": plain, "groups": _stored_order(state)}
+    client = {"format_version": FORMAT_VERSION, "state": plain, "groups": _stored_order(state)}
     if distributed.is_main():
         client["positions"] = dict(positions)
     steps = _folders(run)
@@ -154,6 +154,10 @@ def read(folder: Path) -> Checkpoint:
     if CLIENT_KEY not in model:
         raise ValueError(f"{folder} was not written by a run of rosa_ds: masks and the run's settings are not in it")
     client = model[CLIENT_KEY]
+    if (version := client.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format {version}, this rosa_ds reads {FORMAT_VERSION}: go on with the one that wrote it"
+        )
     shards = _shards(folder)
     groups: dict[str, dict[str, tuple[int, ...]]] = client["groups"]
     try:

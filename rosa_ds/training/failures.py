@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rosa_ds.config import RunConfig
+from rosa_ds.distributed.watch import STALLED_STATUS
 from rosa_ds.errors import INTERRUPTED_STATUS
 from rosa_ds.training.memory.accounting import (
     ACTIVATIONS,
@@ -27,7 +28,7 @@ _STATUSES = {
     (-11, 139): "a segmentation fault in compiled code: its stack is in the rank's log",
     (-6, 134): "aborted by compiled code, NCCL's watchdog for example: the lines before say why",
     (INTERRUPTED_STATUS,): "it was asked to stop and its state is saved: --resume goes on",
-    (74,): "it waited too long for another rank, which it names",
+    (STALLED_STATUS,): "it waited too long for another rank, which it names",
     (1,): "an error: its message stands before, or in logs/rank-*.log of the run's folder",
 }
 

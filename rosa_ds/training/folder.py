@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from rosa_ds.training import deepspeed_format
+from rosa_ds.training.interrupt import MARK_FILE, SAVE_FILE
 
 _OUR_FILES = frozenset(
     {
-        *("config.json", "ds_config.json", "accounting.json", "metrics.jsonl", "mask.safetensors", "interrupted.json"),
-        *("logs", "checkpoints", "adapter", "tokenizer", "tensorboard", "deepspeed", "save"),
+        *("config.json", "ds_config.json", "accounting.json", "metrics.jsonl", "mask.safetensors", MARK_FILE),
+        *("logs", "checkpoints", "adapter", "tokenizer", "tensorboard", deepspeed_format.FOLDER, SAVE_FILE),
         *("latest", "zero_to_fp32.py"),  # beside DeepSpeed's own checkpoints
     }
 )

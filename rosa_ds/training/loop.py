@@ -284,15 +284,21 @@ class Loop:
         entries = sum(layer.entries for layer in self.layers.values())
         layers = sum(layer.entries > 0 for layer in self.layers.values())
         seconds = time.monotonic() - start
-        source = settings.mask.load or settings.mask.score
+        source = self._mask_source
         self.log.write(step=self.step, event="mask", source=source, entries=entries, layers=layers, seconds=seconds)
         logger.info("mask (%s): %s entries in %d layers, %.1f s", source, f"{entries:,}", layers, seconds)
+
+    @property
+    def _mask_source(self) -> str:
+        """A score, or the folder or file that the positions came from."""
+        settings = self.run.settings
+        return settings.mask.load or settings.adapter.init_from or settings.mask.score
 
     def _write_mask(self, mask: Mask) -> None:
         """The first rank has it."""
         with distributed.together():
             if distributed.is_main():
-                origin = {"score": self.run.settings.mask.score, "base": self.run.base["hash"]}
+                origin = {"score": self._mask_source, "base": self.run.base["hash"]}
                 save_mask(mask, self.run.folder / "mask.safetensors", origin)
 
     def _restart(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class MetricsLog:
         if folder is None:
             return
         path = folder / "metrics.jsonl"
-        kept = path.read_text().splitlines() if path.exists() and resume_step else []
+        kept = path.read_text().splitlines() if path.exists() else []
         lines = [line for line in kept if _is_kept(line, resume_step, evaluation_due)]
         write_text(path, "".join(line + "\n" for line in lines))
         self._stream = path.open("a", buffering=1)
@@ -47,7 +48,7 @@ class MetricsLog:
         if self._stream is None:
             return
         try:
-            self._stream.write(json.dumps(fields) + "\n")
+            self._stream.write(json.dumps({name: _written(value) for name, value in fields.items()}) + "\n")
         except OSError as error:
             self.error = error  # the loop tells the other ranks
         if self._board is not None:
@@ -63,6 +64,11 @@ class MetricsLog:
             self._stream.close()
         if self._board is not None:
             self._board.close()
+
+
+def _written(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> Any:

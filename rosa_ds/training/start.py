@@ -125,13 +125,12 @@ def _check_same(ours: AdapterConfig, theirs: AdapterConfig, model: nn.Module, wh
     if wrong := sorted(mine.keys() ^ wanted.keys()):
         raise ValueError(f"{where} {'adapts' if wrong[0] in wanted else 'does not adapt'} {wrong[0]}: {remedy}")
     modules = [name for name, _ in model.named_modules() if name]
-    for name in modules:
-        whole = [name in match_names(c.modules_to_save, modules, "adapter.modules_to_save") for c in (ours, theirs)]
-        if whole[0] != whole[1]:
-            raise ValueError(f"{where} {'has' if whole[1] else 'does not have'} {name} trained whole: {remedy}")
+    here, there = (set(match_names(c.modules_to_save, modules, "adapter.modules_to_save")) for c in (ours, theirs))
+    if differing := [name for name in modules if (name in here) != (name in there)]:
+        name = differing[0]
+        raise ValueError(f"{where} {'has' if name in there else 'does not have'} {name} trained whole: {remedy}")
     for name, layer in wanted.items():
-        here, there = plan_layer(name, layer, ours), plan_layer(name, layer, theirs)
-        if problem := _difference(here, there):
+        if problem := _difference(plan_layer(name, layer, ours), plan_layer(name, layer, theirs)):
             raise ValueError(f"{where}: {name} has {problem} given: {remedy}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,7 +30,9 @@ from rosa_ds.training.memory.accounting import (
     measured_traffic,
 )
 from rosa_ds.training.memory.skeleton import ActivationPlan
-from rosa_ds.training.memory.trace import Activations, LiveBytes, SavedBytes, Shape
+from rosa_ds.training.memory.trace import LiveBytes, SavedBytes, Shape
+
+logger = logging.getLogger(__name__)
 
 
 def shape_of(batch: Batch) -> Shape:
@@ -37,11 +40,17 @@ def shape_of(batch: Batch) -> Shape:
     return Shape(rows, length, batch.kept.numel(), padded=not bool(batch.attention_mask.all()))
 
 
-def predict_activations(run: Run, shape: Shape) -> Activations:
-    """By tracing the model's config, with the checkpointing that the run has."""
+def predict_activations(run: Run, shape: Shape) -> dict[str, int]:
+    """Terms of the account, by tracing the model's config with the checkpointing that the run has; none, and a warning, for a
+    model that cannot be traced: a run does not end for want of a prediction.
+    """
     settings = run.settings
-    plan = ActivationPlan(read_config(settings.model), settings, getattr(torch, run.plan.dtype))
-    return plan.measure(shape, bool(settings.training.gradient_checkpointing))
+    try:
+        plan = ActivationPlan(read_config(settings.model), settings, getattr(torch, run.plan.dtype))
+        return activation_terms(plan.measure(shape, bool(settings.training.gradient_checkpointing)))
+    except ValueError as error:
+        logger.warning("the account lacks activations: %s", error)
+        return {}
 
 
 def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
@@ -52,7 +61,7 @@ def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
 def full_account(run: Run) -> Account:
     """A run's account with the activations of its longest examples."""
     found = predict_activations(run, longest(run.data, run.plan.micro_batch_size, run.pad_id))
-    return dataclasses.replace(run.account, memory=run.account.memory | activation_terms(found))
+    return dataclasses.replace(run.account, memory=run.account.memory | found)
 
 
 class Measurement:
@@ -91,8 +100,7 @@ class Measurement:
         """Beside what was predicted, activations for the shape of the micro-batch that was measured."""
         account, predicted = self.run.account, dict(self.run.account.memory)
         if self.shape is not None:
-            traced = predict_activations(self.run, self.shape)
-            predicted |= activation_terms(traced)
+            predicted |= predict_activations(self.run, self.shape)
         account = dataclasses.replace(account, memory=predicted)
         return Report(account, self.found | self.run.held, measured_traffic(self.traffic))
 

@@ -19,6 +19,7 @@ from rosa_ds.training.model import enable_checkpointing
 from rosa_ds.training.task import with_head
 
 _FEW, _MORE = 1, 2
+_NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 
 
 def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, InjectReport]:
@@ -81,12 +82,25 @@ class ActivationPlan:
         """Bytes of one micro-batch."""
         if self._depth is not None:
             try:
-                few, more = (trace(*self._traced(layers, checkpointing), shape) for layers in (_FEW, _MORE))
+                few, more = (self._trace(layers, checkpointing, shape) for layers in (_FEW, _MORE))
             except ValueError:  # targets or patterns that name deeper layers
                 self._depth = None
             else:
                 return few.extended(more, (self._depth - _FEW) / (_MORE - _FEW))
-        return trace(*self._traced(None, checkpointing), shape)
+        return self._trace(None, checkpointing, shape)
+
+    def _trace(self, layers: int | None, checkpointing: bool, shape: Shape) -> Activations:
+        """Raises: ValueError for a model that does not run without numbers."""
+        model, mode = self._traced(layers, checkpointing)
+        try:
+            return trace(model, mode, shape)
+        except _NOT_TRACED as error:
+            if shape.padded:  # OPT and BLOOM make positions of a mask of two dimensions: as if rows had one length
+                return self._trace(layers, checkpointing, dataclasses.replace(shape, padded=False))
+            raise ValueError(
+                f"activations of {type(model).__name__} cannot be predicted: it asks for numbers that a plan does not have "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+            ) from error
 
     def of_rows(self, shape: Shape, checkpointing: bool) -> Activations:
         """As :meth:`measure`, from the line through one and eight rows: for asking about many numbers of rows."""
