@@ -38,7 +38,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if getattr(options, name) is not None:
             rest += [f"--adapter.{name}", getattr(options, name)]
     if (options.model is None) == (options.scale is None):
-        raise ValueError("give either a model (folder, hub name, .gguf file or tiny) or --scale FOLDER")
+        raise ValueError("give a model (folder, hub name, .gguf file or tiny) or --scale FOLDER, not both")
     if min(options.gpus, options.gpu_memory, options.tflops, options.bandwidth) <= 0:
         raise ValueError("--gpus, --gpu-memory, --tflops and --bandwidth are above 0")
     if options.length is not None and options.length < 2:

@@ -56,8 +56,8 @@ def check_resumable(
         )
     if checkpoint.batch_size != batch_size:
         raise ValueError(
-            f"--resume: train_batch_size was {checkpoint.batch_size} and is {batch_size} now: use --ds.train_batch_size "
-            f"{checkpoint.batch_size} --ds.gradient_accumulation_steps auto (micro-batch size and number of ranks may change)"
+            f"--resume: train_batch_size was {checkpoint.batch_size} and is {batch_size} now: set it back (--ds.train_batch_size "
+            f"{checkpoint.batch_size} --ds.gradient_accumulation_steps auto; micro-batch size and number of ranks may change)"
         )
     if checkpoint.base["hash"] != base["hash"]:
         raise ValueError(
