@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -22,10 +21,10 @@ LAUNCH = Path(__file__).resolve().parent
 def check_evaluations(study: Path) -> None:
     """Raise ValueError for an evaluation that eval.py would refuse, or cannot do for the task of the variants."""
     from rosa_ds.comparing.study import read_study
+    from rosa_ds.evaluation.options import parse
     from rosa_ds.evaluation.scores import CLASSIFIED
 
     read = read_study(study)
-    parse = runpy.run_path(str(LAUNCH / "eval.py"))["parse"]
     tasks = {(read.settings | own).get("model.task", "causal-lm") for own in read.variants.values()}
     for entry in read.evaluate:
         where, said = f"study {study}: evaluate {entry.title}", io.StringIO()

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from rosa_ds.config import RunConfig, setting_names
 from rosa_ds.json_files import read_json
 from rosa_ds.suggest import did_you_mean, did_you_mean_path
+from rosa_ds.validation import validation_message
 
 USAGE = """\
 --config FILE         any DeepSpeed JSON file; its section "rosa" holds the settings below
@@ -150,26 +151,6 @@ def _override(config: dict[str, Any], dotted: str, text: str) -> None:
         config[last] = json.loads(text)
     except json.JSONDecodeError:
         config[last] = text
-
-
-def validation_message(error: ValidationError, source: str, names: Sequence[str] | None = None) -> str:
-    """One line for each thing that is wrong: setting, what was given, what is allowed.
-
-    Args:
-        names: the settings that there are; by default those of a run.
-    """
-    lines = []
-    allowed = setting_names() if names is None else list(names)
-    remedy = "--help lists all settings" if names is None else f"There are {', '.join(names)}"
-    for item in error.errors(include_url=False):
-        name = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {name}.{did_you_mean(name, allowed)} {remedy}")
-        elif item["type"] == "value_error":
-            lines.append(item["msg"].removeprefix("Value error, ") + (f" ({name})" if name else ""))
-        else:
-            lines.append(f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, given {item['input']!r}")
-    return f"{source}: " + "; ".join(lines)
 
 
 def build_config(section: Mapping[str, Any], arguments: Sequence[str] = (), source: str = "settings") -> RunConfig:

@@ -3,12 +3,85 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from rosa_ds.suggest import did_you_mean
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# DeepSpeed ignores top-level keys that it does not know; one that nearly matches these is a typing error.
+# Source: https://www.deepspeed.ai/docs/config-json/
+TOP_LEVEL_KEYS = (
+    *BATCH_KEYS,
+    "optimizer",
+    "scheduler",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "fp16",
+    "bf16",
+    "amp",
+    "torch_autocast",
+    "gradient_clipping",
+    "zero_optimization",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "activation_checkpointing",
+    "sparse_attention",
+    "data_efficiency",
+    "curriculum_learning",
+    "tensorboard",
+    "wandb",
+    "comet",
+    "csv_monitor",
+    "elasticity",
+    "autotuning",
+    "aio",
+    "checkpoint",
+    "data_types",
+    "compression_training",
+    "nebula",
+    "compile",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "seed",
+    "disable_allgather",
+    "hybrid_engine",
+    "memory_breakdown",
+    "dataloader_drop_last",
+    "use_data_before_expert_parallelism",
+    "tensor_parallel",
+    "pipeline",
+)
+# Parts of DeepSpeed that want its own data loader, another division of the model, or casts inside the layers.
+REFUSED_KEYS = (
+    "data_efficiency",
+    "curriculum_learning",
+    "elasticity",
+    "tensor_parallel",
+    "pipeline",
+    "amp",
+    "torch_autocast",
+)
+
+
+def check_keys(config: Mapping[str, Any], settings: Sequence[str]) -> None:
+    """Raise ValueError for a top-level key that is misspelt, not supported, or one of our ``settings``."""
+    for key in config:
+        if key in settings and key not in TOP_LEVEL_KEYS:
+            raise ValueError(f'{key!r} in the DeepSpeed file is a setting of ours: put it into the section "rosa"')
+        if key not in TOP_LEVEL_KEYS and (hint := did_you_mean(key, TOP_LEVEL_KEYS)):
+            raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
+    for key in REFUSED_KEYS:
+        section = config.get(key)
+        if section and (not isinstance(section, dict) or section.get("enabled", True)):
+            raise ValueError(f"{key!r} of the DeepSpeed file is not supported here: remove it")
 
 
 def section_of(config: Mapping[str, Any], key: str, example: str, path: str = "") -> dict[str, Any]:

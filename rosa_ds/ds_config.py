@@ -14,7 +14,7 @@ import logging
 from typing import Any
 
 from rosa_ds.config import RunConfig
-from rosa_ds.ds_checks import check_enabled, check_optimizer, number_of, section_of
+from rosa_ds.ds_checks import BATCH_KEYS, check_enabled, check_keys, check_optimizer, number_of, section_of
 from rosa_ds.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -31,36 +31,6 @@ _REFUSED_ZERO_KEYS = (
     "zero_hpz_partition_size",
     "cpu_offload",
     "cpu_offload_param",
-)
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-# DeepSpeed ignores top-level keys that it does not know; one that nearly matches these is a typing error.
-# Source: https://www.deepspeed.ai/docs/config-json/
-_TOP_LEVEL_KEYS = (
-    *_BATCH_KEYS,
-    *("optimizer", "scheduler", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
-    *("sparse_gradients", "fp16", "bf16", "amp", "torch_autocast", "gradient_clipping", "zero_optimization"),
-    *(
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "dump_state",
-        "comms_logger",
-        "flops_profiler",
-        "activation_checkpointing",
-    ),
-    *("sparse_attention", "data_efficiency", "curriculum_learning", "tensorboard", "wandb", "comet", "csv_monitor"),
-    *("elasticity", "autotuning", "aio", "checkpoint", "data_types", "compression_training", "nebula", "compile"),
-    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "seed", "disable_allgather", "hybrid_engine"),
-    *("memory_breakdown", "dataloader_drop_last", "use_data_before_expert_parallelism", "tensor_parallel", "pipeline"),
-)
-# Parts of DeepSpeed that want its own data loader, another division of the model, or casts inside the layers.
-_REFUSED_KEYS = (
-    "data_efficiency",
-    "curriculum_learning",
-    "elasticity",
-    "tensor_parallel",
-    "pipeline",
-    "amp",
-    "torch_autocast",
 )
 BITSANDBYTES = frozenset({"Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"})
 _OPTIMIZERS = ("Adam", "AdamW", *sorted(BITSANDBYTES), "DeepSpeedCPUAdam")
@@ -121,7 +91,7 @@ def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, in
     Raises:
         ValueError: three numbers that do not agree.
     """
-    given = {key: config.get(key, "auto") for key in _BATCH_KEYS}
+    given = {key: config.get(key, "auto") for key in BATCH_KEYS}
     for key, value in given.items():
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f'{key} is a whole number of 1 or more, or "auto"; given {value!r}')
@@ -161,7 +131,7 @@ def keep_batch(plan: DeepSpeedPlan, given: dict[str, Any], batch_size: int) -> D
 
 
 def _batch_section(micro: int, steps: int, world_size: int) -> dict[str, int]:
-    return dict(zip(_BATCH_KEYS, (micro * steps * world_size, micro, steps), strict=True))
+    return dict(zip(BATCH_KEYS, (micro * steps * world_size, micro, steps), strict=True))
 
 
 def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) -> str:
@@ -327,15 +297,7 @@ def plan_deepspeed(
         ValueError: what cannot work, with what to change.
     """
     config = copy.deepcopy(config)
-    for key in config:
-        if key in RunConfig.model_fields and key not in _TOP_LEVEL_KEYS:
-            raise ValueError(f'{key!r} in the DeepSpeed file is a setting of ours: put it into the section "rosa"')
-        if key not in _TOP_LEVEL_KEYS and (hint := did_you_mean(key, _TOP_LEVEL_KEYS)):
-            raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
-    for key in _REFUSED_KEYS:
-        section = config.get(key)
-        if section and (not isinstance(section, dict) or section.get("enabled", True)):
-            raise ValueError(f"{key!r} of the DeepSpeed file is not supported here: remove it")
+    check_keys(config, list(RunConfig.model_fields))
     zero = config["zero_optimization"] = section_of(config, "zero_optimization", '{"stage": 2}')
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in SUPPORTED_STAGES:

@@ -33,15 +33,27 @@ def set_up_logging() -> None:
     if not main:
         handler.addFilter(lambda record: not hasattr(record, "same_on_all_ranks"))
     ours = logging.getLogger("rosa_ds")
-    # what is said before there is a folder for it is kept, and written when there is one
-    early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-    ours.handlers, ours.propagate = [handler, early], False
+    ours.handlers, ours.propagate = [handler, _kept()], False
     ours.setLevel(logging.DEBUG)
     # DeepSpeed calls these; torch 2.13 says so at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     quiet = QUIET if main else QUIET | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+
+
+def _kept() -> logging.Handler:
+    """For what is said before there is a folder for it."""
+    return logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+
+def begin_log() -> None:
+    """Keep what is said from now on for a folder yet to come; the file of an earlier run in this process is closed."""
+    ours = logging.getLogger("rosa_ds")
+    for handler in [one for one in ours.handlers if isinstance(one, logging.FileHandler)]:
+        handler.close()
+        ours.removeHandler(handler)
+        ours.addHandler(_kept())
 
 
 def log_to(folder: Path) -> None:
@@ -58,10 +70,7 @@ def log_to(folder: Path) -> None:
     target = logging.FileHandler(folder / f"rank-{rank:04}.log")
     where = f"{socket.gethostname()} rank {rank}"
     target.setFormatter(logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s"))
-    for handler in ours.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.close()
-    ours.handlers = [handler for handler in ours.handlers if not isinstance(handler, logging.FileHandler)] + [target]
+    ours.addHandler(target)
     for handler in waiting:
         handler.setTarget(target)
         handler.flush()

@@ -25,7 +25,7 @@ from rosa_ds.training import trained_state
 from rosa_ds.training.changed_base import ChangedBase
 from rosa_ds.training.draw import MOMENTS, Drawing
 from rosa_ds.training.engine import build_engine
-from rosa_ds.training.model import build_model
+from rosa_ds.training.model import adapt, load_base
 from rosa_kernels.testing import relative_rms
 
 MODEL = Path(sys.argv[1])
@@ -60,7 +60,7 @@ class Trainee:
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0} if "zero3" in file else {}
         config |= {"train_batch_size": distributed.world_size(), "train_micro_batch_size_per_gpu": 1}
         plan, self.settings = plan_deepspeed(config, given, distributed.world_size(), False)
-        self.model: Any = build_model(self.settings, plan)
+        self.model: Any = adapt(*load_base(self.settings, plan), self.settings, plan)
         self.engine, self.state = build_engine(self.model, self.settings, plan)
         self.layers = rosa_ds.adapted_layers(self.model)
         self.layers = {name: layer for name, layer in self.layers.items() if layer.rank}

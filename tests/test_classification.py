@@ -30,7 +30,7 @@ from rosa_ds.adapters.quantize import quantize
 from rosa_ds.adapters.targets import find_targets
 from rosa_ds.cli import build_config
 from rosa_ds.config import AdapterConfig, DataSettings, ModelSettings
-from rosa_ds.data.batches import IGNORE, LabelledBatch, load_batch
+from rosa_ds.data.batches import IGNORE, LabelledBatch
 from rosa_ds.data.labelled import find_classes, prepare_labelled
 from rosa_ds.evaluation.classification import classify, scores
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer
@@ -234,7 +234,7 @@ def test_gradients_are_those_of_a_dense_model(tmp_path: Path, kind: str) -> None
         model, make_tokenizer(kind) if kind in ENCODERS else load_tokenizer(settings(tmp_path / "base"))
     )
     data = labelled(tmp_path / "rows.jsonl", kind, make_rows(6, pairs=True))
-    batch = load_batch(data, [0, 1, -1, 2, 3], pad)
+    batch = data.batch([0, 1, -1, 2, 3], pad)
     assert isinstance(batch, LabelledBatch)
     whole = whole_modules(model)
     rosa_ds.inject(model, AdapterConfig(method="robust", rank=3, density=0.05, dropout=0.0, modules_to_save=whole))
@@ -283,13 +283,11 @@ def test_the_loss_does_not_hang_on_the_split(tmp_path: Path, kind: str) -> None:
         [[i] for i in reversed(range(10))],
         [[-1, -1]],
     ]
-    sums = [
-        sum(token_loss_sum(model, load_batch(data, part, pad), CPU, False).item() for part in split) for split in splits
-    ]
+    sums = [sum(token_loss_sum(model, data.batch(part, pad), CPU, False).item() for part in split) for split in splits]
     assert sums[1] == pytest.approx(sums[0], rel=1e-6)
     assert sums[2] == pytest.approx(sums[0], rel=1e-6)
     assert sums[3] == 0.0
-    assert sum(load_batch(data, part, pad).trained_tokens for part in splits[1]) == 10 == int(data.trained.sum())
+    assert sum(data.batch(part, pad).trained_tokens for part in splits[1]) == 10 == int(data.trained.sum())
     figures = evaluate(model, data, 3, pad, False)
     assert figures is not None
     assert figures["loss"] == pytest.approx(sums[0] / 10, rel=1e-6)
@@ -368,4 +366,4 @@ def test_rows_beyond_the_positions(tmp_path: Path, kind: str, known: int | None)
         else:
             check_positions(model, {"rows": data})
             pad = settle_padding(model, load_tokenizer(settings(tmp_path / "base")))
-            assert torch.isfinite(token_loss_sum(model, load_batch(data, range(count), pad), CPU, False))
+            assert torch.isfinite(token_loss_sum(model, data.batch(range(count), pad), CPU, False))

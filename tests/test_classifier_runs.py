@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rosa_ds
-from rosa_ds.export.merge import export_adapter, export_merged, export_peft, load_adapted
+from rosa_ds.export.adapted import load_adapted
+from rosa_ds.export.merge import export_adapter, export_merged, export_peft
 from rosa_ds.export.source import open_source
 from rosa_ds.export.verify import verify
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config import DataSettings, ModelSettings
-from rosa_ds.data.batches import IGNORE, BatchPlan, collate, epoch_order, load_batch
+from rosa_ds.data.batches import IGNORE, BatchPlan, collate, epoch_order
 from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
 from rosa_ds.data.prepare import fingerprint, prepare
 from rosa_ds.data.sources import load_rows
@@ -393,7 +393,7 @@ def test_collate_pads_and_keeps_positions_with_a_target() -> None:
 
 def test_rows_that_stand_in(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     data = prepare(str(write(tmp_path / "rows.jsonl", PAIRS)), "train", tokenizer, DataSettings())
-    batch = load_batch(data, [-1, -1], 0)
+    batch = data.batch([-1, -1], 0)
     assert batch.trained_tokens == 0
     assert batch.attention_mask.all()
     assert batch.kept.tolist() == [0]
@@ -428,7 +428,7 @@ def test_real_files(tokenizer: PreTrainedTokenizerBase) -> None:
     named = settings.model_copy(update={"prompt_column": "mr", "completion_column": "ref"})
     e2e = prepare(f"{folder}/e2e_dev.csv[:50]", "train", tokenizer, named)
     assert [len(sql), len(maths), len(e2e)] == [700, 200, 50]
-    batch = load_batch(sql, [0, 1], tokenizer.pad_token_id)
+    batch = sql.batch([0, 1], tokenizer.pad_token_id)
     assert isinstance(batch.targets, torch.Tensor)
     assert (
         trained_text(sql.tokens(0), tokenizer)

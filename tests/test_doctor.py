@@ -155,6 +155,17 @@ def test_each_rank_has_its_log_with_what_was_said_before(
     assert "rank 0's" not in screen
 
 
+def test_a_second_run_in_a_process_has_a_log_of_its_own(tmp_path: Path, our_logger: logging.Logger) -> None:
+    logs.set_up_logging()
+    for name in ("first", "second"):
+        logs.begin_log()
+        our_logger.info("%s begins", name)
+        logs.log_to(tmp_path / name)
+        our_logger.info("%s ends", name)
+        lines = (tmp_path / name / "rank-0000.log").read_text().splitlines()
+        assert [line.partition(" INFO ")[2] for line in lines] == [f"{name} begins", f"{name} ends"]
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("")])
 def test_memory_that_ends_while_the_model_is_built(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fails(*given: object) -> None:

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from rosa_ds.config import RunConfig
 from rosa_ds.data.prepare import prepare
-from rosa_ds.export.merge import load_adapted, load_merged
+from rosa_ds.export.adapted import load_adapted, load_merged
 from rosa_ds.export.source import open_source
 from rosa_ds.files import manifest_problem, write_manifest
 from rosa_ds.training.evaluate import evaluate

@@ -18,6 +18,7 @@ from rosa_ds.config import DataSettings, ModelSettings
 from rosa_ds.evaluation import scores
 from rosa_ds.evaluation.generate import Generation, generate
 from rosa_ds.evaluation.metrics import perplexity, written_metrics
+from rosa_ds.evaluation.options import parse
 from rosa_ds.evaluation.questions import load_questions
 from rosa_ds.models.load import load_model, load_tokenizer
 
@@ -275,7 +276,6 @@ def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
 
 
 def test_settings_of_rows_are_the_runs(tmp_path: Path) -> None:
-    parse = runpy.run_path(EVAL)["parse"]
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     data = {
         "separator": " | ",

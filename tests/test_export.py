@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, Lla
 import rosa_ds
 from rosa_ds.adapters.state import trained_parameters
 from rosa_ds.config import AdapterConfig, ModelSettings
-from rosa_ds.export import merge, stream
+from rosa_ds.export import adapted, merge, stream
 from rosa_ds.export.merge import export_merged, export_peft
 from rosa_ds.export.source import MergeBase, Source, open_source
 from rosa_ds.models.load import identify, load_tokenizer
@@ -87,16 +87,16 @@ def test_a_16_bit_base_is_merged_in_its_own_type(
     settings = {"method": method} | ({"modules_to_save": ["lm_head"]} if method == "robust" else {})
     rosa_ds.save_adapter(trained(base, settings), tmp_path / "adapter", identify(ModelSettings(name_or_path=str(base))))
     source, loaded = open_source(tmp_path / "adapter"), []
-    load_adapted = merge.load_adapted
+    load_adapted = adapted.load_adapted
 
     def load(source: Source, dtype: torch.dtype, merge_base: MergeBase) -> PreTrainedModel:
         loaded.append(dtype)
         return load_adapted(source, dtype, merge_base)
 
-    through = merge.load_adapted(source, torch.float32)
+    through = adapted.load_adapted(source, torch.float32)
     expected = {name: tensor.bfloat16() for name, tensor in rosa_ds.merge(through).state_dict().items()}
-    monkeypatch.setattr(merge, "load_adapted", load)
-    found = merge.load_merged(source, torch.bfloat16).state_dict()
+    monkeypatch.setattr(adapted, "load_adapted", load)
+    found = adapted.load_merged(source, torch.bfloat16).state_dict()
     assert loaded == [torch.float32 if method == "subspace" else torch.bfloat16]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import rosa_ds
 from rosa_ds.config import AdapterConfig, DataSettings, ModelSettings, RunConfig
-from rosa_ds.data.batches import load_batch
 from rosa_ds.data.prepare import prepare
 from rosa_ds.models.load import TINY_FOLDER, load_tokenizer
 from rosa_ds.training.start import adopt, begin_from
@@ -273,7 +272,7 @@ def test_a_run_begins_where_peft_ended(tmp_path: Path) -> None:
     theirs = written(TINY_FOLDER, config, tmp_path / "peft")
     tokenizer = load_tokenizer(ModelSettings())
     data = prepare("builtin:sql[:16]", "train", tokenizer, DataSettings())
-    batch = load_batch(data, range(16), tokenizer.pad_token_id)
+    batch = data.batch(range(16), tokenizer.pad_token_id)
     with torch.no_grad():
         logits = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, batch.kept]
     expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import rosa_ds
 from rosa_ds.cli import parse_command_line
-from rosa_ds.config import RunConfig
+from rosa_ds.config import AdapterConfig, ModelSettings, RunConfig
 from rosa_ds.data.batches import Batch
 from rosa_ds.ds_config import plan_deepspeed
+from rosa_ds.models.load import TINY_FOLDER, identify, load_model
 from rosa_ds.planning import scale
 from rosa_ds.planning.dry_run import dry_run, phases
 from rosa_ds.planning.search import GIB, Machine, Planner, best, needed
@@ -236,6 +238,41 @@ def test_dry_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert wanted in caplog.text
     assert "activations with checkpointing" in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def dry(*arguments: str) -> None:
+    dry_run(parse_command_line(["--dry-run", "--data.train", "builtin:sql[:8]", *arguments]), 2)
+
+
+def test_dry_run_takes_what_an_adapter_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = ModelSettings()
+    model = load_model(base, torch.float32)
+    rosa_ds.inject(model, AdapterConfig(method="lora", rank=3))
+    rosa_ds.save_adapter(model, tmp_path / "adapter", identify(base))
+    given = ["--adapter.init_from", str(tmp_path / "adapter")]
+    with caplog.at_level(logging.INFO, "rosa_ds"):
+        dry(*given, "--mask.score", "random")
+    assert "6 × q_proj (160 × 160): rank 3, 0 sparse entries" in caplog.text
+    assert "setting without effect: mask.score" in caplog.text
+    with pytest.raises(ValueError, match="holds method lora, given is sparse"):
+        dry(*given, "--method", "sparse")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ds.zero_optimization.overlap_com", "true"], "zero_optimization.overlap_com"),
+        (["--mask.load", "nothing.safetensors"], "nothing.safetensors"),
+        (["--data.train", "builtin:sql[:2]", "--model.name_or_path", "SMALL"], "the model's embedding has 7 rows"),
+    ],
+)
+def test_dry_run_refuses_what_a_run_would(arguments: list[str], message: str, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    shutil.copytree(TINY_FOLDER, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
+    with pytest.raises(ValueError, match=message):
+        dry(*[str(small) if argument == "SMALL" else argument for argument in arguments])
 
 
 def test_dry_run_of_a_config_alone_plans_and_says_what_is_missing(

@@ -86,8 +86,9 @@ def test_dry_run(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.INFO, "rosa_ds"):
         dry_run(command, 1)
     warned = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
-    # the stand-in's 40 rows are too few for any recipe's schedule
-    assert not [said for said in warned if "steps of training" not in said and "steps find the mask" not in said]
+    # the stand-in's 40 rows are too few for any recipe's schedule; the ROSA paper's weight decay on GLUE is what it is
+    known = ("steps of training", "steps find the mask", "training.weight_decay 0.1 shrinks what is drawn")
+    assert not [said for said in warned if not any(words in said for words in known)]
     assert command.config.training.output_dir == f"runs/{path.stem}"
     assert "a rank of 1" in caplog.text
     assert ("⟦" in caplog.text) == (command.config.model.task == "causal-lm")

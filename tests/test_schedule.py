@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from rosa_ds.config import RunConfig
-from rosa_ds.training.run import build_schedule
 from rosa_ds.training.schedule import Schedule, lr_factor
+from rosa_ds.training.settle import build_schedule
 
 
 def make(**changes: object) -> Schedule:

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import rosa_ds
 from rosa_ds.config import DataSettings, ModelSettings
-from rosa_ds.data.batches import IGNORE, Batch, BatchPlan, load_batch
+from rosa_ds.data.batches import IGNORE, Batch, BatchPlan
 from rosa_ds.data.prepare import prepare
-from rosa_ds.export.merge import export_adapter, export_merged, load_adapted
+from rosa_ds.export.adapted import load_adapted
+from rosa_ds.export.merge import export_adapter, export_merged
 from rosa_ds.export.source import open_source
 from rosa_ds.export.verify import verify
 from rosa_ds.models.load import TINY_FOLDER, load_tokenizer
@@ -211,7 +212,7 @@ def reference_losses(model: Any, groups: list[dict[str, Any]], steps: int) -> li
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * lr_factor(step, steps, 2, "linear")
-        batch = load_batch(data, batches.step_indices(step), tokenizer.pad_token_id)
+        batch = data.batch(batches.step_indices(step), tokenizer.pad_token_id)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, batch.kept]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
         result.append(float(loss.detach()))
@@ -446,7 +447,7 @@ def first_batch() -> Batch:
     tokenizer = load_tokenizer(ModelSettings())
     data = prepare("builtin:sql[:96]", "train", tokenizer, DataSettings())
     batches = BatchPlan(data.lengths, 16, 16, 1, seed=42, sort_by_length=True)
-    return load_batch(data, batches.step_indices(0), tokenizer.pad_token_id)
+    return data.batch(batches.step_indices(0), tokenizer.pad_token_id)
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("torchrun", 2), ("deepspeed", 4)])

@@ -9,7 +9,7 @@ from pathlib import Path
 from rosa_ds import distributed
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.training.model import build_model
+from rosa_ds.training.model import adapt, load_base
 
 
 def resident(field: str) -> int:
@@ -25,7 +25,7 @@ def load(folder: str) -> tuple[int, int]:
     plan, settings = plan_deepspeed({"zero_optimization": zero}, settings, distributed.world_size(), False)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    model = build_model(settings, plan)
+    model = adapt(*load_base(settings, plan), settings, plan)
     shares = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
     sys.stdout.write(f"shares {shares / 2**20:.0f} MiB\n")
     return resident("VmHWM") - before, resident("VmRSS") - before

@@ -25,7 +25,7 @@ from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.models.load import load_model, load_tokenizer
 from rosa_ds.training.engine import build_engine
 from rosa_ds.training.evaluate import evaluate
-from rosa_ds.training.model import build_model
+from rosa_ds.training.model import adapt, load_base
 from rosa_ds.training.trained_state import TrainedState
 
 FOLDER, THRESHOLD = Path(sys.argv[1]), int(sys.argv[2])
@@ -51,7 +51,7 @@ def settings(model: str, method: str = "robust", dtype: str = "float32", **adapt
 
 def make_engine(given: RunConfig) -> tuple[Any, Any, TrainedState]:
     made, given = plan(given)
-    model = build_model(given, made)
+    model = adapt(*load_base(given, made), given, made)
     engine, state = build_engine(model, given, made)
     for layer in rosa_ds.adapted_layers(model).values():
         if layer.entries:
@@ -80,7 +80,7 @@ def check_streamed_base_is_divided_without_traffic() -> None:
         given = settings(name, modules_to_save=["lm_head"] if name == "llama" else [])
         made, given = plan(given)
         with distributed.TrafficCounter() as counter:
-            model = build_model(given, made)
+            model = adapt(*load_base(given, made), given, made)
         moved = {kind: size for (kind, _), size in counter.bytes.items() if size > 8}
         assert not moved, f"{name}: building the model moved {moved}"
         reference = dict(load_model(given.model, torch.float32).named_parameters())
@@ -102,7 +102,7 @@ def check_other_checkpoints_are_loaded_whole() -> None:
     """No safetensors; weights that the config ties and the file does not."""
     for name in ("bin", "differs"):
         given = settings(name)
-        model = build_model(given, plan(given)[0])
+        model = adapt(*load_base(given, plan(given)[0]), given, plan(given)[0])
         reference = dict(load_model(given.model, torch.float32).named_parameters())
         assert "lm_head.weight" in reference
         for key, tensor in reference.items():
@@ -143,7 +143,7 @@ def check_adapters_are_saved_whole() -> None:
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6), f"{name}: {(ours - theirs).abs().max()}"
         with pytest.raises(ValueError, match="belongs to a DeepSpeed engine already"):
             rosa_ds.load_adapter(model, FOLDER / f"adapter-{name}-{THRESHOLD}")
-        again = build_model(given, plan(given)[0])
+        again = adapt(*load_base(given, plan(given)[0]), given, plan(given)[0])
         rosa_ds.load_adapter(again, FOLDER / f"adapter-{name}-{THRESHOLD}")
         for key, parameter in again.named_parameters():
             if f"trained.{key}" in saved:

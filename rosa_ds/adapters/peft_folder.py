@@ -43,18 +43,46 @@ _PARTS = {
 }
 _READ = frozenset(
     {
-        *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout"),
-        *("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights"),
-        *("save_precomputed_indices", "bias"),
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "init_lora_weights",
+        "save_precomputed_indices",
+        "bias",
     }
 )
 # the tensors say which layers there are; the others speak of PEFT itself, of how the numbers came about, or of the device
 _SAYS_NOTHING = frozenset(
     {
-        *("peft_version", "auto_mapping", "inference_mode", "target_modules", "exclude_modules", "layers_to_transform"),
-        *("layers_pattern", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config", "runtime_config"),
-        *("eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
-        *("sparsity", "select_top", "init_weights", "mask_type", "random_seed"),
+        "peft_version",
+        "auto_mapping",
+        "inference_mode",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "runtime_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "ensure_weight_tying",
+        "sparsity",
+        "select_top",
+        "init_weights",
+        "mask_type",
+        "random_seed",
     }
 )
 _LEAVES_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")

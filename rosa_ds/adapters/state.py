@@ -20,7 +20,6 @@ from rosa_ds.adapters.peft_folder import is_peft, read_peft
 from rosa_ds.adapters.registry import DEFAULT, adapter_names, adapters_of, check_enabled
 from rosa_ds.adapters.subspace import join_bits
 from rosa_ds.adapters.switch import park, remove_adapter, set_adapter
-from rosa_ds.cli import validation_message
 from rosa_ds.config import AdapterConfig
 from rosa_ds.files import (
     TensorFiles,
@@ -34,6 +33,7 @@ from rosa_ds.json_files import read_json
 from rosa_ds.models.quantized import quantization_of
 from rosa_ds.models.task import check_task
 from rosa_ds.suggest import did_you_mean
+from rosa_ds.validation import validation_message
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"

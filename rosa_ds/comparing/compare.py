@@ -14,6 +14,7 @@ from rosa_ds.comparing.children import Children
 from rosa_ds.comparing.planned import PlannedRun, check_variants, plan_finals, plan_trials
 from rosa_ds.comparing.plots import (
     DPI,
+    colors_of,
     plot_losses,
     plot_masks,
     plot_metric,
@@ -142,7 +143,7 @@ def _read_changes(results: Results) -> tuple[dict[str, Changes], list[str]]:
 
 def _draw(results: Results, changes: Mapping[str, Changes], layers: Sequence[str], root: Path) -> dict[str, str]:
     """What was drawn -> its file, relative to ``root``. Nothing of what there is no data for."""
-    colors = {variant: f"C{index % 10}" for index, variant in enumerate(results.study.variants)}
+    colors = colors_of(results)
     figures = {metric: plot_metric(results, metric) for metric in results.metrics}
     if any(result.training for result in results.finals):
         figures["losses"] = plot_losses(results)

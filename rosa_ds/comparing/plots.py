@@ -26,7 +26,7 @@ def _panels(rows: int, columns: int, width: float = 4.8, height: float = 3.8) ->
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _colors(results: Results) -> dict[str, str]:
+def colors_of(results: Results) -> dict[str, str]:
     """Of each variant, one of its own."""
     count = len(results.study.variants)
     palette = colormaps["tab10" if count <= 10 else "tab20"] if count <= 20 else colormaps["turbo"].resampled(count)
@@ -37,7 +37,7 @@ def plot_metric(results: Results, metric: str) -> Figure:
     """A metric against trained parameters: a small point for each seed, a large one for the mean of a variant."""
     figure, panels = _panels(1, 1, 6.5, 4.5)
     panel: Axes = panels[0][0]
-    for variant, color in _colors(results).items():
+    for variant, color in colors_of(results).items():
         points = [
             (result.trained, result.figures[metric])
             for result in results.finals_of(variant)
@@ -72,7 +72,7 @@ def plot_losses(results: Results) -> Figure:
     """Training and evaluation loss against steps: the mean over seeds, and their range."""
     figure, panels = _panels(1, 2, 6.0, 4.2)
     for panel, kind in zip(panels[0], ("training", "evaluation"), strict=True):
-        for variant, color in _colors(results).items():
+        for variant, color in colors_of(results).items():
             curves = [curve for result in results.finals_of(variant) if (curve := getattr(result, kind))]
             table = mean_and_range(curves)
             if len(table):
@@ -170,7 +170,7 @@ def plot_tuning(results: Results) -> Figure:
     settings = tuned_numbers(results)
     figure, panels = _panels(1, len(settings))
     for panel, setting in zip(panels[0], settings, strict=True):
-        for variant, color in _colors(results).items():
+        for variant, color in colors_of(results).items():
             points = lowest_by_value([trial for trial in results.trials if trial.run.variant == variant], setting)
             if points:
                 x, y = np.array(points, float).T

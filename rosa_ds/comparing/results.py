@@ -182,7 +182,9 @@ class Results:
             logger.warning(
                 "%s was measured on different prompts (%s), so rows are not compared: a data file has changed (delete %s in the folders "
                 "of those runs), or the variants' models write prompts differently",
-                *(metric, ", ".join(result.run.name for result in both), RECORD_FILE),
+                metric,
+                ", ".join(result.run.name for result in both),
+                RECORD_FILE,
             )
             return None
         by_seed = [{r.run.seed: r.rows[metric] for r in both if r.run.variant == name} for name in (variant, reference)]

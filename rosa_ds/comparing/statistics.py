@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+from rosa_ds.evaluation.scores import interval
+
 FEWEST_PAIRS = 3
 """Below these a p-value would only show how few they are."""
 RESAMPLES = 9999
-CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +103,5 @@ def compare_rows(values: Mapping[int, Sequence[float]], reference: Mapping[int, 
     mean = float(differences.mean())
     if len(differences) == 1:
         return RowInterval(1, len(seeds), mean, mean, mean)
-    drawn = stats.bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=256,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    low, high = drawn.confidence_interval
-    return RowInterval(len(differences), len(seeds), mean, float(low), float(high))
+    low, high = interval(differences.tolist(), RESAMPLES)
+    return RowInterval(len(differences), len(seeds), mean, low, high)

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rosa_ds.adapters.inject import adapted_layers, inject
-from rosa_ds.adapters.quantize import open_quantized
-from rosa_ds.export.peft import changed_by_draws
+from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.export.adapted import dense_change, open_adapted
 from rosa_ds.export.source import Source, open_source
-from rosa_ds.models.load import identified, stored_dtype
-from rosa_ds.models.stream import Base, open_base
+from rosa_ds.models.stream import Base
 from rosa_ds.suggest import did_you_mean
 
 
@@ -95,13 +93,7 @@ def read_changes(run: Path, layers: Sequence[str], demanded: bool = True) -> Cha
     Raises: ValueError for a layer that the model has not, if it is ``demanded``.
     """
     source = open_source(run)
-    description = source.description
-    settings = identified(description.base)
-    if settings.quantization == "none":
-        model, base = open_base(settings, stored_dtype(settings))
-    else:
-        model, base = open_quantized(settings, torch.float32, description.config.modules_to_save)
-    inject(model, description.config, description.seed, draw=None)
+    model, base = open_adapted(source)
     weights = {name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.dim() == 2}
     weights |= set(adapted_layers(model))
     spectra = {}
@@ -109,7 +101,9 @@ def read_changes(run: Path, layers: Sequence[str], demanded: bool = True) -> Cha
         if name not in weights and not demanded:
             continue
         if name not in weights:
-            raise ValueError(f"layers: {name} is no layer of {settings.name_or_path}.{did_you_mean(name, weights)}")
+            raise ValueError(
+                f"layers: {name} is no layer of {source.description.base['name_or_path']}.{did_you_mean(name, weights)}"
+            )
         change = _change(name, model, source, base)
         values = torch.linalg.svdvals(change)
         if values[0] > 0:
@@ -130,10 +124,7 @@ def _change(name: str, model: torch.nn.Module, source: Source, base: Base | None
         before = model.get_parameter(weight) if base is None else base.rows(weight, slice(None))
         after = source.trained.get(weight, before)
         return after.double() - before.double()
-    change = changed_by_draws(layer, source, base).double()
-    if f"{name}.A" in source.trained:
-        A, B = source.trained[f"{name}.A"].double(), source.trained[f"{name}.B"].double()
-        change = torch.addmm(change, B, A, alpha=layer.scale)
+    change = dense_change(layer, source, base, torch.float64)
     if weight in source.positions:
         sparse = torch.zeros(layer.weight_shape, dtype=torch.float64)
         sparse.view(-1)[source.positions[weight].long()] = source.trained[f"{name}.values"].double()

@@ -18,7 +18,7 @@ from torch import Tensor
 from rosa_ds.data.tokenise import Tokens
 
 if TYPE_CHECKING:
-    from rosa_ds.data.prepare import TokenSet  # imports datasets, which a plan does not need
+    pass  # imports datasets, which a plan does not need
 
 IGNORE = -100
 PADDING_ROW = -1
@@ -138,8 +138,3 @@ def collate(examples: Sequence[Tokens], pad_id: int) -> Batch:
     if kept.numel() == 0:
         kept = torch.zeros(1, dtype=torch.int64)
     return Batch(input_ids, attention_mask, kept, targets[:, kept])
-
-
-def load_batch(data: TokenSet, indices: Sequence[int] | NDArray[np.int64], pad_id: int) -> Batch:
-    """The examples of ``indices`` as a batch; -1 gives a row of two padding tokens without a target."""
-    return data.batch(indices, pad_id)

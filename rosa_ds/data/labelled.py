@@ -23,8 +23,11 @@ from rosa_ds.data.tokenise import Tokens
 from rosa_ds.suggest import did_you_mean
 
 PAIRS = (
-    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")),
-    *(("question1", "question2"), ("question", "passage")),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("question", "passage"),
 )
 SINGLE = ("text", "sentence")
 LABEL = "label"

@@ -56,7 +56,7 @@ class TokenSet:
         return Tokens(row["ids"], row["trained"])
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int) -> Batch:
-        """See :func:`rosa_ds.data.batches.load_batch`."""
+        """The examples of ``indices``; -1 gives a row of two padding tokens without a target."""
         blank = Tokens([pad_id, pad_id], [False, False])
         return collate([blank if index == PADDING_ROW else self.tokens(index) for index in indices], pad_id)
 

@@ -29,6 +29,7 @@ from rosa_ds.rendezvous import check_ranks, choose_gloo_interface, join_slurm_st
 
 logger = logging.getLogger(__name__)
 LOCK_MINUTES = 5.0
+_ANOTHER_FAILED = "another rank failed; its message says why"
 _joined = False
 
 
@@ -110,7 +111,8 @@ def tell_of_locks() -> None:
             logger.warning(
                 "%s is %.0f minutes old: if no process compiles there now, one was killed that did, and this run will wait for ever: "
                 "delete the file",
-                *(lock, minutes),
+                lock,
+                minutes,
             )
 
 
@@ -230,15 +232,21 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The block runs on each node's first rank, then on its others: for work that leaves a cache on disk."""
-    first = planned_local_rank() == 0
-    if not first:
-        barrier()
+    """The block runs on each node's first rank, then on its others: for work that leaves a cache on disk.
+
+    Raises: RunError on the others, without running the block, if a first rank failed in it.
+    """
+    first, failed = planned_local_rank() == 0, False
+    if not first and any_rank(False):
+        raise RunError(_ANOTHER_FAILED)
     try:
         yield
+    except BaseException:
+        failed = True
+        raise
     finally:
         if first:
-            barrier()
+            any_rank(failed)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -293,7 +301,7 @@ def raise_everywhere(error: BaseException | None) -> None:
     if error is not None:
         raise error
     if failed:
-        raise RunError("another rank failed; its message says why")
+        raise RunError(_ANOTHER_FAILED)
 
 
 @contextlib.contextmanager

@@ -9,94 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from rosa_ds.adapters.inject import adapted_layers, inject, merge
-from rosa_ds.adapters.quantize import load_quantized, open_quantized, quantize_as
-from rosa_ds.adapters.state import CONFIG_FILE, fill_adapter
+from rosa_ds.adapters.inject import inject
+from rosa_ds.adapters.quantize import quantize_as
+from rosa_ds.adapters.state import CONFIG_FILE
 from rosa_ds.config import ModelSettings
+from rosa_ds.export.adapted import check_base, load_merged, open_adapted, run_tokenizer
 from rosa_ds.export.peft import write_peft
-from rosa_ds.export.source import MergeBase, Source, open_source
+from rosa_ds.export.source import MergeBase, open_source
 from rosa_ds.export.stream import MergedRows, write_merged
-from rosa_ds.files import TensorFiles, check_place, write_json, written_folder
+from rosa_ds.files import check_place, write_json, written_folder
 from rosa_ds.json_files import read_json
-from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
-from rosa_ds.models.stream import NotStreamableError, open_base, stream_base
+from rosa_ds.models.load import stored_dtype
+from rosa_ds.models.stream import NotStreamableError, stream_base
 from rosa_ds.models.task import settle_padding
 
 logger = logging.getLogger(__name__)
 EXPORT_FILE = "rosa_ds.json"
-
-
-def _check_base(source: Source) -> ModelSettings:
-    """Settings that load the base of a trained state. Raises: ValueError if its weights are others now."""
-    description = source.description
-    settings = identified(description.base)
-    if description.base.get("hash") not in (None, identify(settings)["hash"]):
-        raise ValueError(
-            f"{source.folder} was trained on other weights than {settings.name_or_path} has now: restore the base, or give its "
-            f"path in {CONFIG_FILE}"
-        )
-    return settings
-
-
-def load_adapted(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
-    """The base with its adapter, not merged, in ``dtype`` with a float32 adapter.
-
-    Args:
-        merge_base: a base that was quantised, quantised again, or as it was before.
-
-    Raises:
-        ValueError: the base's weights are not those that the adapter was trained on.
-    """
-    settings, description = _check_base(source), source.description
-    if settings.quantization == "none":
-        model = load_model(settings, dtype)
-    elif merge_base == "dequantized":
-        model = load_quantized(settings, dtype, description.config.modules_to_save)
-    else:
-        return _load_on_original(source, load_model(settings, dtype))
-    settle_padding(model, run_tokenizer(source))
-    fill_adapter(model, source.folder, description, source.trained, source.positions, source.base)
-    return model.eval()
-
-
-@torch.no_grad()
-def _load_on_original(source: Source, model: PreTrainedModel) -> PreTrainedModel:
-    """What a quantised run has trained, on the dense base."""
-    changes = TensorFiles([])
-    settle_padding(model, run_tokenizer(source))
-    fill_adapter(model, source.folder, source.description, source.trained, source.positions, changes)
-    for name, layer in adapted_layers(model).items():
-        if (change := source.changed(f"{name}.change")) is not None:
-            layer.weight.add_(change)
-            layer.drawn = True
-    return model.eval()
-
-
-def load_merged(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
-    """The base with its adapter folded in: summed in float32, rounded once to ``dtype``.
-
-    A base that is stored in ``dtype``, quantised by nobody and changed by no draw is never held in float32.
-    """
-    settings = identified(source.description.base)
-    narrow = not source.base and settings.quantization == "none" and stored_dtype(settings) == dtype
-    model = load_adapted(source, dtype if narrow else torch.float32, merge_base)
-    merge(model)
-    for (
-        parameter
-    ) in model.parameters():  # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model
-
-
-def run_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer that the run trained with, else the base's."""
-    if source.tokenizer is not None:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer)
-        return tokenizer
-    return load_tokenizer(identified(source.description.base))
 
 
 def _choose_base(settings: ModelSettings, wanted: MergeBase | None) -> MergeBase | None:
@@ -132,7 +62,7 @@ def export_merged(
     """
     source = open_source(path)
     out = _free_folder(out, Path(path))
-    settings = _check_base(source)
+    settings = check_base(source)
     description = source.description
     chosen = _choose_base(settings, merge_base)
     origin: dict[str, Any] = {
@@ -201,12 +131,8 @@ def export_peft(path: str | Path, out: str | Path, rank: int | None) -> Path:
     """Write a folder that PEFT loads, see :mod:`rosa_ds.export.peft`. Arguments and errors as there and for merging."""
     source = open_source(path)
     out = _free_folder(out, Path(path))
-    settings, description = _check_base(source), source.description
-    if settings.quantization == "none":
-        model, base = open_base(settings, stored_dtype(settings))
-    else:
-        model, base = open_quantized(settings, torch.float32, description.config.modules_to_save)
-    inject(model, description.config, description.seed, draw=None)
+    description = source.description
+    model, base = open_adapted(source)
     with written_folder(out) as temporary:
         write_peft(model, base, source, temporary, rank)
         run_tokenizer(source).save_pretrained(temporary)

@@ -21,6 +21,7 @@ from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
 from rosa_ds.adapters.subspace import singular_directions
 from rosa_ds.adapters.targets import by_pattern
+from rosa_ds.export.adapted import dense_change
 from rosa_ds.export.source import Source
 from rosa_ds.files import write_tensors
 from rosa_ds.models.load import identified
@@ -164,9 +165,7 @@ def _difference(
     tensors, ranks, left = {}, {}, 0.0
     total = 0.0
     for name, layer in adapted_layers(model).items():
-        difference = changed_by_draws(layer, source, base)
-        A, B = source.trained[f"{name}.A"].float(), source.trained[f"{name}.B"].float()
-        difference = torch.addmm(difference, B, A, alpha=layer.scale)
+        difference = dense_change(layer, source, base)
         ranks[name] = min(rank, *difference.shape)
         # in float32 the Gram matrix would lose the smaller ones of a difference of low rank
         basis = singular_directions(difference.double(), torch.arange(ranks[name]), "gram")[0].float()
@@ -180,19 +179,6 @@ def _difference(
     # scale 1 in every layer, also where the rank is smaller
     patterns = {f"^{name}": float(own) for name, own in ranks.items() if own != rank}
     return _Peft({**config, "alpha_pattern": patterns, "lora_dropout": 0.0}, tensors)
-
-
-def changed_by_draws(layer: AdaptedLinear, source: Source, base: Base | None) -> Tensor:
-    """``W_fixed − W`` of a layer, (N, M) float32."""
-    changed = source.changed(layer.drawn_name)
-    if changed is None:
-        difference = torch.zeros(layer.weight_shape)
-    elif layer.form is not None:
-        difference = changed.float()
-    else:
-        before = layer.weight.detach() if base is None else base.rows(layer.weight_name, slice(None))
-        difference = changed.float() - before.float()
-    return difference.T if layer.transposed else difference
 
 
 def write_peft(model: PreTrainedModel, base: Base | None, source: Source, folder: Path, rank: int | None) -> None:

@@ -25,7 +25,8 @@ from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
 from rosa_ds.export.source import MergeBase, Source
 from rosa_ds.models.quantized import PACKED, SCALES
-from rosa_ds.models.stream import INDEX, SINGLE, Base
+from rosa_ds.models.stream import Base
+from rosa_ds.models.weights import INDEX, SINGLE
 
 BLOCK_BYTES = 2 * 2**20
 """Of float32 numbers that are merged at once: few enough to stay in a core's cache and in memory that malloc uses again."""

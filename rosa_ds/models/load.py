@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import cached_file
 
 from rosa_ds.config import ModelSettings
-from rosa_ds.files import file_hash
-from rosa_ds.json_files import read_json
 from rosa_ds.models.checks import (
     BROKEN,
     WEIGHT_SUFFIXES,
@@ -33,11 +22,11 @@ from rosa_ds.models.checks import (
     refused,
 )
 from rosa_ds.models.task import auto_class, classes_of, configure, describe_task, mark_new, new_numbers, new_parameters
+from rosa_ds.models.weights import find_safetensors, hash_files, weight_files
 from rosa_ds.suggest import did_you_mean_path
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "tiny"
-_WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**30, 4096, 2**16
 
 
 def resolve(name_or_path: str) -> tuple[str, dict[str, str]]:
@@ -67,12 +56,7 @@ def download(settings: ModelSettings) -> None:
     name, _ = resolve(settings.name_or_path)
     if Path(name).is_dir():
         return
-    revision = settings.revision or "main"
-    single = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
-    index_name = "model.safetensors.index.json"
-    index = cached_file(name, index_name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if single is None and index is not None:
-        get_checkpoint_shard_files(name, index, revision=revision)
+    find_safetensors(name, settings.revision or "main")
 
 
 def _stored_config(settings: ModelSettings) -> Any:
@@ -204,50 +188,27 @@ def stored_dtype(settings: ModelSettings) -> torch.dtype:
     return config.dtype or torch.float32
 
 
-def _content_hash(path: Path) -> str:
-    """SHA-256 of a file's size and content; of a file beyond 1 GiB, 4,096 blocks of 64 KiB spread over it evenly."""
-    size = path.stat().st_size
-    if size <= _WHOLE_BYTES:
-        return file_hash(path)
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
-        for sample in range(_SAMPLES):
-            stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """What transformers would load, in the order in which it looks; not what else lies there, such as training_args.bin."""
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        if (folder / name).is_file() and not name.endswith(".json"):
-            return [folder / name]
-        if (folder / name).is_file():
-            return [folder / shard for shard in sorted(set(read_json(folder / name)["weight_map"].values()))]
-    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-
-
 def identify(settings: ModelSettings) -> dict[str, Any]:
     """Name, revision, a hash of the weight files, how they are quantised, and the classes: what an adapter or a checkpoint belongs to.
 
-    Large files are sampled, so that it takes seconds for any model. Of a hub model the files that were downloaded count, so
+    Of a hub model the files that were downloaded count, so
     it is loaded first.
     """
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
-        files = [Path(name) / arguments["gguf_file"]]
+        files: Sequence[Path] = [Path(name) / arguments["gguf_file"]]
     else:
         config = cached_file(name, "config.json", revision=settings.revision or "main")
         assert config is not None
-        files = _weight_files(Path(config).parent)
+        files = weight_files(Path(config).parent)
     if not files:
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r}: no weights ({', '.join(WEIGHT_SUFFIXES)}) are there"
         )
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter to others
-        digest = hashlib.sha256("".join(pool.map(_content_hash, files)).encode()).hexdigest()
     base = {
-        **{"name_or_path": settings.name_or_path, "revision": settings.revision, "hash": digest},
+        "name_or_path": settings.name_or_path,
+        "revision": settings.revision,
+        "hash": hash_files(files),
         **describe_task(settings),
     }
     if settings.quantization == "none":

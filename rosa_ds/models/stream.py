@@ -6,7 +6,6 @@ No rank ever holds the base, or reads more of it than its own share.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from rosa_ds import distributed
 from rosa_ds.config import ModelSettings
 from rosa_ds.models.checks import is_finite, not_finite
 from rosa_ds.models.load import check_language_model, keeps_head, load_model, read_config, resolve
 from rosa_ds.models.task import auto_class, mark_new, new_numbers, new_parameters
+from rosa_ds.models.weights import SINGLE, find_safetensors
 
 logger = logging.getLogger(__name__)
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class NotStreamableError(Exception):
@@ -96,23 +93,19 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _checkpoint_files(name: str, revision: str) -> dict[str, Path]:
+def _tensor_files(name: str, revision: str) -> dict[str, Path]:
     """Tensor name -> file of a checkpoint in safetensors, downloaded where it is on the hub."""
     try:
-        # as transformers: the single file first, where a folder has both
-        single = cached_file(name, SINGLE, revision=revision, _raise_exceptions_for_missing_entries=False)
-        index = cached_file(name, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if single is None and index is not None:
-            paths, _ = get_checkpoint_shard_files(name, index, revision=revision)
-            by_file = {Path(path).name: Path(path) for path in paths}
-            return {key: by_file[file] for key, file in json.loads(Path(index).read_text())["weight_map"].items()}
-    except OSError as error:
+        single, shards = find_safetensors(name, revision)
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {error}") from error
+    if shards:
+        return shards
     if single is None:
         raise NotStreamableError(f"it has no {SINGLE}")
     try:
         with safe_open(single, framework="pt") as reader:
-            return dict.fromkeys(reader.keys(), Path(single))
+            return dict.fromkeys(reader.keys(), single)
     except SafetensorError as error:
         raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {single}: {error}") from error
 
@@ -199,7 +192,9 @@ def load_whole(
     logger.warning(
         "%s is loaded whole on every rank first, %.2f GiB each (%s): save it once with transformers' "
         "save_pretrained(folder, save_original_format=False) to avoid that",
-        *(settings.name_or_path, size / 2**30, reason),
+        settings.name_or_path,
+        size / 2**30,
+        reason,
     )
     return model
 
@@ -217,7 +212,7 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> 
     if getattr(config, "transformers_weights", None) is not None:
         raise NotStreamableError("its config names other weight files")
     model, revision = build_on_meta(config, settings, dtype), settings.revision or "main"
-    base = _match(model, _checkpoint_files(name, revision), seed, keeps_head(settings))
+    base = _match(model, _tensor_files(name, revision), seed, keeps_head(settings))
     model.name_or_path = name
     if model.can_generate():
         with contextlib.suppress(OSError):  # a base without one uses its config's

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from pathlib import Path
+
+import torch
 
 from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.adapters.mask import open_mask
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
-from rosa_ds.models.load import load_tokenizer
+from rosa_ds.ds_config import DeepSpeedPlan
+from rosa_ds.models.load import load_tokenizer, read_config
+from rosa_ds.models.stream import build_on_meta
 from rosa_ds.planning.search import GIB, Planner
 from rosa_ds.training.memory.accounting import activation_terms, table
 from rosa_ds.training.memory.measuring import longest
 from rosa_ds.training.memory.trace import Shape
-from rosa_ds.training.run import build_schedule
+from rosa_ds.training.model import check_readable
 from rosa_ds.training.schedule import Schedule
+from rosa_ds.training.settle import build_schedule, settle, warn_of
+from rosa_ds.training.start import begin_from
 from rosa_ds.training.task import prepare_data
 
 logger = logging.getLogger(__name__)
@@ -30,9 +37,13 @@ def dry_run(command: CommandLine, ranks: int) -> None:
 
     Raises: ValueError for what would end the run; what does not hang on it is printed before.
     """
-    plan, settings = plan_deepspeed(command.deepspeed, command.config, ranks, gpu_has_bfloat16=True)
-    for unused in settings.settings_without_effect():
-        logger.warning("setting without effect: %s", unused)
+    plan, settings = settle(command, ranks, gpu_has_bfloat16=True)
+    if command.resume is not None:
+        logger.warning("--dry-run looks at a new run: the checkpoint of --resume is not read")
+    if settings.mask.load is not None:
+        open_mask(Path(settings.mask.load))
+    settings = _begun(settings, plan)
+    warn_of(settings)
     if command.config.model.dtype == "auto" and plan.dtype == "bfloat16":
         logger.info("model.dtype auto: bfloat16, as on GPUs; a run on CPUs computes in float32")
     logger.info("settings:\n%s", json.dumps(settings.model_dump(), indent=2))
@@ -42,7 +53,8 @@ def dry_run(command: CommandLine, ranks: int) -> None:
     problem, data, shape = None, None, Shape(plan.micro_batch_size, settings.data.max_length, settings.data.max_length)
     try:
         tokenizer = load_tokenizer(settings.model)
-        _, data, _ = prepare_data(settings, tokenizer)
+        _, data, eval_data = prepare_data(settings, tokenizer)
+        check_readable(planner.model, tokenizer, settings, data, eval_data)
         shape = longest(data, plan.micro_batch_size, tokenizer.pad_token_id)
     except ValueError as error:
         problem = error
@@ -55,6 +67,17 @@ def dry_run(command: CommandLine, ranks: int) -> None:
         raise problem
 
 
+def _begun(settings: RunConfig, plan: DeepSpeedPlan) -> RunConfig:
+    """With what the adapter of ``adapter.init_from`` decides; whether its base has the same weights is not looked at."""
+    if settings.adapter.init_from is None:
+        return settings
+    model = build_on_meta(read_config(settings.model), settings.model, getattr(torch, plan.dtype))
+    settings, start = begin_from(settings, model, {"name_or_path": settings.model.name_or_path, "hash": None}, None)
+    if start is not None:
+        start.close()
+    return settings
+
+
 def _show_plan(planner: Planner, plan: DeepSpeedPlan, settings: RunConfig, ranks: int, shape: Shape) -> None:
     checkpointing = bool(settings.training.gradient_checkpointing)
     account = planner.account(plan.stage, ranks, shape, checkpointing, plan.accumulation_steps)
@@ -63,14 +86,20 @@ def _show_plan(planner: Planner, plan: DeepSpeedPlan, settings: RunConfig, ranks
     logger.info("DeepSpeed's configuration:\n%s", json.dumps(plan.config, indent=2))
     logger.info(
         "a rank of %d at stage %d, micro-batches of %d × %d tokens, %d a step:\n%s",
-        *(ranks, plan.stage, shape.rows, shape.length, plan.accumulation_steps),
+        ranks,
+        plan.stage,
+        shape.rows,
+        shape.length,
+        plan.accumulation_steps,
         table(account, {}, {}),
     )
     for again, found in traced.items():
         how = "with" if again else "without"
         logger.info(
             "activations %s checkpointing: %.3f GiB kept for backward, %.3f at the worst moment",
-            *(how, found.saved / GIB, found.peak / GIB),
+            how,
+            found.saved / GIB,
+            found.peak / GIB,
         )
 
 

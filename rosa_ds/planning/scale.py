@@ -104,8 +104,16 @@ def _point(size: str, ranks: int, choice: Choice) -> Point:
     largest = max(steady, key=lambda group: steady[group])
     rounded = {group: round(held, 3) for group, held in groups.items()}
     return Point(
-        *(size, ranks, choice.stage, choice.micro_batch, choice.fits, round(choice.peak / GIB, 3), rounded, largest),
-        *(choice.compute, choice.send),
+        size,
+        ranks,
+        choice.stage,
+        choice.micro_batch,
+        choice.fits,
+        round(choice.peak / GIB, 3),
+        rounded,
+        largest,
+        choice.compute,
+        choice.send,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from rosa_ds.adapters.inject import InjectReport
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.models.stream import read_config
+from rosa_ds.models.load import read_config
 from rosa_ds.training.engine import settle_zero
 from rosa_ds.training.memory.accounting import (
     ACTIVATIONS,

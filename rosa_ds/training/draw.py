@@ -247,3 +247,13 @@ def _project(mine: _Layer, drawn: Drawn) -> dict[str, Tensor]:
     first_B, second_B = project_moments(first_B.T, second_B.T, drawn.A.T, mine.A.T)
     moved = (first_A, second_A, first_B.T.contiguous(), second_B.T.contiguous())
     return dict(zip((f"{part}/{key}" for part in "AB" for key in MOMENTS), moved, strict=True))
+
+
+def describe_draw(fields: Mapping[str, Any], moments: str) -> str:
+    """What :meth:`Drawing.draw` tells of a draw, in words; ``moments`` as ``draw.moments``."""
+    if moments == "reset" and fields["moments_reset"] is not None:
+        moments = f"{fields['moments_reset']:.0%} reset"
+    return (
+        f"{fields['layers']} layers, {fields['directions']}; base rounded by {fields['rounding']:.1e}, drift {fields['drift']:.1e}, "
+        f"moments: {moments}, {fields['seconds']:.1f} s"
+    )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rosa_ds import distributed
-from rosa_ds.data.batches import Batch, load_batch
+from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import LabelledSet
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.training.loss import loss_of
@@ -44,7 +44,7 @@ def visit_batches(
     for number in range(distributed.rank(), -(-len(batches) // ranks) * ranks, ranks):
         distributed.progress(f"evaluation, batch {number // ranks + 1}")
         indices = batches[number] if number < len(batches) else batches[-1]
-        batch = load_batch(data, indices, pad_id)
+        batch = data.batch(indices, pad_id)
         logits = batch.logits(model, device, selects)
         if number < len(batches):
             visit(indices, batch, logits)

@@ -9,8 +9,19 @@ from rosa_ds.training.interrupt import MARK_FILE, SAVE_FILE
 
 _OUR_FILES = frozenset(
     {
-        *("config.json", "ds_config.json", "accounting.json", "metrics.jsonl", "mask.safetensors", MARK_FILE),
-        *("logs", "checkpoints", "adapter", "tokenizer", "tensorboard", deepspeed_format.FOLDER, SAVE_FILE),
+        "config.json",
+        "ds_config.json",
+        "accounting.json",
+        "metrics.jsonl",
+        "mask.safetensors",
+        MARK_FILE,
+        "logs",
+        "checkpoints",
+        "adapter",
+        "tokenizer",
+        "tensorboard",
+        deepspeed_format.FOLDER,
+        SAVE_FILE,
         *("latest", "zero_to_fp32.py"),  # beside DeepSpeed's own checkpoints
     }
 )

@@ -43,7 +43,9 @@ def _wait_for_other_host(stream: TextIO, folder: Path, seconds: float) -> bool:
             logger.warning(
                 "%s is held by a run on another host (%s); waiting up to %.0f s, since a file server keeps the lock of a host "
                 "that went down for a while",
-                *(folder, holder, seconds),
+                folder,
+                holder,
+                seconds,
             )
             told = True
         time.sleep(min(1.0, seconds / 10))

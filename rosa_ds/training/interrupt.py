@@ -72,7 +72,7 @@ def take_save_request(folder: Path) -> bool:
     return True
 
 
-def leave(folder: Path, received: str, step: int, main: bool) -> None:
+def end_interrupted(folder: Path, received: str, step: int, main: bool) -> None:
     """End an interrupted run whose state is saved: mark the folder for scripts that requeue. Always raises."""
     if main:
         write_json(folder / MARK_FILE, {"signal": received, "step": step})

@@ -18,15 +18,15 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import Mask, MaskCollector, save_mask, set_mask
 from rosa_ds.adapters.state import StoredAdapter
 from rosa_ds.config import SPARSE_METHODS
-from rosa_ds.data.batches import load_batch
 from rosa_ds.errors import RunError
 from rosa_ds.files import write_json
 from rosa_ds.training import checkpoint
 from rosa_ds.training.checkpoint import Checkpoint, SavedBase
 from rosa_ds.training.context import Run, seed_step
+from rosa_ds.training.draw import describe_draw
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate
-from rosa_ds.training.interrupt import leave, take_save_request
+from rosa_ds.training.interrupt import end_interrupted, take_save_request
 from rosa_ds.training.loss import accepts_kept_positions, token_loss_sum
 from rosa_ds.training.masking import build_collector, fix_mask
 from rosa_ds.training.memory.accounting import DRAWING
@@ -80,8 +80,10 @@ class Loop:
             self._after_step()
         logger.info(
             "%d steps in %.0f s, %s trained tokens in the whole run, peak memory %.2f GiB",
-            *(self.step - first, time.monotonic() - begun),
-            *(f"{self.trained_tokens:,}", distributed.peak_memory_bytes() / 2**30),
+            self.step - first,
+            time.monotonic() - begun,
+            f"{self.trained_tokens:,}",
+            distributed.peak_memory_bytes() / 2**30,
         )
 
     def _begin(self) -> None:
@@ -118,7 +120,7 @@ class Loop:
 
     def _leave(self) -> None:
         self.save()
-        leave(self.run.folder, self.run.interruption.received, self.step, distributed.is_main())
+        end_interrupted(self.run.folder, self.run.interruption.received, self.step, distributed.is_main())
 
     @property
     def _done(self) -> bool:
@@ -160,7 +162,7 @@ class Loop:
         micro_batches = run.batches.micro_batches(step.data_step, rank)
         for number, micro in enumerate(micro_batches, start=1):
             distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number}")
-            batch = load_batch(run.data, micro, run.pad_id)
+            batch = run.data.batch(micro, run.pad_id)
             with self._measurement.forward(batch, number) if self._measurement else contextlib.nullcontext():
                 loss_sum = token_loss_sum(run.engine, batch, run.engine.device, self._selects)
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.
@@ -318,13 +320,8 @@ class Loop:
         with peak_of(self.run, DRAWING) if DRAWING not in self.run.held else contextlib.nullcontext():
             fields = self.run.drawing.draw(number)
         self.log.write(step=self.step, event="draw", **fields)
-        moments: str = self.run.settings.draw.moments
-        if moments == "reset" and fields["moments_reset"] is not None:
-            moments = f"{fields['moments_reset']:.0%} reset"
         logger.info(
-            "draw %d before step %d: %d layers, %s; base rounded by %.1e, drift %.1e, moments: %s, %.1f s",
-            *(number, self.step + 1, fields["layers"], fields["directions"], fields["rounding"], fields["drift"]),
-            *(moments, fields["seconds"]),
+            "draw %d before step %d: %s", number, self.step + 1, describe_draw(fields, self.run.settings.draw.moments)
         )
 
     def _evaluate(self) -> None:

@@ -58,7 +58,9 @@ def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings,
     )
     logger.info(
         "collecting gradients: %.3f GiB on the device and %.3f in host memory on this rank, and one block of %.3f GiB",
-        *(collector.kept_bytes["device"] / 2**30, collector.kept_bytes["host"] / 2**30, BLOCK_BYTES / 2**30),
+        collector.kept_bytes["device"] / 2**30,
+        collector.kept_bytes["host"] / 2**30,
+        BLOCK_BYTES / 2**30,
     )
     return collector
 

@@ -70,16 +70,11 @@ def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -
         base.close()
 
 
-def build_model(settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
-    """The base with its adapters on every rank; at stage 3 already divided over them. Collective there.
-
-    Raises: ValueError for a base that cannot be loaded or targets that match nothing.
-    """
-    return adapt(*load_base(settings, plan), settings, plan)
-
-
 def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
-    """Give a base, as :func:`load_base` makes it, its adapters, and at stage 3 divide it. Errors as :func:`build_model`."""
+    """Give a base, as :func:`load_base` makes it, its adapters, and at stage 3 divide both over the ranks. Collective there.
+
+    Raises: ValueError for targets that match nothing.
+    """
     report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
     if report.adapted:
@@ -137,6 +132,20 @@ def check_positions(model: PreTrainedModel, data: Mapping[str, TokenSet]) -> Non
                 )
 
 
+def check_readable(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RunConfig,
+    data: TokenSet,
+    eval_data: TokenSet | None,
+) -> None:
+    """Raise ValueError for data that the model, also one without numbers, cannot read."""
+    sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
+    known = {name: tokens for name, tokens in sets.items() if tokens is not None}
+    check_vocabulary(model, known, tokenizer)
+    check_positions(model, known)
+
+
 def load_checked_base(
     settings: RunConfig,
     plan: DeepSpeedPlan,
@@ -151,10 +160,7 @@ def load_checked_base(
     with distributed.together():
         model, numbers = load_base(settings, plan)
         pad_id = settle_padding(model, tokenizer)
-        sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
-        known = {name: tokens for name, tokens in sets.items() if tokens is not None}
-        check_vocabulary(model, known, tokenizer)
-        check_positions(model, known)
+        check_readable(model, tokenizer, settings, data, eval_data)
     return model, numbers, pad_id
 
 

@@ -18,14 +18,13 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import open_mask
 from rosa_ds.adapters.state import StoredAdapter, save_adapter
 from rosa_ds.cli import CommandLine
-from rosa_ds.config import LOW_RANK_METHODS, RunConfig
+from rosa_ds.config import RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.ds_checks import check_by_deepspeed
-from rosa_ds.ds_config import DeepSpeedPlan, check_packages, keep_batch, plan_deepspeed
+from rosa_ds.ds_config import DeepSpeedPlan, keep_batch
 from rosa_ds.errors import RunError
 from rosa_ds.files import move_aside, write_json
-from rosa_ds.logs import SAME_ON_ALL_RANKS, log_to
+from rosa_ds.logs import begin_log, log_to
 from rosa_ds.models.load import download, identify, load_tokenizer
 from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.changed_base import ChangedBase
@@ -43,49 +42,14 @@ from rosa_ds.training.memory.accounting import Account, predict, table
 from rosa_ds.training.memory.measuring import full_account
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
-from rosa_ds.training.resume import check_resumable
+from rosa_ds.training.resume import check_resumable, read_checkpoint, run_of
 from rosa_ds.training.schedule import Schedule
+from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.start import begin_from, check_start
 from rosa_ds.training.task import prepare_data, prepare_sets, with_head
 from rosa_ds.training.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
-
-
-def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
-    """The run's steps. A method without a low-rank part has nothing to warm up."""
-    training, mask = settings.training, settings.mask
-    warms_up = settings.collects_gradients and settings.method in LOW_RANK_METHODS
-    schedule = Schedule(
-        train_steps=training.max_steps or training.epochs * steps_per_epoch,
-        mask_warmup=mask.warmup_steps if warms_up else 0,
-        mask_steps=mask.steps if settings.collects_gradients else 0,
-        restart=mask.after == "restart",
-        lr_warmup=training.warmup_steps,
-        lr_kind=training.scheduler,
-        draws=settings.draws,
-        draw_every=settings.draw.steps(steps_per_epoch) if settings.draws else 0,
-        draw_warmup=settings.draw.warmup_steps if settings.draws else 0,
-    )
-    if schedule.total_steps - schedule.train_steps > schedule.train_steps:
-        logger.warning(
-            "%d steps find the mask and only %d train with it: lower mask.warmup_steps (%d), or train for more epochs",
-            *(schedule.total_steps - schedule.train_steps, schedule.train_steps, mask.warmup_steps),
-            extra=SAME_ON_ALL_RANKS,
-        )
-    if training.warmup_steps >= schedule.train_steps:
-        logger.warning(
-            "training.warmup_steps %d is no shorter than the %d steps of training: the learning rate never reaches its value",
-            *(training.warmup_steps, schedule.train_steps),
-            extra=SAME_ON_ALL_RANKS,
-        )
-    if schedule.draws and schedule.draw_every >= schedule.train_steps:
-        logger.warning(
-            "draw.every %s is no shorter than the %d steps of training: the low-rank part is drawn once, at the start",
-            *(settings.draw.every, schedule.train_steps),
-            extra=SAME_ON_ALL_RANKS,
-        )
-    return schedule
 
 
 def _open_folder(
@@ -100,7 +64,7 @@ def _open_folder(
         ValueError: the folder holds something that is not a run.
     """
     folder = Path(settings.training.output_dir)
-    in_place = resumed_from is not None and _run_of(resumed_from.resolve()) == folder.resolve()
+    in_place = resumed_from is not None and run_of(resumed_from.resolve()) == folder.resolve()
     with distributed.together():
         if distributed.is_main():
             if in_place:
@@ -135,52 +99,6 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
             save_adapter(run.model, run.folder / "adapter", run.base, tensors, base_files)
         if distributed.is_main():
             tokenizer.save_pretrained(run.folder / "tokenizer")
-
-
-def _run_of(found: Path) -> Path:
-    """The run's folder that a checkpoint, ours or DeepSpeed's, lies in."""
-    return deepspeed_format.run_of(found) if deepspeed_format.is_checkpoint(found) else found.parent.parent
-
-
-def _find_checkpoint(run: Path, wanted: str) -> Path:
-    """One of ours, or where none is whole DeepSpeed's newest. Raises: ValueError if there is neither."""
-    path = Path(wanted) if wanted else run
-    try:
-        return checkpoint.find(run, wanted)
-    except ValueError:
-        theirs = None if checkpoint.is_checkpoint(path) else deepspeed_format.find(run, wanted)
-        if theirs is None:
-            raise
-        return theirs
-
-
-def _read_checkpoint(settings: RunConfig, wanted: str) -> tuple[Path, Checkpoint]:
-    """The checkpoint to go on from. The first rank looks for it and checks all files; the others take its word."""
-    found: Path | None = None
-    begun = time.monotonic()
-    with distributed.together():
-        if distributed.is_main():
-            found = _find_checkpoint(Path(settings.training.output_dir), wanted)
-    source: Path = distributed.gather_objects(found)[0]
-    with distributed.together():
-        if not source.is_dir():
-            raise ValueError(f"--resume: this rank does not see {source}: is the file system shared?")
-        saved = deepspeed_format.read(source) if deepspeed_format.is_checkpoint(source) else checkpoint.load(source)
-    logger.info("resuming from %s, step %d (checked in %.2f s)", source, saved.step, time.monotonic() - begun)
-    return source, saved
-
-
-def _announce(settings: RunConfig, plan: DeepSpeedPlan, threads: int) -> None:
-    for unused in settings.settings_without_effect():
-        logger.warning("setting without effect: %s", unused, extra=SAME_ON_ALL_RANKS)
-    if settings.draws and settings.training.weight_decay:
-        logger.warning(
-            "training.weight_decay %g shrinks what is drawn, which with method %s is a piece of the base",
-            *(settings.training.weight_decay, settings.method),
-            extra=SAME_ON_ALL_RANKS,
-        )
-    ranks = distributed.world_size()
-    logger.info("%d ranks, %d threads each, ZeRO-%d, %s; %s", ranks, threads, plan.stage, plan.dtype, plan.step())
 
 
 def _make_drawing(model: PreTrainedModel, state: TrainedState, settings: RunConfig) -> Drawing | None:
@@ -236,21 +154,19 @@ def _fill_caches(settings: RunConfig) -> None:
 def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     """Join the other ranks, settle what the settings leave open, and take the run's folder."""
     training = command.config.training
+    begin_log()
     _fill_caches(command.config)
     # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
     usual = max(120.0, 2 * training.stall_minutes) if training.stall_minutes else 7 * 24 * 60.0
     distributed.initialize(training.timeout_minutes or usual)
     threads = distributed.use_threads()
-    plan, settings = plan_deepspeed(
-        command.deepspeed, command.config, distributed.world_size(), distributed.gpu_has_bfloat16()
-    )
-    check_by_deepspeed(plan.config)
-    check_packages(plan, settings.training.tensorboard)
+    plan, settings = settle(command, distributed.world_size(), distributed.gpu_has_bfloat16())
     if plan.dtype == "float16" and not distributed.has_float16():
         raise ValueError(
             f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
         )
-    _announce(settings, plan, threads)
+    ranks = distributed.world_size()
+    logger.info("%d ranks, %d threads each, ZeRO-%d, %s; %s", ranks, threads, plan.stage, plan.dtype, plan.step())
     with distributed.together():
         if distributed.is_main():
             folder = Path(settings.training.output_dir)
@@ -280,21 +196,29 @@ def _whole_at_start(model: nn.Module, schedule: Schedule) -> dict[str, Tensor]:
     return {name: distributed.own_numbers(p).float().cpu().clone() for name, p in whole.items()}
 
 
-def _train(command: CommandLine, interruption: Interruption) -> Path:
-    plan, settings = _begin(command)
-    source, saved = _read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
-    plan = keep_batch(plan, command.deepspeed, saved.batch_size) if saved is not None else plan
+def _read(settings: RunConfig) -> tuple[RunConfig, PreTrainedTokenizerBase, TokenSet, TokenSet | None]:
+    """The settings with what the data decides, the tokenizer, and the data. Raises: ValueError on all ranks."""
     with distributed.together():
         if settings.mask.load is not None:
             open_mask(Path(settings.mask.load))  # a wrong path should not be found out after an hour
-        tokenizer = load_tokenizer(settings.model)
     # in one block no more than one thing that the first rank of a node does first: a rank that fails must not skip a barrier
+    with distributed.together(), distributed.main_first():
+        tokenizer = load_tokenizer(settings.model)
     with distributed.together():
         settings, data, eval_data = prepare_data(settings, tokenizer)
+    return settings, tokenizer, data, eval_data
+
+
+def _train(command: CommandLine, interruption: Interruption) -> Path:
+    plan, settings = _begin(command)
+    source, saved = read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
+    plan = keep_batch(plan, command.deepspeed, saved.batch_size) if saved is not None else plan
+    settings, tokenizer, data, eval_data = _read(settings)
     model, numbers, pad_id = load_checked_base(settings, plan, tokenizer, data, eval_data)
     with distributed.together():
         base = identify(settings.model)
     settings, start = begin_from(settings, model, base, saved)
+    warn_of(settings)
     settings = with_head(settings, model)
     with distributed.together():
         adapt(model, numbers, settings, plan)
@@ -317,10 +241,9 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     drawing = _make_drawing(model, state, settings)
     account = predict(model, plan, settings)
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
-    first_step = saved.step if saved else 0
     run = Run(
         settings=settings,
-        folder=_open_folder(settings, plan, account, source, first_step),
+        folder=_open_folder(settings, plan, account, source, saved.step if saved else 0),
         model=model,
         engine=engine,
         state=state,

@@ -24,7 +24,13 @@ from rosa_ds.training.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 DECIDED = set(
     {
-        *("rank", "alpha", "density", "target_modules", "rank_pattern", "alpha_pattern", "density_pattern"),
+        "rank",
+        "alpha",
+        "density",
+        "target_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "density_pattern",
         "modules_to_save",
     }
 )
@@ -57,7 +63,8 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
     """The adapter of ``adapter.init_from``. Collective.
 
     Args:
-        model: the base, also on the meta device; ``base``: what it is, with its hash.
+        model: the base, also on the meta device.
+        base: its name and hash, as :func:`rosa_ds.models.load.identify`; hash ``None``: the name alone is compared.
 
     Raises: ValueError if there is none that a run can begin with, it belongs to another base, or the ranks see different ones.
     """
@@ -74,12 +81,15 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
             )
         if problem := _other_task(settings.model, origin):
             raise ValueError(f"adapter.init_from {folder} {problem}")
-        if origin.get("hash") not in (None, base["hash"]):
+        known = None not in (origin.get("hash"), base["hash"])
+        if known and origin["hash"] != base["hash"]:
             raise ValueError(f"adapter.init_from {folder} was trained on other weights than {base['name_or_path']} has")
-        if origin.get("hash") is None and origin.get("name_or_path") not in (None, base["name_or_path"]):
+        if not known and origin.get("name_or_path") not in (None, base["name_or_path"]):
             logger.warning(
                 "%s names its base %s, this run's is %s",
-                *(folder, origin["name_or_path"], base["name_or_path"]),
+                folder,
+                origin["name_or_path"],
+                base["name_or_path"],
                 extra=SAME_ON_ALL_RANKS,
             )
     digest = "".join(file_hash(path) for path in sorted(folder.glob("*.safetensors")))

@@ -57,6 +57,8 @@ def model_row(name: str, model: str, *words: str, make: Callable[[Path], object]
     return Row(name, "train", f"--data.train rows.jsonl --model.name_or_path {model}", words, make)
 
 
+NO_TENSORS = both(write("model.safetensors.index.json", {"metadata": {}}), remove("model.safetensors"))
+
 ROWS = [
     model_row(
         "model folder missing",
@@ -184,6 +186,10 @@ ROWS = [
         ),
         "'base'",
         "model-00001-of-00002.safetensors",
+    ),
+    row("an index that lists nothing", NO_TENSORS, "'base'", "weight_map"),
+    row(
+        "an index that lists nothing at stage 3", NO_TENSORS, "model.safetensors.index.json", "weight_map", more=STAGE_3
     ),
     row("tokenizer missing", remove("tokenizer*", "chat_template*"), "tokenizer of 'base'", "tokenizer"),
     row("tokenizer broken", write("tokenizer.json", "{"), "tokenizer of 'base'", "tokenizer"),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rosa_ds import distributed
-from rosa_ds.data.batches import Batch, load_batch
+from rosa_ds.data.batches import Batch
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.models.stream import read_config
+from rosa_ds.models.load import read_config
 from rosa_ds.training.context import Run
 from rosa_ds.training.memory.accounting import (
     ACTIVATIONS,
@@ -55,7 +55,7 @@ def predict_activations(run: Run, shape: Shape) -> dict[str, int]:
 
 def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
     """The micro-batch of the longest examples."""
-    return shape_of(load_batch(data, np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
+    return shape_of(data.batch(np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
 
 
 def full_account(run: Run) -> Account:

@@ -1,0 +1,120 @@
+"""A trained state with its base: on the meta device, loaded beside it, or folded in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rosa_ds.adapters.inject import adapted_layers, inject, merge
+from rosa_ds.adapters.layer import AdaptedLinear
+from rosa_ds.adapters.quantize import load_quantized, open_quantized
+from rosa_ds.adapters.state import CONFIG_FILE, fill_adapter
+from rosa_ds.config import ModelSettings
+from rosa_ds.export.source import MergeBase, Source
+from rosa_ds.files import TensorFiles
+from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
+from rosa_ds.models.stream import Base, open_base
+from rosa_ds.models.task import settle_padding
+
+
+def check_base(source: Source) -> ModelSettings:
+    """Settings that load the base of a trained state. Raises: ValueError if its weights are others now."""
+    description = source.description
+    settings = identified(description.base)
+    if description.base.get("hash") not in (None, identify(settings)["hash"]):
+        raise ValueError(
+            f"{source.folder} was trained on other weights than {settings.name_or_path} has now: restore the base, or give its "
+            f"path in {CONFIG_FILE}"
+        )
+    return settings
+
+
+def open_adapted(source: Source) -> tuple[PreTrainedModel, Base | None]:
+    """The base injected for a trained state, without numbers, and where they are, as :func:`rosa_ds.models.stream.open_base`.
+
+    Errors as :func:`load_adapted`.
+    """
+    settings, description = check_base(source), source.description
+    if settings.quantization == "none":
+        model, base = open_base(settings, stored_dtype(settings))
+    else:
+        model, base = open_quantized(settings, torch.float32, description.config.modules_to_save)
+    inject(model, description.config, description.seed, draw=None)
+    return model, base
+
+
+def dense_change(layer: AdaptedLinear, source: Source, base: Base | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``W_fixed + scale · B A − W``, (N, M): what draws and the low-rank part make of a layer that :func:`open_adapted` has."""
+    changed = source.changed(layer.drawn_name)
+    if changed is None:
+        difference = torch.zeros(layer.weight_shape, dtype=dtype)
+    elif layer.form is not None:
+        difference = changed.to(dtype)
+    else:
+        before = layer.weight.detach() if base is None else base.rows(layer.weight_name, slice(None))
+        difference = changed.to(dtype) - before.to(dtype)
+    difference = difference.T if layer.transposed else difference
+    if f"{layer.name}.A" not in source.trained:
+        return difference
+    A, B = source.trained[f"{layer.name}.A"].to(dtype), source.trained[f"{layer.name}.B"].to(dtype)
+    return torch.addmm(difference, B, A, alpha=layer.scale)
+
+
+def load_adapted(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
+    """The base with its adapter, not merged, in ``dtype`` with a float32 adapter.
+
+    Args:
+        merge_base: a base that was quantised, quantised again, or as it was before.
+
+    Raises:
+        ValueError: the base's weights are not those that the adapter was trained on.
+    """
+    settings, description = check_base(source), source.description
+    if settings.quantization == "none":
+        model = load_model(settings, dtype)
+    elif merge_base == "dequantized":
+        model = load_quantized(settings, dtype, description.config.modules_to_save)
+    else:
+        return _load_on_original(source, load_model(settings, dtype))
+    settle_padding(model, run_tokenizer(source))
+    fill_adapter(model, source.folder, description, source.trained, source.positions, source.base)
+    return model.eval()
+
+
+@torch.no_grad()
+def _load_on_original(source: Source, model: PreTrainedModel) -> PreTrainedModel:
+    """What a quantised run has trained, on the dense base."""
+    changes = TensorFiles([])
+    settle_padding(model, run_tokenizer(source))
+    fill_adapter(model, source.folder, source.description, source.trained, source.positions, changes)
+    for name, layer in adapted_layers(model).items():
+        if (change := source.changed(f"{name}.change")) is not None:
+            layer.weight.add_(change)
+            layer.drawn = True
+    return model.eval()
+
+
+def load_merged(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
+    """The base with its adapter folded in: summed in float32, rounded once to ``dtype``.
+
+    A base that is stored in ``dtype``, quantised by nobody and changed by no draw is never held in float32.
+    """
+    settings = identified(source.description.base)
+    narrow = not source.base and settings.quantization == "none" and stored_dtype(settings) == dtype
+    model = load_adapted(source, dtype if narrow else torch.float32, merge_base)
+    merge(model)
+    for (
+        parameter
+    ) in model.parameters():  # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def run_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that the run trained with, else the base's."""
+    if source.tokenizer is not None:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer)
+        return tokenizer
+    return load_tokenizer(identified(source.description.base))
