@@ -104,9 +104,8 @@ def load_merged(source: Source, dtype: torch.dtype, merge_base: MergeBase = "deq
     narrow = not source.base and settings.quantization == "none" and stored_dtype(settings) == dtype
     model = load_adapted(source, dtype if narrow else torch.float32, merge_base)
     merge(model)
-    for (
-        parameter
-    ) in model.parameters():  # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
+    # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return model
