@@ -252,7 +252,8 @@ def largest_difference(found: list[tuple[int, str, float]], expected: list[tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=160, help="after those that look for the mask")
+    said = "after those that look for the mask; they must last two minutes, or no time limit is reached"
+    parser.add_argument("--steps", type=int, default=1000, help=said)
     options = parser.parse_args()
     begun = time.monotonic()
 
