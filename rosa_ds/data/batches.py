@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rosa_ds.data.tokenise import Tokens
-
-if TYPE_CHECKING:
-    pass  # imports datasets, which a plan does not need
 
 IGNORE = -100
 PADDING_ROW = -1

@@ -22,7 +22,9 @@ _OUR_FILES = frozenset(
         "tensorboard",
         deepspeed_format.FOLDER,
         SAVE_FILE,
-        *("latest", "zero_to_fp32.py"),  # beside DeepSpeed's own checkpoints
+        # beside DeepSpeed's own checkpoints
+        "latest",
+        "zero_to_fp32.py",
     }
 )
 

@@ -159,13 +159,12 @@ def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
     usual = max(120.0, 2 * training.stall_minutes) if training.stall_minutes else 7 * 24 * 60.0
     distributed.initialize(training.timeout_minutes or usual)
-    threads = distributed.use_threads()
-    plan, settings = settle(command, distributed.world_size(), distributed.gpu_has_bfloat16())
+    threads, ranks = distributed.use_threads(), distributed.world_size()
+    plan, settings = settle(command, ranks, distributed.gpu_has_bfloat16())
     if plan.dtype == "float16" and not distributed.has_float16():
         raise ValueError(
             f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
         )
-    ranks = distributed.world_size()
     logger.info("%d ranks, %d threads each, ZeRO-%d, %s; %s", ranks, threads, plan.stage, plan.dtype, plan.step())
     with distributed.together():
         if distributed.is_main():

@@ -22,18 +22,16 @@ from rosa_ds.logs import SAME_ON_ALL_RANKS
 from rosa_ds.training.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
-DECIDED = set(
-    {
-        "rank",
-        "alpha",
-        "density",
-        "target_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "density_pattern",
-        "modules_to_save",
-    }
-)
+DECIDED = {
+    "rank",
+    "alpha",
+    "density",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "density_pattern",
+    "modules_to_save",
+}
 """Settings that say what an adapter's numbers mean: those of the folder, where they are not given."""
 
 
