@@ -5,99 +5,18 @@ Under ``torchrun`` or ``deepspeed`` the rows are divided over the ranks; each ha
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import time
-from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from rosa_ds import distributed
-from rosa_ds.adapters.state import CONFIG_FILE
-from rosa_ds.config import ModelSettings
-from rosa_ds.evaluation.classification import classify
-from rosa_ds.evaluation.harness import harness_metrics
-from rosa_ds.evaluation.metrics import perplexity, written_metrics
-from rosa_ds.evaluation.options import parse
-from rosa_ds.evaluation.scores import CLASSIFIED, GENERATED, check_available
-from rosa_ds.export.adapted import load_adapted, load_merged, run_tokenizer
-from rosa_ds.export.source import open_source
-from rosa_ds.files import write_json
 from rosa_ds.logs import run_program
-from rosa_ds.models.load import base_classes, load_model, load_tokenizer
-from rosa_ds.models.task import is_classifier
-from rosa_ds.training.checkpoint import is_checkpoint
-
-logger = logging.getLogger("rosa_ds.launch.eval")
-
-
-def _is_ours(path: Path) -> bool:
-    ours = (path / "adapter", path / CONFIG_FILE, path / "metrics.jsonl")
-    return any(part.exists() for part in ours) or is_checkpoint(path)
-
-
-def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path, dtype = Path(options.model), getattr(torch, options.dtype)
-    if _is_ours(path):
-        source = open_source(path)
-        model = load_adapted(source, dtype) if options.unmerged else load_merged(source, dtype)
-        return model, run_tokenizer(source)
-    if options.unmerged:
-        raise ValueError(f"--unmerged is for runs, checkpoints and adapters; {options.model} is a model")
-    base = ModelSettings(name_or_path=options.model)
-    if base_classes(base):
-        base = base.model_copy(update={"task": "classification"})
-    return load_model(base, dtype), load_tokenizer(base)
-
-
-def _metrics(options: argparse.Namespace, model: PreTrainedModel) -> list[str]:
-    """What is asked for. Raises: ValueError for what the model is not made for."""
-    known = CLASSIFIED if is_classifier(model) else (*GENERATED, "perplexity")
-    metrics = list(dict.fromkeys(options.metric or [known[0]])) if options.data else []
-    for metric in metrics:
-        if metric not in known:
-            kind = "a classifier" if is_classifier(model) else "a language model"
-            raise ValueError(f"--metric {metric}: {options.model} is {kind}, whose metrics are {', '.join(known)}")
-    return metrics
-
-
-def _evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
-) -> dict[str, Any]:
-    figures: dict[str, Any] = {"model": options.model, "data": options.data, "dtype": options.dtype}
-    metrics, how, rows = _metrics(options, model), options.how, options.rows
-    check_available(metrics)
-    if written := [metric for metric in metrics if metric in GENERATED]:
-        figures |= written_metrics(model, tokenizer, options.data, rows, written, how, options.bootstrap)
-    if any(metric in CLASSIFIED for metric in metrics):
-        figures |= classify(model, tokenizer, options.data, rows, how.batch_size, options.bootstrap)
-    if "perplexity" in metrics:
-        figures |= perplexity(model, tokenizer, options.data, rows, how.batch_size, options.bootstrap)
-    if options.harness:
-        limit, folder = options.harness_limit, options.harness_tasks
-        figures["harness"] = harness_metrics(model, tokenizer, options.harness, folder, limit, how.batch_size)
-    return figures
 
 
 def main(arguments: list[str]) -> None:
+    distributed.leave_hub_to_first_rank()
+    from rosa_ds.evaluation.options import parse
+
     options = parse(arguments, __doc__ or "")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    if distributed.planned_world_size() > 1:
-        distributed.initialize()
-        distributed.use_threads()
-    with distributed.together():
-        model, tokenizer = _load(options)
-    model.to(distributed.device()).eval()
-    start = time.monotonic()
-    figures = _evaluate(model, tokenizer, options)
-    shown = {name: value for name, value in figures.items() if name != "samples"}
-    logger.info("%s (%.1f s)", json.dumps(shown, indent=1), time.monotonic() - start)
-    if options.output and distributed.is_main():
-        write_json(options.output, figures)
+    from rosa_ds.evaluation.program import evaluate
+
+    evaluate(options)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Also runs under ``torchrun`` and plain ``python``.
 
 from __future__ import annotations
 
-import os
-
 from rosa_ds.cli import parse_command_line
 from rosa_ds.logs import run_program
 
@@ -21,9 +19,7 @@ def main(arguments: list[str]) -> None:
 
             dry_run(command, command.gpus or distributed.planned_world_size())
         return
-    if distributed.planned_local_rank():
-        # the node's first rank brings all into the cache; the hub turns hundreds of ranks away that ask at once
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    distributed.leave_hub_to_first_rank()
     from rosa_ds.training.run import train
 
     train(command)

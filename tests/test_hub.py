@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from fake_hub import Hub, serving
-from launching import TRAIN, run
+from launching import ROOT, TRAIN, run
 
 from rosa_ds.models.load import TINY_FOLDER
 
+EVAL = str(ROOT / "launch" / "eval.py")
 ARGUMENTS = (
     *("--model.name_or_path", "someone/small", "--data.train", "someone/rows", "--data.eval", "someone/rows:test[:4]"),
     *("--method", "lora", "--training.max_steps", "2", "--training.warmup_steps", "0", "--ds.train_batch_size", "4"),
@@ -52,6 +53,25 @@ def test_the_first_rank_alone_asks_the_hub(hub: Hub, tmp_path: Path, monkeypatch
     assert one["GET someone/small/resolve/main/model.safetensors"] == 1
     assert sum("train.jsonl" in request and request.startswith("GET") for request in one) == 1
     assert three == one
+
+
+@pytest.mark.ranks
+def test_an_evaluation_asks_once_too(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, figures = [], []
+    for ranks in (1, 2):
+        use_cache(hub, tmp_path / f"cache-{ranks}", monkeypatch)
+        output = tmp_path / f"{ranks}.json"
+        words = ("someone/small", "--data", "someone/rows:test", "--metric", "perplexity", "--output", str(output))
+        run("torchrun", ranks, EVAL, *words, cwd=tmp_path)
+        figures.append(json.loads(output.read_text())["loss"])
+        asked.append(Counter(hub.requests))
+        hub.requests.clear()
+    assert asked[0] == asked[1]
+    assert (
+        sum(request.startswith("GET") and request.endswith("/model.safetensors") for request in asked[0].elements())
+        == 1
+    )
+    assert figures[1] == pytest.approx(figures[0], rel=1e-6)
 
 
 @pytest.mark.ranks

@@ -179,6 +179,16 @@ def planned_local_size(unsaid: int) -> int:
     return number_in("LOCAL_WORLD_SIZE", number_in("LOCAL_SIZE", unsaid))  # torchrun and srun; DeepSpeed's launcher
 
 
+def leave_hub_to_first_rank() -> None:
+    """On a node's other ranks: read from the cache what the first one brought there (:func:`main_first`).
+
+    A hub turns hundreds of ranks away that ask at once. To be called before ``huggingface_hub`` is imported.
+    """
+    if planned_local_rank():
+        assert "huggingface_hub" not in sys.modules, "reads HF_HUB_OFFLINE when it is imported"
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 def is_main() -> bool:
     """Whether this rank prints and writes what is written once."""
     return rank() == 0
