@@ -12,8 +12,8 @@ if TYPE_CHECKING:  # settings know the scores' names without waiting for torch
     from torch import Tensor
 
 Score = Literal["mean_squared", "mean", "gradient_over_magnitude", "magnitude", "random"]
-_TINY = 2.0**-126
-"""float32's smallest normal number: a weight of zero is not divided by."""
+_TINY = 2.0**-60
+"""A weight of zero is not divided by. Far below float16's smallest, 2^-24, and gradients of up to 2^67 stay finite."""
 
 
 @dataclasses.dataclass(frozen=True)

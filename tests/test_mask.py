@@ -221,6 +221,22 @@ def test_every_score_has_a_ranking_and_its_own_name() -> None:
     assert set(DENSE) == {name for name, ranking in RANKINGS.items() if ranking.gradient}
 
 
+def test_a_mask_of_no_batch(llama: PreTrainedModel) -> None:
+    rosa_ds.inject(llama, AdapterConfig(method="sparse", density=DENSITY))
+    with pytest.raises(ValueError, match=r"mask.score mean_squared needs gradients and batches has none"):
+        rosa_ds.compute_mask(llama, [])
+
+
+def test_zero_weights_are_not_divided_by() -> None:
+    """Gradients as float16 collects them, times a loss scale: the largest comes first among entries of zero weight."""
+    ranking = RANKINGS["gradient_over_magnitude"]
+    assert ranking.of is not None
+    gradient = torch.tensor([3.0, 2.0**17, 1.0, 2.0**16])
+    scores = ranking.of(gradient, torch.tensor([0.0, 0.0, 2.0**-24, 1.0], dtype=torch.float16))
+    assert torch.isfinite(scores).all()
+    assert scores.argsort(descending=True).tolist() == [1, 0, 2, 3]
+
+
 def test_saved_mask_loads_and_wrong_ones_do_not(llama: PreTrainedModel, tmp_path: Path) -> None:
     rosa_ds.inject(llama, AdapterConfig(method="sparse", density=DENSITY))
     mask = rosa_ds.compute_mask(llama, [], score="random")

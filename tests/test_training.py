@@ -149,6 +149,11 @@ SPLITS: dict[str, tuple[int, int | str, tuple[str, ...]]] = {
     "2 ranks, 2 micro-batches, stage 1": (2, 1, ()),
     "4 ranks, 1 micro-batch, stage 2": (4, 2, ()),
     "2 ranks, stage 2, positions partitioned": (2, 2, ("--adapter.partition_positions", "true")),
+    "2 ranks, stage 2, positions partitioned, checkpointing": (
+        2,
+        2,
+        ("--adapter.partition_positions", "true", "--training.gradient_checkpointing", "true"),
+    ),
     "1 rank, stage 3": (1, 3, ()),
     "2 ranks, stage 3, DeepSpeed's own persistence": (2, 3, (PERSIST, "100000")),
     "4 ranks, stage 3, nothing persists, no reuse, no overlap": (4, 3, (PERSIST, "0", REUSE, "0", OVERLAP, "false")),
@@ -351,8 +356,9 @@ def test_sparse_and_full_and_a_loaded_mask(straight: Path, tmp_path: Path) -> No
     again = (*common, "--method", "full", "--training.learning_rate", "1e-3", "--training.save_steps", "2", "--resume")
     run("fork", 1, TRAIN, *zero(0), *again, cwd=tmp_path)
     assert losses(full) == before
-    mask = straight / "mask.safetensors"
+    mask = shutil.copy(straight / "mask.safetensors", tmp_path)
     given = ("--method", "sparse", "--adapter.density", "0.01", "--mask.load", str(mask), "--mask.steps", "2")
+    given = (*given, "--training.save_steps", "2")
     output = run("fork", 1, TRAIN, *zero(2), *common, *given, cwd=tmp_path)
     assert "setting without effect: mask.steps (the mask is loaded)" in output
     assert "the run that was in runs/default is in runs/default.1 now" in output
@@ -360,6 +366,11 @@ def test_sparse_and_full_and_a_loaded_mask(straight: Path, tmp_path: Path) -> No
     loaded, original = load_file(full / "mask.safetensors"), load_file(mask)
     assert all(torch.equal(loaded[name], original[name]) for name in original)
     assert (tmp_path / "runs" / "default.1" / "adapter").is_dir()
+    before = losses(full)
+    shutil.rmtree(full / "checkpoints" / "step-000003")
+    Path(mask).unlink()  # a checkpoint has the positions
+    run("fork", 1, TRAIN, *zero(2), *common, *given, "--resume", cwd=tmp_path)
+    assert losses(full) == before
 
 
 def test_mistakes_end_with_one_message(tmp_path: Path) -> None:

@@ -117,13 +117,14 @@ class _AdapterLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # first: under checkpointing this runs forward again, which lets go of what it holds
         with ctx.options.held():
-            return _backward(ctx, *grads)
+            return _backward(ctx, saved, *grads)
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, saved: tuple[Any, Any], *grads: Tensor) -> tuple[Tensor | None, ...]:
     grad_TN = grads[0].contiguous()
-    x_TM, h_TR = ctx.saved_tensors
+    x_TM, h_TR = saved
     weight, bias_N, A_RM, B_NR, values_Z, positions_Z = ctx.parameters
     o: _Options = ctx.options
     needs_x, _, needs_bias, needs_A, needs_B, needs_values = ctx.needs_input_grad[:6]

@@ -234,7 +234,7 @@ def compute_mask(
         score: how entries are ranked.
         seed: of ``random``.
 
-    Raises: ValueError for an unknown score, if no layer has a sparse part, or a layer's gradient is zero everywhere.
+    Raises: ValueError for an unknown score, no batches, if no layer has a sparse part, or a layer's gradient is zero everywhere.
     """
     check_enabled(model)
     ranking = ranking_of(score)
@@ -252,6 +252,8 @@ def compute_mask(
             collector.end_step()
     finally:
         collector.detach()
+    if collector.steps == 0:
+        raise ValueError(f"mask.score {score} needs gradients and batches has none: give one batch for each step")
     return {layer.weight_name: collector.positions(name, _whole(layer)) for name, layer in layers.items()}
 
 

@@ -102,6 +102,7 @@ def unpark(model: nn.Module, name: str) -> None:
         for part in (layer.A, layer.B, layer.values, layer.positions, layer.change):
             if part is not None:
                 part.data = part.data.to(plain.weight.device)
+        layer.plan = None  # of the device where the layer was parked
         set_submodule(model, layer_name, layer.train(plain.training))
     parameters = dict(model.named_parameters())
     for parameter_name in parked.whole:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.adapters.mask import open_mask
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import DeepSpeedPlan
 from rosa_ds.models.load import load_tokenizer, read_config
 from rosa_ds.models.stream import build_on_meta
 from rosa_ds.planning.search import GIB, Planner
+from rosa_ds.training.masking import check_mask_file
 from rosa_ds.training.memory.accounting import activation_terms, table
 from rosa_ds.training.memory.measuring import longest
 from rosa_ds.training.memory.trace import Shape
@@ -41,7 +41,7 @@ def dry_run(command: CommandLine, ranks: int) -> None:
     if command.resume is not None:
         logger.warning("--dry-run looks at a new run: the checkpoint of --resume is not read")
     if settings.mask.load is not None:
-        open_mask(Path(settings.mask.load))
+        check_mask_file(Path(settings.mask.load), Path(settings.training.output_dir))
     settings = _begun(settings, plan)
     warn_of(settings)
     if command.config.model.dtype == "auto" and plan.dtype == "bfloat16":

@@ -22,6 +22,16 @@ from rosa_kernels.collect.op import BLOCK_BYTES
 logger = logging.getLogger(__name__)
 
 
+def check_mask_file(path: Path, output: Path) -> None:
+    """Raise ValueError unless the file is a mask, and outside the folder that a new run moves aside."""
+    open_mask(path).close()
+    if path.resolve().is_relative_to(output.resolve()):
+        raise ValueError(
+            f"mask.load {path} lies in training.output_dir {output}, which a new run moves aside: give another "
+            "training.output_dir, or copy the mask elsewhere"
+        )
+
+
 def check_loaded_mask(path: Path, model: nn.Module) -> None:
     """Raise ValueError unless the mask of a file fits the adapted model."""
     mask = open_mask(path)

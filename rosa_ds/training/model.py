@@ -33,7 +33,7 @@ def load_base(settings: RunConfig, plan: DeepSpeedPlan) -> tuple[PreTrainedModel
     dtype, seed = getattr(torch, plan.dtype), settings.training.seed
     quantized = settings.model.quantization != "none"
     base: Base | None = None
-    with distributed.main_first():
+    with distributed.together(), distributed.main_first():  # all leave if one fails: what follows is collective
         if quantized:
             model, base = open_quantized(settings.model, dtype, settings.adapter.modules_to_save, seed=seed)
         elif plan.stage == 3:

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.adapters.mask import open_mask
 from rosa_ds.adapters.state import StoredAdapter, save_adapter
 from rosa_ds.cli import CommandLine
 from rosa_ds.config import RunConfig
@@ -37,7 +36,7 @@ from rosa_ds.training.folder import check_free
 from rosa_ds.training.folder_lock import OTHER_HOST_SECONDS, hold_folder
 from rosa_ds.training.interrupt import MARK_FILE, Interruption
 from rosa_ds.training.loop import Loop
-from rosa_ds.training.masking import check_loaded_mask
+from rosa_ds.training.masking import check_loaded_mask, check_mask_file
 from rosa_ds.training.memory.accounting import Account, predict, table
 from rosa_ds.training.memory.measuring import full_account
 from rosa_ds.training.metrics import MetricsLog
@@ -195,11 +194,13 @@ def _whole_at_start(model: nn.Module, schedule: Schedule) -> dict[str, Tensor]:
     return {name: distributed.own_numbers(p).float().cpu().clone() for name, p in whole.items()}
 
 
-def _read(settings: RunConfig) -> tuple[RunConfig, PreTrainedTokenizerBase, TokenSet, TokenSet | None]:
+def _read(
+    settings: RunConfig, mask: Path | None
+) -> tuple[RunConfig, PreTrainedTokenizerBase, TokenSet, TokenSet | None]:
     """The settings with what the data decides, the tokenizer, and the data. Raises: ValueError on all ranks."""
     with distributed.together():
-        if settings.mask.load is not None:
-            open_mask(Path(settings.mask.load))  # a wrong path should not be found out after an hour
+        if mask is not None:
+            check_mask_file(mask, Path(settings.training.output_dir))
     # in one block no more than one thing that the first rank of a node does first: a rank that fails must not skip a barrier
     with distributed.together(), distributed.main_first():
         tokenizer = load_tokenizer(settings.model)
@@ -212,7 +213,9 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     plan, settings = _begin(command)
     source, saved = read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
     plan = keep_batch(plan, command.deepspeed, saved.batch_size) if saved is not None else plan
-    settings, tokenizer, data, eval_data = _read(settings)
+    # a checkpoint has the positions themselves
+    mask = None if settings.mask.load is None or (saved and saved.positions) else Path(settings.mask.load)
+    settings, tokenizer, data, eval_data = _read(settings, mask)
     model, numbers, pad_id = load_checked_base(settings, plan, tokenizer, data, eval_data)
     with distributed.together():
         base = identify(settings.model)
@@ -223,8 +226,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         adapt(model, numbers, settings, plan)
         if start is not None:
             check_start(settings, model, start)
-        if settings.mask.load is not None:
-            check_loaded_mask(Path(settings.mask.load), model)
+        if mask is not None:
+            check_loaded_mask(mask, model)
     data_digest = data.digest()
     _check_same_input(settings, base, data_digest)
     record = {**settings.model_dump(), "deepspeed": plan.record()}

@@ -143,6 +143,13 @@ ROWS = [
         "mask.load takes",
     ),
     masked(
+        "mask in the folder that moves aside",
+        lambda f: (f / "run").mkdir() or mask(f, "run/mask.safetensors"),
+        "run/mask.safetensors lies in training.output_dir run",
+        "another training.output_dir",
+        more=f"{SAME} --mask.load run/mask.safetensors --training.output_dir run",
+    ),
+    masked(
         "mask of another density",
         mask,
         "mask.safetensors",

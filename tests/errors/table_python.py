@@ -134,7 +134,7 @@ ROWS = [
         lambda f: rosa_ds.compute_mask(injected(), [], score="fisher"),
         ("'fisher'", "mean_squared"),
     ),
-    FunctionRow("mask from no batch", lambda f: rosa_ds.compute_mask(injected(), []), ("no gradient",)),
+    FunctionRow("mask from no batch", lambda f: rosa_ds.compute_mask(injected(), []), ("needs gradients", "one batch")),
     FunctionRow(
         "sddmm of unequal lengths",
         sddmm(torch.ones(3, 4), torch.ones(2, 5), POSITIONS[:2]),

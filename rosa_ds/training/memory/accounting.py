@@ -156,7 +156,8 @@ def predict(
         memory[COLLECTED], memory[COLLECTING] = _collect_bytes(model, plan, settings, ranks)
     if settings.draws:
         _add_draws(model, plan, settings, ranks, memory, total)
-    return Account(memory, _predict_traffic(parts, plan, ranks, gathering), total)
+    uses = 3 if settings.training.gradient_checkpointing else 2  # forward, again where it is recomputed, backward
+    return Account(memory, _predict_traffic(parts, plan, ranks, gathering, uses), total)
 
 
 def activation_terms(found: Activations) -> dict[str, int]:
@@ -270,9 +271,13 @@ def _gathering(model: nn.Module, parts: list[_Part], zero: Mapping[str, Any]) ->
 
 
 def _predict_traffic(
-    parts: list[_Part], plan: DeepSpeedPlan, ranks: int, gathering: _Gathering | None
+    parts: list[_Part], plan: DeepSpeedPlan, ranks: int, gathering: _Gathering | None, uses: int
 ) -> dict[str, int]:
-    """Payloads of one optimizer step. What is divided is gathered for forward, and again for backward unless it is kept."""
+    """Payloads of one optimizer step. What is divided is gathered for forward, and again for backward unless it is kept.
+
+    Args:
+        uses: of a layer in a micro-batch.
+    """
     traffic: Counter[str] = Counter()
     for part in parts if ranks > 1 else ():
         if part.trains:
@@ -280,8 +285,8 @@ def _predict_traffic(
             if plan.stage in (1, 2) or part.persists:
                 traffic["updated parameters"] += part.bytes
         if part.divided and not part.persists:
-            # stage 3 may keep it from forward to backward; what we divide ourselves is always gathered twice
-            traffic[f"gather {part.name}"] += (1 if gathering else 2) * plan.accumulation_steps * part.bytes
+            # stage 3 may keep it from forward to backward; what we divide ourselves is gathered for each use
+            traffic[f"gather {part.name}"] += (1 if gathering else uses) * plan.accumulation_steps * part.bytes
     if gathering is not None and ranks > 1:
         traffic["gather again for backward"] += plan.accumulation_steps * gathering.again
     return {name: size for name, size in traffic.items() if size}
