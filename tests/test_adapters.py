@@ -232,7 +232,7 @@ def test_loading_rejects_what_does_not_fit(llama: PreTrainedModel, tmp_path: Pat
         rosa_ds.load_adapter(llama, tmp_path)
     other = type(llama)(llama.config).double()
     rosa_ds.inject(other, AdapterConfig(method="robust", rank=3, density=0.05, dropout=0.0, alpha=64))
-    with pytest.raises(ValueError, match="'alpha': 16.0.*the model was injected with.*'alpha': 64.0"):
+    with pytest.raises(ValueError, match=r"in the model \(alpha 16.0, not 64.0\): load it"):
         rosa_ds.load_adapter(other, tmp_path / "adapter")
     content = load_file(tmp_path / "adapter" / "adapter.safetensors")
     content.pop("trained.model.layers.0.mlp.up_proj.values")
@@ -271,6 +271,22 @@ def test_plan_follows_the_mask() -> None:
     assert torch.equal(values_gradient(torch.load(buffer, weights_only=False)), expected)
     assert torch.allclose(values_gradient(second.double()).float(), expected)
     assert second.to("meta").plan is None
+
+
+def test_state_dict_wakes_the_sparse_part() -> None:
+    """A mask that a state dict brings is used; where it was not known, the sparse part sleeps on."""
+    known, unknown, fresh = (
+        AdaptedLinear(torch.nn.Linear(6, 4), "up", rank=0, scale=1.0, dropout=0.0, entries=1, seed=0) for _ in range(3)
+    )
+    known.set_positions(torch.tensor([0], dtype=torch.int32))
+    with torch.no_grad():
+        known.values += 1.0  # type: ignore[operator]
+    x = torch.randn(3, 6)
+    fresh.load_state_dict(known.state_dict())
+    assert torch.equal(fresh(x), known(x))
+    fresh.load_state_dict(unknown.state_dict())
+    assert torch.equal(fresh(x), unknown(x))
+    assert not fresh.mask_known
 
 
 def test_an_adapter_does_not_care_how_its_positions_were_kept(llama: PreTrainedModel, tmp_path: Path) -> None:

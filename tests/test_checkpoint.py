@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,19 @@ def test_metrics_of_a_run_that_goes_on_from_step_0(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["eval", "mask"]
     assert lines[0]["loss"] is None
+
+
+@pytest.mark.parametrize("evaluation_due", [False, True])
+def test_metrics_of_a_resumed_run_have_nothing_twice(tmp_path: Path, evaluation_due: bool) -> None:
+    """A draw comes after its step's checkpoint, and so does an evaluation that was still due."""
+    written = [(2, "draw"), (2, "train"), (4, "train"), (4, "eval"), (4, "save"), (4, "draw"), (6, "train")]
+    with contextlib.closing(MetricsLog(tmp_path, False, 0)) as log:
+        for step, event in written:
+            log.write(step=step, event=event)
+    MetricsLog(tmp_path, False, 4, evaluation_due).close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    wanted = written[:5] if not evaluation_due else [*written[:3], written[4]]
+    assert [(line["step"], line["event"]) for line in lines] == wanted
 
 
 def test_deepspeeds_files_of_another_version(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import rosa_ds
+from rosa_ds import distributed
 from rosa_ds.adapters import state
 from rosa_ds.config import AdapterConfig
 
@@ -202,6 +205,40 @@ def test_a_failure_of_any_kind_leaves_the_adapter_before(
         rosa_ds.load_adapter(llama, tmp_path / "folder", name=name)
     assert rosa_ds.adapter_names(llama) == ["active", "default"]
     assert torch.equal(logits(llama, batch), ours)
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("kind", ["subspace", "whole modules"])
+def test_a_failure_half_way_gives_the_base_back_or_says_so(
+    llama: PreTrainedModel, batch: BATCH, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, keep_base: bool
+) -> None:
+    rosa_ds.save_adapter(adapted(copy.deepcopy(llama.float()), SETTINGS[kind]), tmp_path / "folder")
+    base, write, count = logits(llama, batch), distributed.write_whole, itertools.count()
+    with contextlib.closing(state.open_adapter(tmp_path / "folder", llama)) as stored:
+        fatal = len(stored.trained) + 1 if stored.base else len(stored.trained) - 1
+
+    def fails(parameter: torch.nn.Parameter, numbers: Tensor) -> None:
+        if next(count) == fatal:
+            raise MemoryError
+        write(parameter, numbers)
+
+    monkeypatch.setattr(distributed, "write_whole", fails)
+    with pytest.raises(MemoryError) as caught:
+        rosa_ds.load_adapter(llama, tmp_path / "folder", keep_base=keep_base)
+    assert rosa_ds.adapter_names(llama) == []
+    assert not rosa_ds.adapted_layers(llama)
+    (note,) = caught.value.__notes__
+    assert ("load the base model and the adapter again" in note) is not keep_base
+    assert torch.equal(logits(llama, batch), base) is keep_base
+
+
+def test_an_adapter_of_another_form_names_what_differs(llama: PreTrainedModel, tmp_path: Path) -> None:
+    for settings in ({"method": "sparse", "sparse_product": "separate"}, {"method": "lora", "rank": 2}):
+        rosa_ds.save_adapter(adapted(copy.deepcopy(llama.float()), settings), tmp_path / settings["method"])
+    adapted(llama, {"method": "sparse"})
+    rosa_ds.load_adapter(llama, tmp_path / "sparse")  # how a product is formed is no part of what it is
+    with pytest.raises(ValueError, match=r"lora has another form .* \(rank 2, not 3; method 'lora', not 'sparse'\)"):
+        rosa_ds.load_adapter(llama, tmp_path / "lora")
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_one_before(

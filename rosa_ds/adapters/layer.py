@@ -91,7 +91,8 @@ class AdaptedLinear(nn.Module):
             self.A = self.B = None
         if entries:
             self.values = nn.Parameter(torch.zeros(entries, device=device))
-            self.positions = nn.Parameter(torch.zeros(entries, dtype=torch.int32, device=device), requires_grad=False)
+            unknown = torch.full((entries,), -1, dtype=torch.int32, device=device)
+            self.positions = nn.Parameter(unknown, requires_grad=False)
         else:
             self.values = self.positions = None
         if draws and rank and self.form is not None:
@@ -134,7 +135,7 @@ class AdaptedLinear(nn.Module):
         return self.in_features * self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., M); result (..., N), of x's dtype."""
+        """Shapes: x (..., M); result (..., N), of the weight's dtype, which is x's but under autocast."""
         if self.disabled:
             return self._base_forward(x)
         return rosa_kernels.adapter_linear(
@@ -216,12 +217,14 @@ class AdaptedLinear(nn.Module):
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
         super()._load_from_state_dict(*arguments, **named)
         self.plan = None
+        if self.positions is not None and self.positions.numel() == self.entries and not self.positions.is_meta:
+            self.mask_known = self._problem_of(self.positions) == ""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": None, "around": None}
 
-    def check_positions(self, positions: Tensor) -> None:
-        """Raise ValueError unless ``positions`` is a mask of this layer: (Z,) int32, strictly increasing, in range."""
+    def _problem_of(self, positions: Tensor) -> str:
+        """What keeps these positions from being a mask of this layer, if anything."""
         problem = ""
         if positions.shape != (self.entries,) or positions.dtype != torch.int32:
             problem = f"{tuple(positions.shape)} of {positions.dtype} given, ({self.entries},) of torch.int32 expected"
@@ -229,7 +232,11 @@ class AdaptedLinear(nn.Module):
             problem = f"indices from {int(positions[0])} to {int(positions[-1])} in {self.weight_numel} entries"
         elif bool((positions[1:] <= positions[:-1]).any()):
             problem = "not sorted, or an entry stands twice"
-        if problem:
+        return problem
+
+    def check_positions(self, positions: Tensor) -> None:
+        """Raise ValueError unless ``positions`` is a mask of this layer: (Z,) int32, strictly increasing, in range."""
+        if problem := self._problem_of(positions):
             raise ValueError(f"mask of {self.weight_name}: {problem}")
 
     @torch.no_grad()

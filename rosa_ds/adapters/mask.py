@@ -119,8 +119,8 @@ class MaskCollector:
             if self.owners[name] != self.rank:
                 continue
             wide = torch.promote_types(torch.float32, layer.dtype).itemsize
-            # scores and positions of the best candidates, old and new, or whole matrices
-            size = 4 * 8 * layer.entries if self.single else matrices * wide * layer.weight_numel
+            # scores and positions of the best candidates, or whole matrices
+            size = (wide + 4) * layer.entries if self.single else matrices * wide * layer.weight_numel
             fits = self.single or device_bytes is None or kept["device"] + size <= device_bytes
             kept["device" if fits else "host"] += size
             on_host |= set() if fits else {name}

@@ -166,9 +166,9 @@ def open_quantized(
     except NotStreamableError as reason:
         model, base = load_whole(settings, stored_dtype(settings), reason, seed), None
     quantize_as(model, settings, dtype, skip, device)
-    for tensor in (*model.parameters(), *model.buffers()) if base is None else ():
-        if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
-            tensor.data = tensor.data.to(dtype)
+    for parameter in model.parameters() if base is None else ():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model, base
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rosa_ds import distributed
-from rosa_ds.adapters.inject import adapted_layers, check_without_engine, inject, set_submodule
+from rosa_ds.adapters.inject import adapted_layers, changed_parameters, check_without_engine, inject, set_submodule
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import set_mask
 from rosa_ds.adapters.peft_folder import is_peft, read_peft
@@ -201,7 +201,13 @@ def open_adapter(folder: str | Path, model: nn.Module) -> StoredAdapter:
 
 def _shape_of(config: AdapterConfig) -> dict[str, Any]:
     """The settings that decide what an adapter's tensors mean."""
-    return config.model_dump(exclude={"dropout", "low_rank_lr", "sparse_lr", "partition_positions"})
+    return config.model_dump(exclude={"dropout", "low_rank_lr", "sparse_lr", "partition_positions", "sparse_product"})
+
+
+def _differing(stored: AdapterConfig, present: AdapterConfig) -> str:
+    """The settings that keep one adapter's tensors from being the other's, with both values."""
+    theirs, ours = _shape_of(stored), _shape_of(present)
+    return "; ".join(f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in theirs if theirs[name] != ours[name])
 
 
 @torch.no_grad()
@@ -243,14 +249,21 @@ def load_adapter(
             fill_adapter(model, folder, description, stored.trained, stored.positions, stored.base)
             return description
     except BaseException:
-        known = adapters_of(model)
-        if known.active is not None:
-            known.whole, known.kept = [], {}  # nothing was written: there is nothing to put back
-            remove_adapter(model, known.active)
-        for layer_name, layer in adapted_layers(model).items():  # for lack of memory it was left half way
-            set_submodule(model, layer_name, layer.base_layer())
+        _abandon(model)
         _go_back(model, before)
         raise
+
+
+def _abandon(model: nn.Module) -> None:
+    """Take an adapter out again that could not be loaded, with the base's own numbers where they were kept."""
+    known = adapters_of(model)
+    known.whole = [name for name in known.whole if name in known.kept]
+    for layer in adapted_layers(model).values():
+        layer.drawn = layer.drawn and layer.drawn_name in known.kept
+    if known.active is not None:
+        remove_adapter(model, known.active)
+    for layer_name, layer in adapted_layers(model).items():  # for lack of memory it was left half way
+        set_submodule(model, layer_name, layer.base_layer())
 
 
 def _go_back(model: nn.Module, before: str | None) -> None:
@@ -277,10 +290,9 @@ def fill_adapter(
     check_task(where, description.base, model)
     if getattr(model, "rosa_injected", None) is None:
         inject(model, description.config, description.seed, draw=None)
-    elif _shape_of(describe(model).config) != _shape_of(description.config):
+    elif different := _differing(description.config, describe(model).config):
         raise ValueError(
-            f"{where} was made with {_shape_of(description.config)}, the model was injected with "
-            f"{_shape_of(describe(model).config)}: load it into the plain base model"
+            f"{where} has another form than the adapter in the model ({different}): load it into the plain base model"
         )
     parameters = trained_parameters(model)
     check_without_engine(model)
@@ -295,11 +307,18 @@ def fill_adapter(
     check_fit(where, base, changed, {name: layer.drawn_parameter for name, layer in layers.items()})
     if positions:
         set_mask(model, positions)
-    for name in trained:
-        distributed.write_whole(parameters[name], trained[name])
-    for name in changed:
-        distributed.write_whole(layers[name].drawn_parameter, join_bits(base[name], base.get(f"{name}/residual")))
-        layers[name].drawn = True
+    for layer in layers.values():
+        layer.drawn = True
+    try:
+        for name in trained:
+            distributed.write_whole(parameters[name], trained[name])
+        for name in changed:
+            distributed.write_whole(layers[name].drawn_parameter, join_bits(base[name], base.get(f"{name}/residual")))
+    except BaseException as error:
+        lost = set(changed_parameters(model)) - set(adapters_of(model).kept)
+        again = "the base model and the adapter" if lost else "the adapter"
+        error.add_note(f"{where} was being written into the model: load {again} again")
+        raise
 
 
 def _check_quantized(where: str | Path, changed: list[str], layers: Mapping[str, AdaptedLinear]) -> None:

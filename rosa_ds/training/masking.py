@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -80,13 +81,16 @@ def _all_at(name: str) -> bool:
     return distributed.same_everywhere(name.encode())
 
 
-def _open(layers: Mapping[str, AdaptedLinear], path: str) -> Mapping[str, Tensor]:
+def _load(layers: Mapping[str, AdaptedLinear], path: str) -> Iterator[tuple[str, Tensor]]:
+    """Positions of each layer from a file that is the same on all hosts."""
     with distributed.together():
         mask = open_mask(Path(path))
         check_mask(layers, mask)
     if not distributed.same_everywhere(file_hash(Path(path)).encode()):
         raise ValueError(f"the ranks read different masks from {path}: give a file that all hosts share")
-    return mask
+    with contextlib.closing(mask):
+        for name, layer in layers.items():
+            yield name, mask[layer.weight_name]
 
 
 def _read_base(layer: AdaptedLinear) -> Tensor:
@@ -135,11 +139,7 @@ def fix_mask(
         ValueError: on the rank where it happened, with the layer; the others raise too.
     """
     sparse = {name: layer for name, layer in layers.items() if layer.entries}
-    if settings.load is not None:
-        mask = _open(sparse, settings.load)
-        chosen: Iterable[tuple[str, Tensor]] = ((name, mask[layer.weight_name]) for name, layer in sparse.items())
-    else:
-        chosen = _choose(sparse, settings, seed, collector)
+    chosen = _load(sparse, settings.load) if settings.load is not None else _choose(sparse, settings, seed, collector)
     kept: Mask = {}
     digest = hashlib.sha256()
     for name, positions in chosen:

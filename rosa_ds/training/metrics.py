@@ -16,8 +16,8 @@ def _is_kept(line: str, resume_step: int, evaluation_due: bool) -> bool:
         fields = json.loads(line)
     except ValueError:
         return False
-    again = evaluation_due and fields["step"] == resume_step and fields.get("event") == "eval"
-    return fields["step"] <= resume_step and not again
+    due = ("draw", "eval") if evaluation_due else ("draw",)  # a checkpoint is written before the draw of its step
+    return fields["step"] < resume_step or (fields["step"] == resume_step and fields.get("event") not in due)
 
 
 class MetricsLog:
