@@ -188,7 +188,8 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
         if dotted.split(".")[0] == "rosa":
             raise ValueError(f"--ds.{dotted}: our own settings are given without it: --{dotted.removeprefix('rosa.')}")
         _override(deepspeed, dotted, text)
-    config = build_config(section, split.ours, source=f"--config {split.config}" if section else "settings")
+    source = f"--config {split.config}{' and the command line' if split.ours else ''}" if section else "settings"
+    config = build_config(section, split.ours, source)
     return CommandLine(config, deepspeed, split.resume, split.dry_run, _ranks(split))
 
 

@@ -52,6 +52,11 @@ class ModelSettings(Section):
     labels: list[str] = []
     """Classes of task classification, in the order of the head's outputs. Where not given: those of data.train, or of a base that is a classifier of the same ones."""
 
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, value: Any) -> Any:
+        return "none" if value is None else value  # the command line reads none as null
+
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_are_names(cls, value: Any) -> Any:

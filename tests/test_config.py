@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import operator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 
 from rosa_ds.cli import build_config, parse_command_line
 from rosa_ds.config import AdapterConfig, RunConfig, setting_names
@@ -61,6 +64,22 @@ def test_values_of_every_kind() -> None:
     assert config.adapter.low_rank_lr == 1e-3
     assert command.resume == "runs/x"
     assert config.data.separator == " "
+
+
+def choices(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting that is one of some words, with each of them."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from choices(field.annotation, f"{prefix}{name}.")
+        elif get_origin(field.annotation) is Literal:
+            yield from ((f"{prefix}{name}", choice) for choice in get_args(field.annotation))
+
+
+@pytest.mark.parametrize(("name", "choice"), list(choices(RunConfig)))
+def test_every_choice_can_be_given(name: str, choice: str) -> None:
+    beside = {"int8": ["--method", "lora"], "nf4": ["--method", "lora"]}.get(choice, [])
+    config: Any = parse_command_line([f"--{name}", choice, *beside]).config
+    assert operator.attrgetter(name)(config) == choice
 
 
 @pytest.mark.parametrize("text", ["\n\n", "a\nb", "-1", "-a b", " a ", "[a", 'a"b', "a,b", "{a}"])
