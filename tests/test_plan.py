@@ -92,6 +92,17 @@ def test_another_architecture(gpt2: GPT2LMHeadModel) -> None:
     assert traced.saved == pytest.approx(real.saved, rel=0.02)
 
 
+def test_a_dequantised_layer_is_in_the_peak(llama: LlamaForCausalLM) -> None:
+    """Of few tokens it is most of it."""
+    config = LlamaConfig(**{**llama.config.to_dict(), "hidden_size": 512, "intermediate_size": 1536})
+    dense, packed = (
+        ActivationPlan(config, RunConfig(method="lora", model={"quantization": kind}), torch.bfloat16)
+        for kind in ("none", "nf4")
+    )
+    more = packed.measure(Shape(1, 8, 8), False).peak - dense.measure(Shape(1, 8, 8), False).peak
+    assert more == pytest.approx(2 * 512 * 1536, rel=0.1)
+
+
 def test_two_layers_tell_of_many(llama: LlamaForCausalLM) -> None:
     """And one and eight rows of any number."""
     settings = RunConfig(adapter={"rank": 4})

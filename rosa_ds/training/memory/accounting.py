@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers, adapter_parts
-from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.config import RunConfig
 from rosa_ds.ds_config import BITSANDBYTES, DeepSpeedPlan
 from rosa_ds.training.changed_base import keeps_residual
@@ -35,10 +34,9 @@ RESIDUAL, PLANS = "base residual", "plans of masks"
 PLAN_BYTES = 8  # of an entry on a GPU, about: two 32-bit indices
 BUCKETS, GATHERED = "gradient buckets", "gathered at once"
 COLLECTED, COLLECTING = "collected gradients", "collect, at once"
-DEQUANTIZED = "dequantised at once"
 DRAWING, WORKSPACE = "draw, at once", "draw, factorisation"
 ACTIVATIONS, WORKING = "activations", "forward and backward, beside"
-_PASSING = (DEQUANTIZED, GATHERED, COLLECTED, COLLECTING, DRAWING, WORKSPACE, ACTIVATIONS, WORKING)
+_PASSING = (GATHERED, COLLECTED, COLLECTING, DRAWING, WORKSPACE, ACTIVATIONS, WORKING)
 _MIB = 2**20
 
 
@@ -142,8 +140,6 @@ def predict(
     memory["gradients"] = sum(
         (part.numel if stage < 1 else _share(part.numel, ranks)) * part.itemsize for part in trained
     )
-    if forms := quantized_forms(model):
-        memory[DEQUANTIZED] = max(form.numel * form.dtype.itemsize for form in forms.values())
     if gpu:  # on a CPU they hang on which rows and columns a mask will have entries in
         memory[PLANS] = sum(PLAN_BYTES * part.numel for part in parts if part.name == "positions")
     gathering = None
