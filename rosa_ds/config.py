@@ -343,52 +343,6 @@ class RunConfig(Section):
         known = self.mask.load is not None or self.adapter.init_from is not None
         return self.method in SPARSE_METHODS and not known and RANKINGS[self.mask.score].gradient is not None
 
-    def _parts_without_effect(self) -> dict[str, str]:
-        """Settings of parts that the method does not have, or that a mask which is known before does not need."""
-        unused: dict[str, str] = {}
-        if self.method not in LOW_RANK_METHODS:
-            for name in ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "low_rank_lr"):
-                unused[f"adapter.{name}"] = f"method {self.method} has no low-rank part"
-        if self.draws:
-            for name in ("alpha", "alpha_pattern", "dropout"):
-                unused[f"adapter.{name}"] = "what is drawn from the base is neither scaled nor dropped out"
-        else:
-            unused |= {f"draw.{name}": f"method {self.method} draws nothing" for name in DrawSettings.model_fields}
-        if self.method not in SPARSE_METHODS:
-            for name in ("density", "density_pattern", "sparse_lr", "sparse_product", "partition_positions"):
-                unused[f"adapter.{name}"] = f"method {self.method} has no sparse part"
-            unused |= {f"mask.{name}": f"method {self.method} has no sparse part" for name in MaskSettings.model_fields}
-        elif self.collects_gradients and self.method not in LOW_RANK_METHODS:
-            unused["mask.warmup_steps"] = f"method {self.method} has no low-rank part to warm up"
-        elif not self.collects_gradients:
-            reason = "the mask is loaded" if self.mask.load else f"mask.score {self.mask.score} needs no gradient"
-            if self.adapter.init_from is not None:
-                reason = "the mask is that of adapter.init_from"
-            if self.adapter.init_from is not None or self.mask.load is not None:
-                unused["mask.score"] = reason
-            for name in ("warmup_steps", "steps", "after", "device_memory_gib"):
-                unused[f"mask.{name}"] = reason
-        return unused
-
-    def settings_without_effect(self) -> list[str]:
-        """Settings that were given but change nothing in this run, each with the reason."""
-        unused = self._parts_without_effect()
-        if self.method == "full":
-            unused["adapter.target_modules"] = "method full trains everything"
-        elif not self.adapter.modules_to_save and self.model.task == "causal-lm":
-            unused["training.learning_rate"] = "adapters have adapter.low_rank_lr and adapter.sparse_lr"
-        if self.draws and self.draw.directions == "projection":
-            unused["draw.factorization"] = "draw.directions projection factorises nothing"
-        if self.draws and self.draw.every == "never":
-            unused |= {f"draw.{name}": "draw.every is never" for name in ("moments", "warmup_steps")}
-        if self.model.quantization != "nf4":
-            unused["model.double_quantization"] = f"model.quantization is {self.model.quantization}"
-        if self.training.max_steps is not None:
-            unused["training.epochs"] = "training.max_steps is given"
-        sections = ("model", "adapter", "mask", "draw", "training")
-        given = {f"{section}.{key}" for section in sections for key in getattr(self, section).model_fields_set}
-        return [f"{name} ({reason})" for name, reason in unused.items() if name in given]
-
 
 def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Dotted names of all settings, e.g. ``adapter.rank``."""

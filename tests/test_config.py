@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from rosa_ds.cli import build_config, parse_command_line
 from rosa_ds.config import AdapterConfig, RunConfig, setting_names
 from rosa_ds.ds_config import keep_batch, plan_deepspeed, resolve_batch
+from rosa_ds.without_effect import settings_without_effect
 
 CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 
@@ -46,7 +47,7 @@ def test_the_section_and_overrides_meet(tmp_path: Path) -> None:
     assert (command.config.adapter.rank, command.config.adapter.density) == (5, 0.5)
     assert command.deepspeed == {"train_batch_size": 8, "zero_optimization": {"stage": 2}}
     assert command.resume == ""
-    assert command.config.settings_without_effect() == []
+    assert settings_without_effect(command.config) == []
 
 
 def test_values_of_every_kind() -> None:
@@ -324,30 +325,30 @@ def test_settings_without_effect_are_named() -> None:
     config = RunConfig(
         method="lora", adapter={"density": 0.1}, mask={"steps": 2}, training={"max_steps": 3, "epochs": 2}
     )
-    assert [text.split(" ")[0] for text in config.settings_without_effect()] == [
+    assert [text.split(" ")[0] for text in settings_without_effect(config)] == [
         "adapter.density",
         "mask.steps",
         "training.epochs",
     ]
     random = RunConfig(mask={"score": "random", "warmup_steps": 3})
-    assert random.settings_without_effect() == ["mask.warmup_steps (mask.score random needs no gradient)"]
+    assert settings_without_effect(random) == ["mask.warmup_steps (mask.score random needs no gradient)"]
     assert not random.collects_gradients
     loaded = RunConfig(mask={"load": "mask.safetensors", "score": "magnitude"})
-    assert loaded.settings_without_effect() == ["mask.score (the mask is loaded)"]
+    assert settings_without_effect(loaded) == ["mask.score (the mask is loaded)"]
     sparse = RunConfig(method="sparse", mask={"warmup_steps": 3})
-    assert sparse.settings_without_effect() == ["mask.warmup_steps (method sparse has no low-rank part to warm up)"]
+    assert settings_without_effect(sparse) == ["mask.warmup_steps (method sparse has no low-rank part to warm up)"]
     drawn = RunConfig(
         method="subspace",
         adapter={"alpha": 3.0, "density": 0.1},
         draw={"every": "never", "directions": "projection", "factorization": "svd", "moments": "keep"},
     )
-    assert [text.split(" ")[0] for text in drawn.settings_without_effect()] == [
+    assert [text.split(" ")[0] for text in settings_without_effect(drawn)] == [
         "adapter.alpha",
         "adapter.density",
         "draw.factorization",
         "draw.moments",
     ]
-    assert RunConfig(draw={"residual": False}).settings_without_effect() == [
+    assert settings_without_effect(RunConfig(draw={"residual": False})) == [
         "draw.residual (method robust draws nothing)"
     ]
 

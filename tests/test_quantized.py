@@ -27,6 +27,7 @@ from rosa_ds.export.verify import verify
 from rosa_ds.files import write_manifest
 from rosa_ds.models.load import load_model
 from rosa_ds.models.quantized import Form, Kind, QuantizedLinear
+from rosa_ds.without_effect import settings_without_effect
 
 KINDS: list[tuple[Kind, bool]] = [("nf4", True), ("nf4", False), ("int8", True)]
 
@@ -364,7 +365,7 @@ def test_what_cannot_be(stored: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         RunConfig(method="full", model={"quantization": "nf4"})
     assert any(
         "model.double_quantization" in line
-        for line in RunConfig(model={"double_quantization": False}).settings_without_effect()
+        for line in settings_without_effect(RunConfig(model={"double_quantization": False}))
     )
     model = rosa_ds.quantize(copy.deepcopy(llama.float()), "int8", skip=["layers.0"])
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)

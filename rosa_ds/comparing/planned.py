@@ -11,6 +11,7 @@ from rosa_ds.cli import CommandLine, parse_command_line
 from rosa_ds.comparing.study import Settings, Study, digest_of
 from rosa_ds.config import RunConfig
 from rosa_ds.training.task import sources
+from rosa_ds.without_effect import settings_without_effect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _resolve(study: Study, name: str, settings: Settings) -> CommandLine:
 def _plan(study: Study, root: Path, variant: str, label: str, seed: int, own: Settings, choice: Settings) -> PlannedRun:
     settings = study.settings | study.variants[variant] | own | choice | {"training.seed": seed}
     command = _resolve(study, f"{variant}/{label}", settings)
-    unused = [entry for entry in command.config.settings_without_effect() if entry.split(" ")[0] in choice]
+    unused = [entry for entry in settings_without_effect(command.config) if entry.split(" ")[0] in choice]
     if unused:
         raise ValueError(
             f"tune: {unused[0]} changes nothing in variant {variant}: give it a grid of its own, tune.{variant}"

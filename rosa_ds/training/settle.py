@@ -10,6 +10,7 @@ from rosa_ds.ds_checks import check_by_deepspeed
 from rosa_ds.ds_config import DeepSpeedPlan, check_packages, plan_deepspeed
 from rosa_ds.logs import SAME_ON_ALL_RANKS
 from rosa_ds.training.schedule import Schedule
+from rosa_ds.without_effect import settings_without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def settle(command: CommandLine, ranks: int, gpu_has_bfloat16: bool) -> tuple[De
 
 def warn_of(settings: RunConfig) -> None:
     """Say what was given and changes nothing, or not what is meant. Once the method is known, which ``adapter.init_from`` may decide."""
-    for unused in settings.settings_without_effect():
+    for unused in settings_without_effect(settings):
         logger.warning("setting without effect: %s", unused, extra=SAME_ON_ALL_RANKS)
     if settings.draws and settings.training.weight_decay:
         logger.warning(
