@@ -81,7 +81,7 @@ def check_streamed_base_is_divided_without_traffic() -> None:
         made, given = plan(given)
         with distributed.TrafficCounter() as counter:
             model = adapt(*load_base(given, made), given, made)
-        moved = {kind: size for (kind, _), size in counter.bytes.items() if size > 8}
+        moved = {kind: size for (kind, _), size in counter.bytes.items() if size > 16}  # twice: did all succeed?
         assert not moved, f"{name}: building the model moved {moved}"
         reference = dict(load_model(given.model, torch.float32).named_parameters())
         own = ("A", "B", "values", "positions")
