@@ -180,6 +180,34 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("layer", ["model.norm", "model.layers.0.self_attn.q_proj"])  # as it is, and merged
+def test_what_float16_does_not_have_is_refused(base: Path, layer: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.get_submodule(layer).weight.view(-1)[-1] = 7e4
+    model.save_pretrained(base)
+    rosa_ds.save_adapter(trained(base, {"method": "lora"}), tmp_path / "adapter", base={"name_or_path": str(base)})
+    with pytest.raises(ValueError, match=f"{layer}.weight has numbers beyond float16's 65,504: give --dtype bfloat16"):
+        export_merged(tmp_path / "adapter", tmp_path / "out", torch.float16)
+    with pytest.raises(ValueError, match="beyond float16's"):
+        adapted.load_merged(open_source(tmp_path / "adapter"), torch.float16)
+    assert not (tmp_path / "out").exists()
+    export_merged(tmp_path / "adapter", tmp_path / "out", torch.bfloat16)
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_an_adapter_that_changes_nothing_is_exported_to_peft(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    rosa_ds.inject(model, AdapterConfig(method="subspace", rank=2), draw=None)
+    rosa_ds.save_adapter(model, tmp_path / "adapter", base={"name_or_path": str(base)})
+    out = export_peft(tmp_path / "adapter", tmp_path / "peft", 2)
+    with safe_open(out / "adapter_model.safetensors", "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
+    assert not any(bool((found[name.replace("_A", "_B")] @ A).any()) for name, A in found.items() if "lora_A" in name)
+
+
 PEFT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": (
         "llama",

@@ -105,10 +105,18 @@ def load_merged(source: Source, dtype: torch.dtype, merge_base: MergeBase = "deq
     model = load_adapted(source, dtype if narrow else torch.float32, merge_base)
     merge(model)
     # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = rounded(name, parameter.data, dtype)
     model.config.dtype = dtype
     return model
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the type that it is written in. Raises: ValueError for numbers that float16 has not."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{name} has numbers beyond float16's 65,504: give --dtype bfloat16 or float32")
+    return found
 
 
 def run_tokenizer(source: Source) -> PreTrainedTokenizerBase:

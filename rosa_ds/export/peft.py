@@ -174,7 +174,8 @@ def _difference(
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A.contiguous(), B.contiguous()
         left += float((difference - B @ A).square().sum())
         total += float(difference.square().sum())
-    logger.info("rank %d leaves out %.2e of the difference to the base (Frobenius norm)", rank, (left / total) ** 0.5)
+    share = (left / total) ** 0.5 if total else 0.0
+    logger.info("rank %d leaves out %.2e of the difference to the base (Frobenius norm)", rank, share)
     config = _lora_config(model, source, ranks, rank, float(rank), whole)
     # scale 1 in every layer, also where the rank is smaller
     patterns = {f"^{name}": float(own) for name, own in ranks.items() if own != rank}

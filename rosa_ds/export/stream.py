@@ -23,6 +23,7 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
+from rosa_ds.export.adapted import rounded
 from rosa_ds.export.source import MergeBase, Source
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base
@@ -86,11 +87,11 @@ class MergedRows:
         """A tensor, rows after rows, in its type; what training did not touch comes as it is stored."""
         shape, dtype = self.base.shape(name), self.out_dtype(name)
         if not shape:
-            yield self._rows(name, slice(None)).to(dtype)
+            yield rounded(name, self._rows(name, slice(None)), dtype)
             return
         height = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
         for start in range(0, shape[0], height):
-            yield self._rows(name, slice(start, min(start + height, shape[0]))).to(dtype)
+            yield rounded(name, self._rows(name, slice(start, min(start + height, shape[0]))), dtype)
 
     def _rows(self, name: str, rows: slice) -> Tensor:
         whole = self.trained_name.get(name, name)
