@@ -265,6 +265,8 @@ def test_metrics_of_a_resumed_run_have_nothing_twice(tmp_path: Path, evaluation_
     with contextlib.closing(MetricsLog(tmp_path, False, 0)) as log:
         for step, event in written:
             log.write(step=step, event=event)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "eve')  # killed while it wrote
     MetricsLog(tmp_path, False, 4, evaluation_due).close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     wanted = written[:5] if not evaluation_due else [*written[:3], written[4]]

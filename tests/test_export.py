@@ -181,6 +181,22 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("settings", [{"method": "robust"}, {"method": "subspace"}], ids=["robust", "subspace"])
+def test_a_base_that_cannot_be_streamed_is_merged_whole(base: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(AutoModelForCausalLM.from_pretrained(base).state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    model = trained(base, settings)
+    rosa_ds.save_adapter(model, tmp_path / "adapter", base={"name_or_path": str(base)})
+    export_merged(tmp_path / "adapter", tmp_path / "out", None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = rosa_ds.merge(model).state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=1e-7), name
+    assert load_tokenizer(ModelSettings(name_or_path=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
 @pytest.mark.parametrize("layer", ["model.norm", "model.layers.0.self_attn.q_proj"])  # as it is, and merged
 def test_what_float16_does_not_have_is_refused(base: Path, layer: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
