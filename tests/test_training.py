@@ -357,8 +357,8 @@ def test_sparse_and_full_and_a_loaded_mask(straight: Path, tmp_path: Path) -> No
     run("fork", 1, TRAIN, *zero(0), *again, cwd=tmp_path)
     assert losses(full) == before
     mask = shutil.copy(straight / "mask.safetensors", tmp_path)
-    given = ("--method", "sparse", "--adapter.density", "0.01", "--mask.load", str(mask), "--mask.steps", "2")
-    given = (*given, "--training.save_steps", "2")
+    sparse = ("--method", "sparse", "--adapter.density", "0.01", "--mask.load", str(mask), "--mask.steps", "2")
+    given = (*sparse, "--training.save_steps", "2")
     output = run("fork", 1, TRAIN, *zero(2), *common, *given, cwd=tmp_path)
     assert "setting without effect: mask.steps (the mask is loaded)" in output
     assert "the run that was in runs/default is in runs/default.1 now" in output

@@ -26,6 +26,7 @@ from rosa_ds.config import (
     Factorization,
 )
 from rosa_ds.logs import SAME_ON_ALL_RANKS
+from rosa_ds.models.checks import is_finite
 from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.models.task import head_modules
 
@@ -219,7 +220,7 @@ def _check_finite(layers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError, before anything is changed, for a weight that no draw could take apart."""
     for name, layer in layers.items():
         assert isinstance(layer.weight, Tensor)
-        if layer.weight.is_floating_point() and not bool(torch.isfinite(layer.weight).all()):
+        if layer.weight.is_floating_point() and not is_finite(layer.weight):
             raise ValueError(f"{name}: its weight is not finite")
 
 

@@ -218,7 +218,7 @@ class AdaptedLinear(nn.Module):
         super()._load_from_state_dict(*arguments, **named)
         self.plan = None
         if self.positions is not None and self.positions.numel() == self.entries and not self.positions.is_meta:
-            self.mask_known = self._problem_of(self.positions) == ""
+            self.mask_known = not self._problem_of(self.positions)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": None, "around": None}

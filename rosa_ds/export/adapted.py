@@ -13,6 +13,7 @@ from rosa_ds.adapters.state import CONFIG_FILE, fill_adapter
 from rosa_ds.config import ModelSettings
 from rosa_ds.export.source import MergeBase, Source
 from rosa_ds.files import TensorFiles
+from rosa_ds.models.checks import is_finite
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import Base, open_base
 from rosa_ds.models.task import settle_padding
@@ -114,7 +115,7 @@ def load_merged(source: Source, dtype: torch.dtype, merge_base: MergeBase = "deq
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight in the type that it is written in. Raises: ValueError for numbers that float16 has not."""
     found = tensor.to(dtype)
-    if dtype == torch.float16 != tensor.dtype and not bool(torch.isfinite(found).all()):
+    if dtype == torch.float16 != tensor.dtype and not is_finite(found):
         raise ValueError(f"{name} has numbers beyond float16's 65,504: give --dtype bfloat16 or float32")
     return found
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rosa_ds.config import ModelSettings, Task
 from rosa_ds.generators import keyed_generator
+from rosa_ds.models.checks import is_finite
 
 logger = logging.getLogger(__name__)
 PEFT_TASKS: dict[Task, str] = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
@@ -107,7 +108,7 @@ def new_numbers(model: Any, names: Iterable[str], seed: int) -> dict[str, Tensor
             torch.manual_seed(keyed_generator(seed, name, "head").initial_seed())
             model._init_weights(module)
         numbers[name] = module.get_parameter(part).detach()
-        if not bool(torch.isfinite(numbers[name]).all()):
+        if not is_finite(numbers[name]):
             raise ValueError(f"{type(model).__name__} does not say how {name} begins: no new head can be made for it")
     return numbers
 

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rosa_ds import distributed
 from rosa_ds.adapters.mask import MaskCollector
 from rosa_ds.adapters.state import known_positions
 from rosa_ds.errors import RunError
+from rosa_ds.models.checks import is_finite
 from rosa_ds.training import checkpoint, deepspeed_format
 from rosa_ds.training.changed_base import ChangedBase
 from rosa_ds.training.checkpoint import Checkpoint, SavedBase
@@ -75,7 +75,7 @@ def _saved_base(base: ChangedBase) -> SavedBase | None:
 def _check_finite(run: Run, state: Checkpoint) -> None:
     """A state that is not finite must not take the place of the good ones. Collective."""
     parts = (*state.trained.items(), *state.moments.items())
-    bad = next((name for name, tensor in parts if not bool(torch.isfinite(tensor).all())), None)
+    bad = next((name for name, tensor in parts if not is_finite(tensor)), None)
     if not distributed.any_rank(bad is not None):
         return
     newest = next(iter(checkpoint.folders(run.folder).found()), None)
