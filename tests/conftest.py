@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
-ROOT = Path(__file__).resolve().parent.parent
-# `python -m pytest` puts the root first, where the folder `kernels` would shadow the package of that name.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 import torch  # noqa: E402
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 import rosa_kernels
-from rosa_kernels.bench import measure, ops
-from rosa_kernels.bench.__main__ import OPS, main
-from rosa_kernels.bench.cases import MODELS, Case, Layer, make_inputs, parse_shape
-from rosa_kernels.bench.masks import gradient_mask, tile_statistics
-from rosa_kernels.bench.roofline import Work, percent_of_peak
+from kernel_bench import measure, ops
+from kernel_ops import OPS, main
+from kernel_bench.cases import MODELS, Case, Layer, make_inputs, parse_shape
+from kernel_bench.masks import gradient_mask, tile_statistics
+from kernel_bench.roofline import Work, percent_of_peak
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rosa_kernels.bench.cases import Layer
+from kernel_bench.cases import Layer
 from rosa_kernels.pattern.tiles import TILE, tile_plan
 from rosa_kernels.testing import random_positions
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import rosa_kernels
-from rosa_kernels.bench.cases import Case, Inputs
-from rosa_kernels.bench.measure import Call
-from rosa_kernels.bench.ops import Candidate, Op, Outputs, missing, simple
-from rosa_kernels.bench.roofline import Work
+from kernel_bench.cases import Case, Inputs
+from kernel_bench.measure import Call
+from kernel_bench.ops import Candidate, Op, Outputs, missing, simple
+from kernel_bench.roofline import Work
 from rosa_kernels.pattern.csr import acknowledge_beta_csr, csr_pattern
 from rosa_kernels.scatter.reference import scatter_add_reference
 from rosa_kernels.sddmm.reference import sddmm_reference

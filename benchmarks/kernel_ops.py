@@ -1,4 +1,4 @@
-"""``python -m rosa_kernels.bench OP``: time and memory of an op beside other ways to do it, on real shapes."""
+"""``python benchmarks/kernel_ops.py OP``: time and memory of an op beside other ways to do it, on real shapes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rosa_kernels.bench import layer_ops, measure, sparse_ops
-from rosa_kernels.bench.cases import MODELS, Case, Layer, parse_shape
-from rosa_kernels.bench.masks import gradient_mask, saved_mask, tile_statistics, uniform_mask
-from rosa_kernels.bench.ops import GateError, Op, Row, clear_device, measure_case
+from kernel_bench import layer_ops, measure, sparse_ops
+from kernel_bench.cases import MODELS, Case, Layer, parse_shape
+from kernel_bench.masks import gradient_mask, saved_mask, tile_statistics, uniform_mask
+from kernel_bench.ops import GateError, Op, Row, clear_device, measure_case
 
 OPS: dict[str, Op] = {op.name: op for op in (*sparse_ops.OPS, *layer_ops.OPS)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,7 +62,7 @@ def _device(text: str) -> torch.device:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m rosa_kernels.bench", description=__doc__)
+    parser = argparse.ArgumentParser("kernel_ops.py", description=__doc__)
     parser.add_argument("op", choices=tuple(OPS), help="what to measure")
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument("--model", choices=tuple(MODELS), help="all linear layers of a model (default: smollm2)")

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rosa_kernels.bench import measure
-from rosa_kernels.bench.cases import Case, Inputs, make_inputs
-from rosa_kernels.bench.roofline import Work, percent_of_peak
+from kernel_bench import measure
+from kernel_bench.cases import Case, Inputs, make_inputs
+from kernel_bench.roofline import Work, percent_of_peak
 from rosa_kernels.testing import bound, relative_rms
 
 Outputs: TypeAlias = dict[str, Tensor]
