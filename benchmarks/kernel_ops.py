@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from kernel_bench import layer_ops, measure, sparse_ops
 from kernel_bench.cases import MODELS, Case, Layer, parse_shape
 from kernel_bench.masks import gradient_mask, saved_mask, tile_statistics, uniform_mask
 from kernel_bench.ops import GateError, Op, Row, clear_device, measure_case
+from torch import Tensor
 
 OPS: dict[str, Op] = {op.name: op for op in (*sparse_ops.OPS, *layer_ops.OPS)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from rosa_ds.logs import run_program
+from rosa_ds.utils.logs import run_program
 
 LAUNCH = Path(__file__).resolve().parent
 
@@ -53,9 +53,9 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"compare.py needs {' and '.join(missing)}: pip install 'rosa-ds[compare]'")
     if options.jobs < 1:
         raise ValueError(f"--jobs is 1 or more, given {options.jobs}")
+    from rosa_ds.checkpoints.folder_lock import hold_folder
     from rosa_ds.comparing.compare import Options, compare
     from rosa_ds.comparing.running import Programs
-    from rosa_ds.training.folder_lock import hold_folder
 
     if not options.report_only:
         hold_folder(options.output, "--output")

@@ -10,10 +10,10 @@ import logging
 import socket
 from pathlib import Path
 
-from rosa_ds import distributed
-from rosa_ds.logs import run_program
+from rosa_ds import distributed, zero
 from rosa_ds.planning.doctor import examine, examine_ranks
 from rosa_ds.training.failures import explain_status
+from rosa_ds.utils.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.doctor")
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         return
     if options.megabytes < 1 or options.timeout_minutes <= 0:
         raise ValueError("--megabytes is 1 or more, --timeout-minutes above 0")
-    distributed.initialize(options.timeout_minutes)
+    zero.initialize(options.timeout_minutes)
     with distributed.together():
         mine = (socket.gethostname(), examine(options.output))
     by_host = dict(reversed(distributed.gather_objects(mine)))  # of each host its first rank's

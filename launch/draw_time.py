@@ -7,7 +7,7 @@ import logging
 
 from rosa_ds import distributed
 from rosa_ds.evaluation.draw_time import measure_draws
-from rosa_ds.logs import run_program
+from rosa_ds.utils.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.draw_time")
 

@@ -6,7 +6,7 @@ Under ``torchrun`` or ``deepspeed`` the rows are divided over the ranks; each ha
 from __future__ import annotations
 
 from rosa_ds import distributed
-from rosa_ds.logs import run_program
+from rosa_ds.utils.logs import run_program
 
 
 def main(arguments: list[str]) -> None:

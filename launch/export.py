@@ -10,7 +10,7 @@ import torch
 
 from rosa_ds.export.merge import export_adapter, export_merged, export_peft
 from rosa_ds.export.verify import verify
-from rosa_ds.logs import run_program
+from rosa_ds.utils.logs import run_program
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 logger = logging.getLogger("rosa_ds.launch.export")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.mask import load_mask
-from rosa_ds.cli import parse_command_line
-from rosa_ds.config import ModelSettings, RunConfig
-from rosa_ds.ds_config import plan_deepspeed
+from rosa_ds.config.command_line import parse_command_line
+from rosa_ds.config.deepspeed import plan_deepspeed
+from rosa_ds.config.schema import ModelSettings, RunConfig
 from rosa_ds.evaluation.step_time import OURS, PEERS, QUANTIZED, OperatorTime, StepBench, StepCase
-from rosa_ds.logs import run_program
+from rosa_ds.utils.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.step_time")
 
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     sizes = {name: getattr(options, name) for name in ("rank", "density", "batch", "length", "repeats")}
     model, plan = ModelSettings(name_or_path=options.model, dtype=options.dtype), None
     if options.config:
-        distributed.initialize()
+        zero.initialize()
         batch = {"train_batch_size": options.batch * distributed.world_size()}
         config = {**parse_command_line(["--config", options.config]).deepspeed, **batch}
         config |= {"train_micro_batch_size_per_gpu": options.batch, "gradient_accumulation_steps": 1}

@@ -5,8 +5,8 @@ Also runs under ``torchrun`` and plain ``python``.
 
 from __future__ import annotations
 
-from rosa_ds.cli import parse_command_line
-from rosa_ds.logs import run_program
+from rosa_ds.config.command_line import parse_command_line
+from rosa_ds.utils.logs import run_program
 
 
 def main(arguments: list[str]) -> None:

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from rosa_ds.adapters.switch import enable as enable
     from rosa_ds.adapters.switch import remove_adapter as remove_adapter
     from rosa_ds.adapters.switch import set_adapter as set_adapter
-    from rosa_ds.config import AdapterConfig as AdapterConfig
-    from rosa_ds.config import RunConfig as RunConfig
+    from rosa_ds.config.schema import AdapterConfig as AdapterConfig
+    from rosa_ds.config.schema import RunConfig as RunConfig
 
 _PLACES = {
-    "AdapterConfig": "rosa_ds.config",
+    "AdapterConfig": "rosa_ds.config.schema",
     "AdapterDescription": "rosa_ds.adapters.state",
-    "RunConfig": "rosa_ds.config",
+    "RunConfig": "rosa_ds.config.schema",
     "adapted_layers": "rosa_ds.adapters.inject",
     "adapter_names": "rosa_ds.adapters.registry",
     "compute_mask": "rosa_ds.adapters.mask",

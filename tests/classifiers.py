@@ -21,7 +21,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from rosa_ds.config import DataSettings, ModelSettings
+from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.labelled import LabelledSet, find_classes, prepare_labelled
 
 GOOD, BAD = ("fine", "lovely", "warm", "bright"), ("poor", "dull", "cold", "grim")

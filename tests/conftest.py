@@ -8,16 +8,16 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; nothing runs in it unless a test asks
 
-import pytest  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase  # noqa: E402
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from rosa_ds.config import ModelSettings  # noqa: E402
-from rosa_ds.models.load import load_tokenizer  # noqa: E402
+from rosa_ds.config.schema import ModelSettings
+from rosa_ds.models.load import load_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -15,17 +15,17 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 import rosa_ds
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.mask import static_positions
 from rosa_ds.adapters.subspace import project_moments
-from rosa_ds.config import DrawSettings, RunConfig
-from rosa_ds.ds_config import plan_deepspeed
+from rosa_ds.config.deepspeed import plan_deepspeed
+from rosa_ds.config.schema import DrawSettings, RunConfig
+from rosa_ds.methods.subspace import MOMENTS, Drawing
+from rosa_ds.methods.subspace_base import ChangedBase
 from rosa_ds.models.load import load_model
-from rosa_ds.training import trained_state
-from rosa_ds.training.changed_base import ChangedBase
-from rosa_ds.training.draw import MOMENTS, Drawing
 from rosa_ds.training.engine import build_engine
 from rosa_ds.training.model import adapt, load_base
+from rosa_ds.zero import trained_state
 from rosa_kernels.testing import relative_rms
 
 MODEL = Path(sys.argv[1])
@@ -79,7 +79,7 @@ class Trainee:
 
     def whole(self) -> dict[str, Tensor]:
         """Every parameter as the model computes with it."""
-        return {name: distributed.read_whole(p).detach().clone() for name, p in self.model.named_parameters()}
+        return {name: zero.read_whole(p).detach().clone() for name, p in self.model.named_parameters()}
 
     def weights(self) -> dict[str, Tensor]:
         """The drawn layers' bases, with their residuals."""
@@ -272,7 +272,7 @@ def check_a_layer_without_low_rank_part(file: str) -> None:
 
 
 def main() -> None:
-    distributed.initialize(5)
+    zero.initialize(5)
     distributed.use_threads()
     files = ("zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
     for file in files:

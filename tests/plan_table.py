@@ -10,11 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from rosa_ds import distributed
-from rosa_ds.cli import parse_command_line
-from rosa_ds.logs import run_program
-from rosa_ds.training.memory.accounting import compare
+from rosa_ds import distributed, zero
+from rosa_ds.config.command_line import parse_command_line
+from rosa_ds.memory.estimate import compare
 from rosa_ds.training.run import train
+from rosa_ds.utils.logs import run_program
 
 WORDS = tuple("the plan says what a run will hold before it starts and the run says what it held".split())  # noqa: SIM905
 METHODS, STAGES = "robust,subspace,lora", "0,1,2,3"
@@ -50,7 +50,7 @@ def main(given: list[str]) -> None:
         sys.stdout.write(table(out))
         return
     stages, methods = (given[2:] + [STAGES, METHODS][len(given) - 2 :])[:2]
-    distributed.initialize()
+    zero.initialize()
     with distributed.together():
         if distributed.is_main():
             out.mkdir(parents=True, exist_ok=True)

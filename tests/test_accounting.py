@@ -11,19 +11,20 @@ from transformers import BloomConfig, GPT2LMHeadModel, LlamaForCausalLM, OPTConf
 
 import rosa_ds
 from rosa_ds import distributed
-from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.training.engine import PERSISTENCE, keep_vectors_everywhere
+from rosa_ds.adapters.inject import adapter_parts
+from rosa_ds.config.deepspeed import plan_deepspeed
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.memory.activation_tracer import Shape
+from rosa_ds.memory.estimate import RESIDUAL, predict, table
+from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.training.memory import skeleton
-from rosa_ds.training.memory.accounting import RESIDUAL, predict, table
-from rosa_ds.training.memory.skeleton import ActivationPlan
-from rosa_ds.training.memory.trace import Shape
+from rosa_ds.zero.engine import PERSISTENCE, keep_vectors_everywhere
 
 
 def threshold(model: Any, given: dict[str, Any], **adapter: Any) -> int:
     rosa_ds.inject(model, rosa_ds.AdapterConfig(**adapter))
     config = {"zero_optimization": given}
-    keep_vectors_everywhere(model, config)
+    keep_vectors_everywhere(model, config, adapter_parts(model))
     return int(config["zero_optimization"][PERSISTENCE])
 
 

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import rosa_ds
 from rosa_ds.adapters.state import FORMAT_VERSION
 from rosa_ds.export.merge import export_merged
-from rosa_ds.files import write_manifest
 from rosa_ds.models.load import load_tokenizer
+from rosa_ds.utils.files import write_manifest
 
 DATA = Path(__file__).parent / "data"
 IDS = torch.arange(12).view(2, 6)

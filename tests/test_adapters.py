@@ -17,7 +17,7 @@ import rosa_ds
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.state import trained_parameters
 from rosa_ds.adapters.targets import find_targets
-from rosa_ds.config import AdapterConfig
+from rosa_ds.config.schema import AdapterConfig
 from rosa_kernels.testing import relative_rms
 
 METHODS = ("lora", "sparse", "robust")

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from rosa_ds.config import RunConfig
-from rosa_ds.files import (
+from rosa_ds.checkpoints import checkpoint, deepspeed_format
+from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.checkpoints.resume import check_resumable
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.training.metrics import MetricsLog
+from rosa_ds.utils.files import (
     TensorFiles,
     describe_files,
     manifest_problem,
@@ -21,10 +25,6 @@ from rosa_ds.files import (
     write_tensors,
     written_folder,
 )
-from rosa_ds.training import checkpoint, deepspeed_format
-from rosa_ds.training.checkpoint import Checkpoint
-from rosa_ds.training.metrics import MetricsLog
-from rosa_ds.training.resume import check_resumable
 
 BASE = {"name_or_path": "tiny", "revision": None, "hash": "abc"}
 

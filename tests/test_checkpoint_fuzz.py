@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint import make
 
-from rosa_ds.training import checkpoint
+from rosa_ds.checkpoints import checkpoint
+from test_checkpoint import make
 
 NAMES = [
     "collected-00000.safetensors",

@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from transformers import AlbertConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+import rosa_ds
 from classifiers import (
     DECODERS,
     ENCODERS,
@@ -22,27 +26,22 @@ from classifiers import (
     settings,
     write_rows,
 )
-from torch import Tensor
-from transformers import AlbertConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
-
-import rosa_ds
 from rosa_ds.adapters.quantize import quantize
-from rosa_ds.adapters.targets import find_targets
-from rosa_ds.cli import build_config
-from rosa_ds.config import AdapterConfig, DataSettings, ModelSettings
+from rosa_ds.adapters.targets import find_targets, with_head
+from rosa_ds.config.command_line import build_config
+from rosa_ds.config.schema import AdapterConfig, DataSettings, ModelSettings
+from rosa_ds.config.unused import settings_without_effect
 from rosa_ds.data.batches import IGNORE, LabelledBatch
 from rosa_ds.data.labelled import find_classes, prepare_labelled
 from rosa_ds.evaluation.classification import classify, scores
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer
+from rosa_ds.models.loss import token_loss_sum
 from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.models.stream import stream_base
 from rosa_ds.models.task import settle_padding, whole_modules
 from rosa_ds.training.evaluate import evaluate
-from rosa_ds.training.loss import token_loss_sum
+from rosa_ds.training.init_adapter import open_start
 from rosa_ds.training.model import check_positions
-from rosa_ds.training.start import open_start
-from rosa_ds.training.task import with_head
-from rosa_ds.without_effect import settings_without_effect
 
 CPU = torch.device("cpu")
 

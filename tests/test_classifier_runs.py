@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifiers import make_base, make_rows, make_tokenizer, write_rows
-from launching import ROOT, losses, metrics, run
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rosa_ds
+from classifiers import make_base, make_rows, make_tokenizer, write_rows
+from launching import ROOT, losses, metrics, run
 from rosa_ds.export.adapted import load_adapted
 from rosa_ds.export.merge import export_adapter, export_merged, export_peft
 from rosa_ds.export.source import open_source

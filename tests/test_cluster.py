@@ -9,8 +9,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import hosts
 import pytest
+
+import hosts
 import slurm_cluster
 import two_hosts
 from launching import ROOT, losses

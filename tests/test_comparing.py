@@ -16,17 +16,17 @@ import pytest
 import torch
 
 import rosa_ds
+from rosa_ds.checkpoints import folder_lock
 from rosa_ds.comparing import children
 from rosa_ds.comparing.children import Children
 from rosa_ds.comparing.compare import Options, compare
 from rosa_ds.comparing.planned import plan_finals, plan_trials
 from rosa_ds.comparing.running import Programs, places
 from rosa_ds.comparing.study import read_study
-from rosa_ds.config import AdapterConfig, ModelSettings
-from rosa_ds.errors import InterruptedRunError, RunError
-from rosa_ds.files import write_manifest
+from rosa_ds.config.schema import AdapterConfig, ModelSettings
 from rosa_ds.models.load import identify, load_model
-from rosa_ds.training import folder_lock
+from rosa_ds.utils.errors import InterruptedRunError, RunError
+from rosa_ds.utils.files import write_manifest
 
 FAKE = Path(__file__).with_name("fake_run.py")
 LR = "adapter.low_rank_lr"

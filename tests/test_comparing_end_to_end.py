@@ -8,12 +8,12 @@ import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import launching
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from rosa_ds.training import folder_lock
+import launching
+from rosa_ds.checkpoints import folder_lock
 
 COMPARE = str(launching.ROOT / "launch" / "compare.py")
 LR = "adapter.low_rank_lr"

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from rosa_ds.cli import build_config, parse_command_line
-from rosa_ds.config import AdapterConfig, RunConfig, setting_names
-from rosa_ds.ds_config import keep_batch, plan_deepspeed, resolve_batch
-from rosa_ds.without_effect import settings_without_effect
+from rosa_ds.config.command_line import build_config, parse_command_line
+from rosa_ds.config.deepspeed import keep_batch, plan_deepspeed, resolve_batch
+from rosa_ds.config.schema import AdapterConfig, RunConfig, setting_names
+from rosa_ds.config.unused import settings_without_effect
 
 CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 

@@ -13,7 +13,8 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rosa_ds.config import DataSettings, ModelSettings
+from rosa_ds.config.schema import DataSettings, ModelSettings
+from rosa_ds.config.template import Template
 from rosa_ds.data.batches import IGNORE, BatchPlan, collate, epoch_order
 from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
 from rosa_ds.data.prepare import fingerprint, prepare
@@ -22,7 +23,6 @@ from rosa_ds.data.sql import generate_pairs
 from rosa_ds.data.tokenise import Tokens, prompt_and_reference, show_sample, tokenise
 from rosa_ds.models.grammar import generate_conversations
 from rosa_ds.models.load import load_tokenizer
-from rosa_ds.template import Template
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"

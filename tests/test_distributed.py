@@ -17,20 +17,22 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
-from launching import environment, free_port
 
-from rosa_ds import distributed
+from launching import environment, free_port
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.distributed import ahead, group, partitioned, watch
+from rosa_ds.distributed import group, watch
 from rosa_ds.training.model import divide_positions
+from rosa_ds.zero import prefetch as ahead
+from rosa_ds.zero import sharded as partitioned
 
 TWO_RANKS = """
 import sys
 import torch
-from rosa_ds import distributed
-from rosa_ds.errors import RunError
+from rosa_ds import distributed, zero
+from rosa_ds.utils.errors import RunError
 
-distributed.initialize()
+zero.initialize()
 rank = distributed.rank()
 owned = torch.full((3,), float(rank + 1))
 distributed.sum_to_owner(owned, 1)
@@ -118,10 +120,10 @@ def test_a_layer_says_what_it_is() -> None:
 
 STALL = """
 import time
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.distributed import watch
 
-distributed.initialize()
+zero.initialize()
 if distributed.rank() == 1:  # it stays, whoever notices first
     watch._end_process = lambda message: None
 distributed.start_watch(2.0)
@@ -164,13 +166,13 @@ import atexit
 import sys
 import threading
 import torch
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 
 def work():
     while True:
         torch.randn(100) + 1
 
-distributed.initialize()
+zero.initialize()
 threading.Thread(target=work, daemon=True).start()
 atexit.register(print, "handlers ran")
 print("flushed", end="")
@@ -342,7 +344,7 @@ def test_a_divided_parameter_is_whole_where_it_is_used(monkeypatch: pytest.Monke
 
     def start(parameter: torch.nn.Parameter, share: torch.Tensor) -> Callable[[], torch.Tensor]:
         events.append(f"start {int(share[0])}")
-        return lambda: torch.cat([share, share])[: distributed.full_numel(parameter)]
+        return lambda: torch.cat([share, share])[: zero.full_numel(parameter)]
 
     monkeypatch.setattr(partitioned, "world_size", lambda: 2)
     monkeypatch.setattr(ahead, "start_gather", start)
@@ -350,10 +352,10 @@ def test_a_divided_parameter_is_whole_where_it_is_used(monkeypatch: pytest.Monke
         torch.nn.Parameter(torch.full((3,), number, dtype=torch.int32), requires_grad=False) for number in (1, 2, 3)
     )
     for parameter in (first, second, third):
-        distributed.divide(parameter)
+        zero.divide(parameter)
         assert parameter.numel() == 0
-        assert distributed.full_shape(parameter) == (3,)
-    gatherer = distributed.GatherAhead()
+        assert zero.full_shape(parameter) == (3,)
+    gatherer = zero.GatherAhead()
     for _ in range(3):
         events.clear()
         for number, parameter in ((1, first), (2, second), (3, third), (3, third), (2, second), (1, first)):
@@ -380,7 +382,7 @@ def test_a_layer_with_divided_positions_computes_the_same(
     monkeypatch.setenv("ROSA_KERNELS", implementation)
 
     def start(parameter: torch.nn.Parameter, share: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return lambda: share[: distributed.full_numel(parameter)].clone()
+        return lambda: share[: zero.full_numel(parameter)].clone()
 
     monkeypatch.setattr(ahead, "start_gather", start)
     positions = torch.randperm(40 * 24)[:50].sort().values.to(torch.int32)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, run
 
-from rosa_ds import logs
-from rosa_ds.cli import parse_command_line
-from rosa_ds.config import ModelSettings, RunConfig
-from rosa_ds.errors import INTERRUPTED_STATUS, RunError
+from launching import ROOT, run
+from rosa_ds.config.command_line import parse_command_line
+from rosa_ds.config.schema import ModelSettings, RunConfig
+from rosa_ds.memory.estimate import ACTIVATIONS, Account
 from rosa_ds.planning import doctor
 from rosa_ds.training import run as run_module
 from rosa_ds.training.failures import (
@@ -23,7 +22,8 @@ from rosa_ds.training.failures import (
     is_out_of_memory,
     suggestions,
 )
-from rosa_ds.training.memory.accounting import ACTIVATIONS, Account
+from rosa_ds.utils import logs
+from rosa_ds.utils.errors import INTERRUPTED_STATUS, RunError
 
 GIB = 2**30
 

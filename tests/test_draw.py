@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 import torch
-from launching import ROOT, TRAIN, kill, losses, metrics, run
 from transformers import LlamaForCausalLM
 
-from rosa_ds.config import RunConfig
+import faults
+from launching import ROOT, TRAIN, kill, losses, metrics, run
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.prepare import prepare
 from rosa_ds.export.adapted import load_adapted, load_merged
 from rosa_ds.export.source import open_source
-from rosa_ds.files import manifest_problem, write_manifest
 from rosa_ds.training.evaluate import evaluate
+from rosa_ds.utils.files import manifest_problem, write_manifest
 
 SUBSPACE = ("--method", "subspace", *faults.DRAWS)
 Losses = list[tuple[int, str, float]]

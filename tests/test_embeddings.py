@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import rosa_ds
-from rosa_ds.config import AdapterConfig, DataSettings, ModelSettings
+from rosa_ds.config.schema import AdapterConfig, DataSettings, ModelSettings
 from rosa_ds.data.prepare import prepare
 from rosa_ds.export.merge import export_merged, export_peft
 from rosa_ds.models.load import load_model, load_tokenizer

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, run
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from rosa_ds.config import DataSettings, ModelSettings
+from launching import ROOT, run
+from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.evaluation import scores
 from rosa_ds.evaluation.generate import Generation, generate
 from rosa_ds.evaluation.metrics import perplexity, written_metrics

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, Lla
 
 import rosa_ds
 from rosa_ds.adapters.state import trained_parameters
-from rosa_ds.config import AdapterConfig, ModelSettings
+from rosa_ds.config.schema import AdapterConfig, ModelSettings
 from rosa_ds.export import adapted, merge, stream
 from rosa_ds.export.merge import export_merged, export_peft
 from rosa_ds.export.source import MergeBase, Source, open_source

@@ -14,8 +14,8 @@ from typing import TextIO
 
 import pytest
 
-from rosa_ds.training import folder_lock
-from rosa_ds.training.folder_lock import hold_folder, holder
+from rosa_ds.checkpoints import folder_lock
+from rosa_ds.checkpoints.folder_lock import hold_folder, holder
 
 
 def lock_as(folder: Path, host: str) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from fake_hub import Hub, serving
 from launching import ROOT, TRAIN, run
-
 from rosa_ds.models.load import TINY_FOLDER
 
 EVAL = str(ROOT / "launch" / "eval.py")

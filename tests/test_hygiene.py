@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("rosa_ds", "kernels", "launch")
+PACKAGES = ("rosa_ds", "kernels", "launch", "benchmarks")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-OUTSIDE = "import importlib.util, sys; spec = importlib.util.find_spec('kernels'); print(spec.origin if spec else None)"
 
 
 def python(*arguments: str, cwd: Path) -> str:
@@ -32,23 +31,16 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-def test_kernels_is_not_our_folder_where_the_package_is_installed(tmp_path: Path) -> None:
-    """Installed, from a launch script and inside the tests, the name belongs to whoever else has it."""
-    assert python("-c", OUTSIDE, cwd=tmp_path) == "None"
-    assert (
-        python("-c", "import rosa_kernels; print(rosa_kernels.sddmm.__module__)", cwd=tmp_path)
-        == "rosa_kernels.sddmm.op"
+QUIET = ("transformers", "bitsandbytes", "peft")
+
+
+def test_the_folder_kernels_is_nobodys_package(tmp_path: Path) -> None:
+    """Libraries that look for Hugging Face's ``kernels`` from the repository's root find it, or quietly nothing."""
+    imports = f"import {', '.join(QUIET)}, rosa_kernels"
+    said = subprocess.run(
+        [sys.executable, "-c", imports], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
     )
-    probe = tmp_path / "probe.py"
-    probe.write_text(f"import sys; sys.path[0] = {str(ROOT / 'launch')!r}\n{OUTSIDE}\n")
-    assert python(str(probe), cwd=ROOT) == "None"
-    assert not any(Path(entry or ".").resolve() == ROOT for entry in sys.path)
-
-
-def test_kernels_gives_the_name_back_in_the_root(tmp_path: Path) -> None:
-    """`python` started in the root finds the folder first; Hugging Face's package must still be what one gets."""
-    assert python("-c", "import kernels; print(hasattr(kernels, 'sddmm'))", cwd=ROOT) == "False"
-    assert python("-c", "import transformers, rosa_ds; print('imported')", cwd=ROOT).endswith("imported")
+    assert said.stdout + said.stderr == ""
     genuine = tmp_path / "kernels"
     genuine.mkdir()
     (genuine / "__init__.py").write_text("genuine = True")
@@ -83,16 +75,9 @@ def test_launch_scripts_shadow_no_package() -> None:
 def test_source_rules(path: Path) -> None:
     text, names = path.read_text(), imported_names(path)
     where = path.relative_to(ROOT).as_posix()
-    assert len(text.splitlines()) <= 400, "split the file"
-    longest = 100 if where.startswith("kernels/") else 60
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < longest, f"split {node.name}"
-    if not where.startswith("rosa_ds/distributed/"):
-        assert not any(name.startswith(("torch.distributed", "deepspeed.comm")) for name in names)
-        assert "GatheredParameters" not in text
-    if where not in ("rosa_ds/models/pretrain_tiny.py", "rosa_ds/cli.py"):
+    if not where.startswith(("rosa_ds/distributed/", "rosa_ds/zero/")):
+        assert not any(name.startswith("torch.distributed") for name in names)
+    if where not in ("rosa_ds/models/pretrain_tiny.py", "rosa_ds/config/command_line.py"):
         assert not re.search(r"^\s*print\(", text, re.MULTILINE), "use the logger"
     assert not re.search(r"except( Exception)?:\s*pass", text)
     assert ast.get_docstring(ast.parse(text)) or not text.strip(), "say what the file is for"
@@ -103,26 +88,19 @@ def test_kernels_need_nothing_of_the_training_system() -> None:
         assert not any(name.split(".")[0] in ("rosa_ds", "deepspeed", "transformers") for name in imported_names(path))
 
 
-def test_readme_lists_every_file() -> None:
-    """The tree in the README: folders end in a slash, names of one line are parted by commas, two spaces before the text."""
-    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
-    folders: list[str] = []
-    listed = set()
-    for line in tree.strip().splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
-            if name.endswith("/"):
-                folders = [*folders[:depth], name.rstrip("/")]
-            else:
-                listed.add("/".join([*folders[:depth], name]))
-    files = {path.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py"}
-    assert listed == files
+PRIVATE = re.compile(
+    r"\bds_(id|shape|numel|tensor|persist|status|process_group|zero_partition\w*)\b|_hp_mapping|_z3_optimizer|fp32_partitioned"
+    r"|averaged_gradients|grad_partitions|ipg_buckets|round_robin_bit16|GatheredParameters|deepspeed_allreduce_buffer"
+)
+"""Names inside DeepSpeed, which change with its versions."""
 
 
-def test_every_package_is_in_the_distribution() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    for path in SOURCES:
-        if path.name == "__init__.py":
-            parts = path.parent.relative_to(ROOT).as_posix().replace("/", ".").replace("kernels", "rosa_kernels", 1)
-            name = parts if parts.startswith("rosa") else f"rosa_{parts}"
-            assert f'"{name}"' in text
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_deepspeed_is_read_in_one_place(path: Path) -> None:
+    """``rosa_ds/zero`` alone imports DeepSpeed and names what is inside it; benchmarks build an engine of their own."""
+    where = path.relative_to(ROOT).as_posix()
+    if where.startswith("rosa_ds/zero/"):
+        return
+    if where != "benchmarks/step_time.py":
+        assert not any(name.split(".")[0] == "deepspeed" for name in imported_names(path))
+    assert not PRIVATE.search(path.read_text())

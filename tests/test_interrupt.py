@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import faults
 import pytest
-from launching import ROOT, TRAIN, kill, losses, metrics, run, start
 from safetensors.torch import load_file
 
+import faults
+from launching import ROOT, TRAIN, kill, losses, metrics, run, start
 from rosa_ds.training.interrupt import Interruption
 
 pytestmark = pytest.mark.ranks
@@ -132,7 +132,7 @@ POISON = """
 import os, sys
 sys.path.insert(0, {launch!r})
 from train import main
-from rosa_ds.logs import run_program
+from rosa_ds.utils.logs import run_program
 from rosa_ds.training import loop
 
 calls = 0

@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from classifiers import labelled, make_base, make_rows, make_tokenizer, write_rows
 
-from rosa_ds.cli import build_config
-from rosa_ds.config import DataSettings, ModelSettings
+from classifiers import labelled, make_base, make_rows, make_tokenizer, write_rows
+from rosa_ds.config.command_line import build_config
+from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.labelled import find_classes, prepare_labelled
 from rosa_ds.models.load import load_tokenizer
 from rosa_ds.training.task import prepare_data

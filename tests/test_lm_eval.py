@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT
 
 import rosa_ds
-from rosa_ds.config import AdapterConfig, ModelSettings
+from launching import ROOT
+from rosa_ds.config.schema import AdapterConfig, ModelSettings
 from rosa_ds.evaluation.harness import harness_metrics
 from rosa_ds.export.merge import export_merged
 from rosa_ds.models.load import load_model, load_tokenizer

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 import rosa_ds
 from rosa_ds.adapters.mask import MaskCollector, gradient_score, top_positions
-from rosa_ds.config import AdapterConfig
-from rosa_ds.scores import RANKINGS, Score, ranking_of
+from rosa_ds.config.mask_scores import RANKINGS, Score, ranking_of
+from rosa_ds.config.schema import AdapterConfig
 from rosa_kernels.collect import op as collect
 
 DENSITY = 0.07

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rosa_ds.config import ModelSettings
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.load import TINY_FOLDER, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.pretrain_tiny import build_model, build_tokenizer, pretrain
 

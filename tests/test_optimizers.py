@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
-import faults
 import pytest
 import torch
-from launching import ROOT, SMALL, TRAIN, losses, metrics, run
 from torch import nn
 
+import faults
+from launching import ROOT, SMALL, TRAIN, losses, metrics, run
 from rosa_ds import distributed
-from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.training.eight_bit import collapse, expand, is_bitsandbytes
-from rosa_ds.training.engine import optimizer_class
-from rosa_ds.training.trained_state import TrainedState
+from rosa_ds.config.deepspeed import plan_deepspeed
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.zero.eight_bit import collapse, expand, is_bitsandbytes
+from rosa_ds.zero.engine import optimizer_class
+from rosa_ds.zero.trained_state import TrainedState
 
 
 def stepped(cls: Any, steps: int = 5) -> tuple[Any, list[nn.Parameter]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, TRAIN, metrics, run
 from peft import LoraConfig, PeftConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,10 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import rosa_ds
-from rosa_ds.config import AdapterConfig, DataSettings, ModelSettings, RunConfig
+from launching import ROOT, TRAIN, metrics, run
+from rosa_ds.config.schema import AdapterConfig, DataSettings, ModelSettings, RunConfig
 from rosa_ds.data.prepare import prepare
 from rosa_ds.models.load import TINY_FOLDER, load_tokenizer
-from rosa_ds.training.start import adopt, begin_from
+from rosa_ds.training.init_adapter import adopt, begin_from
 from rosa_kernels.testing import relative_rms
 
 pytestmark = [

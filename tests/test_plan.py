@@ -12,25 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, environment, run
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import rosa_ds
-from rosa_ds.cli import parse_command_line
-from rosa_ds.config import AdapterConfig, ModelSettings, RunConfig
+from launching import ROOT, environment, run
+from rosa_ds.adapters.inject import adapter_parts
+from rosa_ds.config.command_line import parse_command_line
+from rosa_ds.config.deepspeed import plan_deepspeed
+from rosa_ds.config.schema import AdapterConfig, ModelSettings, RunConfig
 from rosa_ds.data.batches import Batch
-from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.models.load import TINY_FOLDER, identify, load_model
+from rosa_ds.memory.activation_tracer import Activations, LiveBytes, SavedBytes, Shape, watch_gradients
+from rosa_ds.memory.estimate import ACTIVATIONS, BUCKETS, GATHERED, Account, predict
+from rosa_ds.memory.fake_model import ActivationPlan
+from rosa_ds.models.load import TINY_FOLDER, enable_checkpointing, identify, load_model
+from rosa_ds.models.loss import token_loss_sum
 from rosa_ds.planning import scale
 from rosa_ds.planning.dry_run import dry_run, phases
 from rosa_ds.planning.search import GIB, Machine, Planner, best, needed
-from rosa_ds.training.engine import settle_zero
-from rosa_ds.training.loss import token_loss_sum
-from rosa_ds.training.memory.accounting import ACTIVATIONS, BUCKETS, GATHERED, Account, predict
-from rosa_ds.training.memory.skeleton import ActivationPlan
-from rosa_ds.training.memory.trace import Activations, LiveBytes, SavedBytes, Shape, watch_gradients
-from rosa_ds.training.model import enable_checkpointing
 from rosa_ds.training.schedule import Schedule
+from rosa_ds.zero.engine import settle_zero
 
 SHAPES = (Shape(3, 24, 7, padded=True), Shape(2, 32, 32, padded=False))
 
@@ -145,7 +145,7 @@ def test_stage_3_keeps_gathered_what_is_used_again_soon(llama: LlamaForCausalLM)
     def account(**zero: Any) -> Account:
         config = {"zero_optimization": {"stage": 3, **zero}}
         plan, settings = plan_deepspeed(config, RunConfig(method="lora"), 4, gpu_has_bfloat16=False)
-        settle_zero(model, plan)
+        settle_zero(model, plan, adapter_parts(model))
         return predict(model, plan, settings, ranks=4)
 
     all_kept = account()

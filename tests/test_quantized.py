@@ -12,22 +12,22 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from launching import ROOT, SMALL, TRAIN, losses, metrics, run
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rosa_ds
+from launching import ROOT, SMALL, TRAIN, losses, metrics, run
 from rosa_ds import distributed
 from rosa_ds.adapters.quantize import load_quantized
-from rosa_ds.config import AdapterConfig, ModelSettings, RunConfig
+from rosa_ds.config.schema import AdapterConfig, ModelSettings, RunConfig
+from rosa_ds.config.unused import settings_without_effect
 from rosa_ds.export.merge import export_merged, export_peft
 from rosa_ds.export.source import MergeBase
 from rosa_ds.export.verify import verify
-from rosa_ds.files import write_manifest
 from rosa_ds.models.load import load_model
 from rosa_ds.models.quantized import Form, Kind, QuantizedLinear
-from rosa_ds.without_effect import settings_without_effect
+from rosa_ds.utils.files import write_manifest
 
 KINDS: list[tuple[Kind, bool]] = [("nf4", True), ("nf4", False), ("int8", True)]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, RobertaConfig
 
-from rosa_ds.cli import parse_command_line
-from rosa_ds.config import ModelSettings
+from launching import ROOT
+from rosa_ds.config.command_line import parse_command_line
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.load import load_tokenizer
 from rosa_ds.planning.dry_run import dry_run
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, run
 from torch import nn
 
+from launching import ROOT, run
 from rosa_ds.evaluation.draw_time import measure_draws, released_draw
 from rosa_ds.evaluation.regression import OUTPUTS, Training, draws_to_recover, make_task, train
 

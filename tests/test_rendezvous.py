@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rosa_ds import distributed
-from rosa_ds.distributed.group import tell_of_locks
-from rosa_ds.rendezvous import choose_gloo_interface, first_host, interface_to, slurm_ranks, tasks_per_node
+from rosa_ds import zero
+from rosa_ds.utils.rendezvous import choose_gloo_interface, first_host, interface_to, slurm_ranks, tasks_per_node
+from rosa_ds.zero.group import tell_of_locks
 
 # of the sixth of seven tasks on three nodes, as srun sets them
 TASK = {
@@ -81,7 +81,7 @@ def test_what_slurm_does_not_say_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.delenv("SLURM_STEP_TASKS_PER_NODE", raising=False)
     with pytest.raises(ValueError, match="srun started 4 tasks, but SLURM_STEP_TASKS_PER_NODE is not set"):
-        distributed.initialize()
+        zero.initialize()
 
 
 def test_interface() -> None:
@@ -114,7 +114,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_why(
     with pytest.raises(
         ValueError, match=rf"rank {rank} of this host sees 1 GPU\(s\), and the host has 4 ranks.*--gpu-bind=none"
     ):
-        distributed.initialize()
+        zero.initialize()
 
 
 def test_a_lock_that_was_left_is_named(

@@ -7,11 +7,11 @@ import pickle
 import shutil
 from pathlib import Path
 
-import faults
 import pytest
 import torch
-from launching import ROOT, TRAIN, losses, run
 
+import faults
+from launching import ROOT, TRAIN, losses, run
 from rosa_ds.export.merge import export_merged
 
 pytestmark = pytest.mark.ranks

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from rosa_ds.config import RunConfig
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.training.schedule import Schedule, lr_factor
 from rosa_ds.training.settle import build_schedule
 

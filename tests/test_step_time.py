@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosa_ds.config import ModelSettings
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.evaluation.step_time import OURS, PEERS, StepBench, StepCase
 
 CASE = StepCase(ModelSettings(), torch.float32, rank=2, density=0.01, batch=1, length=8, repeats=2)

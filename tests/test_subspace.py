@@ -17,7 +17,7 @@ import rosa_ds
 from rosa_ds.adapters import subspace
 from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.subspace import choose, join_bits, project_moments, singular_directions, split_bits, split_off
-from rosa_ds.config import AdapterConfig, DrawSettings, RunConfig
+from rosa_ds.config.schema import AdapterConfig, DrawSettings, RunConfig
 from rosa_kernels.testing import relative_rms
 
 SHAPES = [(40, 40), (24, 60), (60, 24)]

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import rosa_ds
-from rosa_ds import distributed
+from rosa_ds import zero
 from rosa_ds.adapters import state
-from rosa_ds.config import AdapterConfig
+from rosa_ds.config.schema import AdapterConfig
 
 BATCH = dict[str, Tensor]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -213,7 +213,7 @@ def test_a_failure_half_way_gives_the_base_back_or_says_so(
     llama: PreTrainedModel, batch: BATCH, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, keep_base: bool
 ) -> None:
     rosa_ds.save_adapter(adapted(copy.deepcopy(llama.float()), SETTINGS[kind]), tmp_path / "folder")
-    base, write, count = logits(llama, batch), distributed.write_whole, itertools.count()
+    base, write, count = logits(llama, batch), zero.write_whole, itertools.count()
     with contextlib.closing(state.open_adapter(tmp_path / "folder", llama)) as stored:
         fatal = len(stored.trained) + 1 if stored.base else len(stored.trained) - 1
 
@@ -222,7 +222,7 @@ def test_a_failure_half_way_gives_the_base_back_or_says_so(
             raise MemoryError
         write(parameter, numbers)
 
-    monkeypatch.setattr(distributed, "write_whole", fails)
+    monkeypatch.setattr(zero, "write_whole", fails)
     with pytest.raises(MemoryError) as caught:
         rosa_ds.load_adapter(llama, tmp_path / "folder", keep_base=keep_base)
     assert rosa_ds.adapter_names(llama) == []

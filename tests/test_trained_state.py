@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from rosa_ds.training.trained_state import TrainedState
+from rosa_ds.zero.trained_state import TrainedState
 
 
 def test_loss_scale_of_the_unfused_float16_optimizer_is_kept() -> None:

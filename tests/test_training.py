@@ -10,12 +10,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from launching import ROOT, SMALL, TRAIN, kill, losses, metrics, run, start, wait_for_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rosa_ds
-from rosa_ds.config import DataSettings, ModelSettings
+from launching import ROOT, SMALL, TRAIN, kill, losses, metrics, run, start, wait_for_step
+from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, Batch, BatchPlan
 from rosa_ds.data.prepare import prepare
 from rosa_ds.export.adapted import load_adapted

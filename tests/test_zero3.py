@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, run
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from launching import ROOT, run
 
 CHECKS = ROOT / "tests" / "zero3_ranks.py"
 

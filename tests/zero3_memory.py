@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from rosa_ds import distributed
-from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import plan_deepspeed
+from rosa_ds import distributed, zero
+from rosa_ds.config.deepspeed import plan_deepspeed
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.training.model import adapt, load_base
 
 
@@ -21,8 +21,8 @@ def resident(field: str) -> int:
 def load(folder: str) -> tuple[int, int]:
     """Growth of resident memory (peak, afterwards)."""
     settings = RunConfig(method="robust", model={"name_or_path": folder, "dtype": "float32"})
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    plan, settings = plan_deepspeed({"zero_optimization": zero}, settings, distributed.world_size(), False)
+    section = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    plan, settings = plan_deepspeed({"zero_optimization": section}, settings, distributed.world_size(), False)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     model = adapt(*load_base(settings, plan), settings, plan)
@@ -32,7 +32,7 @@ def load(folder: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    distributed.initialize()
+    zero.initialize()
     load("tiny")  # imports and first allocations
     peak, after = load(sys.argv[1])
     Path(f"memory-{distributed.rank()}.json").write_text(json.dumps({"peak": peak, "after": after}))

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rosa_ds
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.mask import static_positions
-from rosa_ds.config import RunConfig
+from rosa_ds.config.deepspeed import DeepSpeedPlan, plan_deepspeed
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.prepare import prepare
-from rosa_ds.ds_config import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.models.load import load_model, load_tokenizer
 from rosa_ds.training.engine import build_engine
 from rosa_ds.training.evaluate import evaluate
 from rosa_ds.training.model import adapt, load_base
-from rosa_ds.training.trained_state import TrainedState
+from rosa_ds.zero.trained_state import TrainedState
 
 FOLDER, THRESHOLD = Path(sys.argv[1]), int(sys.argv[2])
 IDS = torch.arange(3, 25).view(2, 11)
@@ -34,8 +34,8 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecat
 
 
 def plan(settings: RunConfig) -> tuple[DeepSpeedPlan, RunConfig]:
-    zero = {"stage": 3, "stage3_param_persistence_threshold": THRESHOLD}
-    return plan_deepspeed({"zero_optimization": zero}, settings, distributed.world_size(), gpu_has_bfloat16=False)
+    section = {"stage": 3, "stage3_param_persistence_threshold": THRESHOLD}
+    return plan_deepspeed({"zero_optimization": section}, settings, distributed.world_size(), gpu_has_bfloat16=False)
 
 
 def settings(model: str, method: str = "robust", dtype: str = "float32", **adapter: Any) -> RunConfig:
@@ -90,10 +90,10 @@ def check_streamed_base_is_divided_without_traffic() -> None:
         for key, parameter in base.items():
             assert parameter.numel() == 0, f"{key} is whole"
             assert parameter.ds_tensor.numel() == -(-reference[key].numel() // distributed.world_size())
-            assert torch.equal(distributed.read_whole(parameter), reference[key]), key
+            assert torch.equal(zero.read_whole(parameter), reference[key]), key
         for layer in rosa_ds.adapted_layers(model).values():
             for key, tensor in layer.initial_parameters().items():
-                assert torch.equal(distributed.read_whole(getattr(layer, key)), tensor), key
+                assert torch.equal(zero.read_whole(getattr(layer, key)), tensor), key
         if name == "tied":
             assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -106,7 +106,7 @@ def check_other_checkpoints_are_loaded_whole() -> None:
         reference = dict(load_model(given.model, torch.float32).named_parameters())
         assert "lm_head.weight" in reference
         for key, tensor in reference.items():
-            assert torch.equal(distributed.read_whole(model.get_parameter(key)), tensor), key
+            assert torch.equal(zero.read_whole(model.get_parameter(key)), tensor), key
 
 
 def check_injecting_gathers_nothing() -> None:
@@ -135,7 +135,7 @@ def check_adapters_are_saved_whole() -> None:
         saved = load_file(FOLDER / f"adapter-{name}-{THRESHOLD}" / "adapter.safetensors")
         assert all(tensor.numel() for tensor in saved.values())
         for key, parameter in state.parameters.items():
-            assert saved[f"trained.{key}"].shape == distributed.full_shape(parameter), key
+            assert saved[f"trained.{key}"].shape == zero.full_shape(parameter), key
         assert any(tensor.any() for key, tensor in saved.items() if key.endswith(".values"))
         engine.eval()
         with torch.no_grad():
@@ -147,7 +147,7 @@ def check_adapters_are_saved_whole() -> None:
         rosa_ds.load_adapter(again, FOLDER / f"adapter-{name}-{THRESHOLD}")
         for key, parameter in again.named_parameters():
             if f"trained.{key}" in saved:
-                assert torch.equal(distributed.read_whole(parameter), saved[f"trained.{key}"]), key
+                assert torch.equal(zero.read_whole(parameter), saved[f"trained.{key}"]), key
 
 
 def check_merging_is_refused() -> None:
@@ -174,7 +174,7 @@ def check_what_is_written_stays() -> None:
     assert changed != before
     assert step_without_learning(engine) == changed
     for key, parameter in state.parameters.items():
-        assert torch.equal(distributed.read_whole(parameter), wanted[key]), key
+        assert torch.equal(zero.read_whole(parameter), wanted[key]), key
     masters = state.read()
     assert masters.keys() == (wanted.keys() if distributed.is_main() else set())
     assert all(torch.equal(masters[key], wanted[key]) for key in masters)
@@ -238,9 +238,9 @@ def check_evaluation_with_fewer_batches_than_ranks_can_share() -> None:
 def check_reading_inside_a_gather() -> None:
     model, _, _ = make_engine(settings("llama"))
     weight = model.model.layers[0].mlp.up_proj.weight
-    expected = distributed.read_whole(weight)
+    expected = zero.read_whole(weight)
     with deepspeed.zero.GatheredParameters([weight]):
-        assert torch.equal(distributed.read_whole(weight), expected)
+        assert torch.equal(zero.read_whole(weight), expected)
         assert torch.equal(weight, expected)
     assert weight.numel() == 0
 
@@ -265,7 +265,7 @@ def check_disabled_is_the_base() -> None:
 
 
 def main() -> None:
-    distributed.initialize()
+    zero.initialize()
     torch.set_num_threads(1)
     deepspeed.utils.logger.setLevel("WARNING")
     for name, check in list(globals().items()):

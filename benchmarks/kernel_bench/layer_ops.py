@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import rosa_kernels
-from rosa_kernels.adapter_linear.reference import adapter_linear_reference
 from kernel_bench.cases import Case, Inputs
 from kernel_bench.measure import Call, saved_bytes
 from kernel_bench.ops import Candidate, Op, Outputs, missing
 from kernel_bench.roofline import Work
+from rosa_kernels.adapter_linear.reference import adapter_linear_reference
 from rosa_kernels.low_rank import op as low_rank
 from rosa_kernels.low_rank.reference import backward_reference, down_reference
 

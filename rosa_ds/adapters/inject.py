@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rosa_ds import distributed
+from rosa_ds import zero
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, check_exchangeable, check_room, keep
 from rosa_ds.adapters.targets import Linear, by_pattern, check_patterns, find_targets, match_names, stacked_weights
-from rosa_ds.config import (
+from rosa_ds.config.schema import (
     LOW_RANK_METHODS,
     SPARSE_METHODS,
     SUBSPACE_METHODS,
@@ -25,10 +25,10 @@ from rosa_ds.config import (
     DrawSettings,
     Factorization,
 )
-from rosa_ds.logs import SAME_ON_ALL_RANKS
 from rosa_ds.models.checks import is_finite
 from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.models.task import head_modules
+from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 
 _DRAW = DrawSettings()
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def inject(
         _check_trainable(model, [""])
         model.requires_grad_(True)
         _enter(model, config, seed, keep_base, name)
-        return InjectReport((), ("all",), 0, 0, sum(map(distributed.full_numel, model.parameters())), 0)
+        return InjectReport((), ("all",), 0, 0, sum(map(zero.full_numel, model.parameters())), 0)
     targets, whole = _match(model, config)
     _check_trainable(model, whole)
     if idle := [head for head in head_modules(model) if not any(f"{head}.".startswith(f"{w}.") for w in whole)]:
@@ -246,7 +246,7 @@ def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool, 
 
 def check_without_engine(model: nn.Module) -> None:
     """Raise ValueError for a model whose parameters have masters in a DeepSpeed engine: they would undo what is written."""
-    if any(hasattr(p, mark) for p in model.parameters() for mark in ("_z3_optimizer", "_hp_mapping")):
+    if any(map(zero.belongs_to_engine, model.parameters())):
         raise ValueError(
             "this model belongs to a DeepSpeed engine already, whose float32 masters would undo what is written to it: do it "
             "before deepspeed.initialize"
@@ -266,7 +266,7 @@ def draw(
     A 16-bit base is rounded by each draw. Moments of A and B in an optimizer are the caller's to reset.
 
     Args:
-        directions, sigma, factorization: as in :class:`rosa_ds.config.DrawSettings`.
+        directions, sigma, factorization: as in :class:`rosa_ds.config.schema.DrawSettings`.
         number: with ``seed`` it decides the directions; by default one more than that of the last draw.
 
     Raises: ValueError for another method, a model that a DeepSpeed engine or ZeRO-3 has taken, a weight that is not finite.
@@ -285,7 +285,7 @@ def draw(
 
 
 def _check_drawable(model: nn.Module) -> None:
-    if any(distributed.is_partitioned(p) or p.is_meta for p in model.parameters()):
+    if any(zero.is_partitioned(p) or p.is_meta for p in model.parameters()):
         raise ValueError(
             "this model's parameters are partitioned by ZeRO-3, or not there: inject it with draw=None, and leave the draws to "
             "launch/train.py"
@@ -311,7 +311,7 @@ def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
     for parameter in model.parameters():
         key = own.get(id(parameter), "whole" if parameter.requires_grad else "frozen")
         if key != "positions":
-            count[key] += numbers.get(id(parameter), distributed.full_numel(parameter))
+            count[key] += numbers.get(id(parameter), zero.full_numel(parameter))
     low_rank = count["A"] + count["B"]
     return InjectReport(tuple(layers), whole, low_rank, count["values"], count["whole"], count["frozen"])
 
@@ -328,7 +328,7 @@ def _quantized_numbers(model: nn.Module) -> dict[int, int]:
 
 
 def _check_whole(model: nn.Module) -> None:
-    if any(distributed.is_partitioned(parameter) for parameter in model.parameters()):
+    if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         raise ValueError(
             "this model's parameters are partitioned by ZeRO-3 or over the ranks, so nothing can be merged into them: save the adapter "
             "(rosa_ds.save_adapter) and merge it into a model of one process, as launch/export.py does"

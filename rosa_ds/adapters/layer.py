@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 import rosa_kernels
-from rosa_ds import distributed
+from rosa_ds import zero
 from rosa_ds.adapters.low_rank import initial_A, low_rank_delta
 from rosa_ds.adapters.subspace import split_off
-from rosa_ds.config import DrawSettings
+from rosa_ds.config.schema import DrawSettings
 from rosa_ds.models.quantized import PACKED, SCALES, QuantizedLinear, to_dtype
 from rosa_kernels.adapter_linear.op import Around, Collect, SparseProduct
 from rosa_kernels.pattern.plan import needs_tiles
@@ -177,14 +177,14 @@ class AdaptedLinear(nn.Module):
         """All of the base as forward sees it, in the layout of ``weight``; of a quantised one in float32. Collective if partitioned."""
         frozen = self.frozen_weight()
         if frozen is None:
-            return distributed.read_whole(self.weight)
-        return frozen if self.change is None else frozen.add_(distributed.read_whole(self.change).float())
+            return zero.read_whole(self.weight)
+        return frozen if self.change is None else frozen.add_(zero.read_whole(self.change).float())
 
     def frozen_weight(self) -> Tensor | None:
         """What no draw changes: the numbers of a quantised weight in float32; of a dense one nothing. Collective if partitioned."""
         if self.form is None or self.weight_scales is None:
             return None
-        packed, scales = (distributed.read_whole(part) for part in (self.weight, self.weight_scales))
+        packed, scales = (zero.read_whole(part) for part in (self.weight, self.weight_scales))
         return self.form.unpack(packed, scales, torch.float32)
 
     def weight_rows(self, rows: slice) -> Tensor:
@@ -204,7 +204,7 @@ class AdaptedLinear(nn.Module):
     def _make_plan(self, positions: Tensor) -> None:
         if isinstance(positions, FakeTensor):
             return  # of a plan of memory: there is nothing to sort
-        divided = self.positions is not None and distributed.is_partitioned(self.positions)
+        divided = self.positions is not None and zero.is_partitioned(self.positions)
         if positions.numel() == self.entries and (not divided or needs_tiles(positions.device)):
             self.plan = rosa_kernels.make_plan(positions, *self.weight_shape, self.dtype)
 
@@ -244,7 +244,7 @@ class AdaptedLinear(nn.Module):
         """Fix which entries the sparse part trains. Shapes: (Z,) int32, sorted. Raises: see check_positions."""
         self.check_positions(positions)
         assert self.positions is not None
-        distributed.write_whole(self.positions, positions)
+        zero.write_whole(self.positions, positions)
         self.mask_known = True
         self.plan = None
         if not self.positions.is_meta:
@@ -327,7 +327,7 @@ def stored_shape(layer: nn.Module) -> torch.Size:
         return torch.Size(layer.form.shape)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return distributed.full_shape(weight)
+    return zero.full_shape(weight)
 
 
 def plain_layer(layer: AdaptedLinear | QuantizedLinear, weight: nn.Parameter) -> nn.Linear | Conv1D:

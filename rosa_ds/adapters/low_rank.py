@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rosa_ds.generators import keyed_generator
+from rosa_ds.utils.generators import keyed_generator
 
 
 def draw_generator(seed: int, name: str, number: int) -> torch.Generator:

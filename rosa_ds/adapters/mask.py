@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.registry import check_enabled
-from rosa_ds.files import TensorFiles, sync_files, write_tensors
-from rosa_ds.generators import keyed_generator
-from rosa_ds.scores import RANKINGS, Score, ranking_of
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.config.mask_scores import RANKINGS, Score, ranking_of
+from rosa_ds.utils.files import TensorFiles, sync_files, write_tensors
+from rosa_ds.utils.generators import keyed_generator
+from rosa_ds.utils.suggest import did_you_mean
 from rosa_kernels.collect.op import RunningTopK, gradient_blocks
 
 Mask = dict[str, Tensor]
@@ -38,7 +38,7 @@ def top_positions(score: Tensor, count: int) -> Tensor:
 
 
 def gradient_score(kind: Score, total: Tensor, weight: Tensor) -> Tensor:
-    """The score of every entry from ``total``, the sum over steps of what :class:`rosa_ds.scores.Ranking` says.
+    """The score of every entry from ``total``, the sum over steps of what :class:`rosa_ds.config.mask_scores.Ranking` says.
 
     Raises: ValueError for a score that does not come from gradients.
     """

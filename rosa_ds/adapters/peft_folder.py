@@ -18,14 +18,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rosa_ds import distributed
+from rosa_ds import zero
 from rosa_ds.adapters.layer import MAX_POSITIONS, stored_shape
 from rosa_ds.adapters.targets import Value, find_targets, linear_layers
-from rosa_ds.config import AdapterConfig, Method
-from rosa_ds.files import TensorFiles
-from rosa_ds.json_files import read_json
+from rosa_ds.config.schema import AdapterConfig, Method
 from rosa_ds.models.task import PEFT_TASKS, is_classifier
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.utils.files import TensorFiles
+from rosa_ds.utils.json_files import read_json
+from rosa_ds.utils.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
@@ -175,10 +175,10 @@ def _check_same(folder: Path, name: str, tensor: Tensor, model: nn.Module) -> No
     """Raise ValueError unless this frozen tensor, such as an embedding that PEFT saved along, is the base's."""
     own = name.replace(".base_layer.", ".")
     parameter = dict(model.named_parameters(remove_duplicate=False)).get(own)
-    if parameter is None or tuple(tensor.shape) != tuple(distributed.full_shape(parameter)):
-        there = f", which is {tuple(distributed.full_shape(parameter))} here" if parameter is not None else ""
+    if parameter is None or tuple(tensor.shape) != tuple(zero.full_shape(parameter)):
+        there = f", which is {tuple(zero.full_shape(parameter))} here" if parameter is not None else ""
         _refuse(folder, f"{name} {tuple(tensor.shape)}{there}")
-    if parameter.is_meta or distributed.is_partitioned(parameter):
+    if parameter.is_meta or zero.is_partitioned(parameter):
         logger.warning("%s: %s is taken for the base's own, which is not there to compare", folder, name)
     elif not torch.equal(tensor.to(parameter), parameter.detach()):
         _refuse(folder, f"{name} with other numbers than the base has, not in modules_to_save")

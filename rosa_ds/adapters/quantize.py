@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.inject import adapted_layers, set_submodule
 from rosa_ds.adapters.targets import head_names, linear_layers, match_names
-from rosa_ds.config import ModelSettings
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.load import stored_dtype
-from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear, require_bitsandbytes
+from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear
 from rosa_ds.models.stream import Base, NotStreamableError, allocate, load_whole, stream_base
 from rosa_ds.models.task import whole_modules
+from rosa_ds.utils.packages import require_bitsandbytes
 
 AT_ONCE = 8
 """Layers that the ranks quantise at the same time, one each."""
@@ -49,7 +50,7 @@ def quantize(
         raise ValueError(f"{kind!r} is no way to quantise: {' and '.join(get_args(Kind))} are")
     if adapted_layers(model):
         raise ValueError("this model has adapters already: quantise the base first, then inject")
-    if any(distributed.is_partitioned(parameter) for parameter in model.parameters()):
+    if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         raise ValueError(
             "this model's parameters are partitioned by ZeRO-3: quantise it before, or let launch/train.py do both"
         )

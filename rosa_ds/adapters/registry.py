@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_ds import distributed
+from rosa_ds import zero
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.config import AdapterConfig
+from rosa_ds.config.schema import AdapterConfig
 
 DEFAULT = "default"
 
@@ -89,7 +89,7 @@ def keep(model: nn.Module, names: list[str]) -> None:
 
 def check_exchangeable(parameters: Iterable[nn.Parameter]) -> None:
     """Raise ValueError for parameters that are not whole here."""
-    if any(distributed.is_partitioned(parameter) or parameter.is_meta for parameter in parameters):
+    if any(zero.is_partitioned(parameter) or parameter.is_meta for parameter in parameters):
         raise ValueError(
             "parameters that the adapter changes are partitioned by ZeRO-3, or not there, and cannot be exchanged for the base's: "
             "load base and adapter into a model of one process"

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.inject import adapted_layers, changed_parameters, check_without_engine, inject, set_submodule
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import set_mask
@@ -20,8 +20,11 @@ from rosa_ds.adapters.peft_folder import is_peft, read_peft
 from rosa_ds.adapters.registry import DEFAULT, adapter_names, adapters_of, check_enabled
 from rosa_ds.adapters.subspace import join_bits
 from rosa_ds.adapters.switch import park, remove_adapter, set_adapter
-from rosa_ds.config import AdapterConfig
-from rosa_ds.files import (
+from rosa_ds.config.schema import AdapterConfig
+from rosa_ds.config.validation import validation_message
+from rosa_ds.models.quantized import quantization_of
+from rosa_ds.models.task import check_task
+from rosa_ds.utils.files import (
     TensorFiles,
     link_file,
     write_json,
@@ -29,11 +32,8 @@ from rosa_ds.files import (
     write_tensors,
     written_folder,
 )
-from rosa_ds.json_files import read_json
-from rosa_ds.models.quantized import quantization_of
-from rosa_ds.models.task import check_task
-from rosa_ds.suggest import did_you_mean
-from rosa_ds.validation import validation_message
+from rosa_ds.utils.json_files import read_json
+from rosa_ds.utils.suggest import did_you_mean
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -105,8 +105,8 @@ def save_adapter(
     """
     check_enabled(model)
     description = describe(model, base)
-    shared = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
-    read = distributed.read_to_owners if shared else dict
+    shared = any(zero.is_partitioned(parameter) for parameter in model.parameters())
+    read = zero.read_to_owners if shared else dict
     tensors = read(trained_parameters(model)) if tensors is None else tensors
     changes = read(changed_weights(model)) if base_files is None else {}
     content = {f"trained.{name}": tensor.detach() for name, tensor in tensors.items()}
@@ -311,9 +311,9 @@ def fill_adapter(
         layer.drawn = True
     try:
         for name in trained:
-            distributed.write_whole(parameters[name], trained[name])
+            zero.write_whole(parameters[name], trained[name])
         for name in changed:
-            distributed.write_whole(layers[name].drawn_parameter, join_bits(base[name], base.get(f"{name}/residual")))
+            zero.write_whole(layers[name].drawn_parameter, join_bits(base[name], base.get(f"{name}/residual")))
     except BaseException as error:
         lost = set(changed_parameters(model)) - set(adapters_of(model).kept)
         again = "the base model and the adapter" if lost else "the adapter"
@@ -349,7 +349,7 @@ def check_fit(
         raise ValueError(f"{where}: {wrong[0]} is not in the {place}.{did_you_mean(wrong[0], there)}")
     for name in names:
         found = tensors.shape(name) if isinstance(tensors, TensorFiles) else tuple(tensors[name].shape)
-        if found != (shape := tuple(distributed.full_shape(parameters[name]))):
+        if found != (shape := tuple(zero.full_shape(parameters[name]))):
             raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: {_other_base(found, shape)}")
 
 

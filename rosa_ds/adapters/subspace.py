@@ -1,7 +1,7 @@
 """The re-drawn low-rank part (ROSA): fold it into the base, choose new directions, split those off again.
 
 Everything here is local mathematics on whole float32 matrices; how ranks share the work is
-:mod:`rosa_ds.training.draw`'s. With orthonormal directions ``U`` (N, R) of the weight ``W`` the new factors are
+:mod:`rosa_ds.methods.subspace`'s. With orthonormal directions ``U`` (N, R) of the weight ``W`` the new factors are
 ``B = U``, ``A = Uᵀ W``, and the base becomes ``W − B A``: the sum is W again however rough the factorisation was.
 
 Source: ROSA, arXiv 2407.07802.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rosa_ds.adapters.low_rank import float32_products
-from rosa_ds.config import Directions, DrawSettings, Factorization
+from rosa_ds.config.schema import Directions, DrawSettings, Factorization
 
 logger = logging.getLogger(__name__)
 ORTHONORMAL = 1e-4

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rosa_ds import distributed
+from rosa_ds import zero
 from rosa_ds.adapters.inject import (
     adapted_layers,
     changed_parameters,
@@ -21,7 +21,7 @@ from rosa_ds.adapters.inject import (
     set_submodule,
 )
 from rosa_ds.adapters.registry import Parked, adapter_names, adapters_of, exchange
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.utils.suggest import did_you_mean
 
 
 def _set_disabled(model: nn.Module, value: bool) -> None:
@@ -74,7 +74,7 @@ def park(model: nn.Module) -> None:
     if known.active is None:
         return
     check_without_engine(model)
-    if any(distributed.is_partitioned(parameter) for parameter in model.parameters()):
+    if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         raise ValueError(
             "this model's parameters are partitioned by ZeRO-3: its adapter cannot be exchanged for another"
         )

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from rosa_ds.distributed import full_shape
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.models.quantized import QuantizedLinear
-from rosa_ds.models.task import head_modules, is_classifier, is_pooler
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.models.task import head_modules, is_classifier, is_pooler, whole_modules
+from rosa_ds.utils.suggest import did_you_mean
+from rosa_ds.zero import full_shape
 
 Value = TypeVar("Value", int, float)
 
@@ -138,3 +139,17 @@ def check_patterns(patterns: Mapping[str, object], names: Iterable[str], setting
                 f"{setting} {pattern!r} is found in no adapted layer.{did_you_mean(pattern, endings)} "
                 f"Adapted are: {', '.join(sorted(endings))}"
             )
+
+
+def with_head(settings: RunConfig, model: nn.Module) -> RunConfig:
+    """The settings with a classifier's head among the modules that are trained whole."""
+    given = settings.adapter.modules_to_save
+    if settings.model.task == "causal-lm" or settings.method == "full":
+        return settings
+    names = [name for name, _ in model.named_modules() if name]
+    whole = match_names(given, names, "adapter.modules_to_save")
+    more = [name for name in whole_modules(model) if not any(f"{name}.".startswith(f"{other}.") for other in whole)]
+    if not more:
+        return settings
+    adapter = settings.adapter.model_copy(update={"modules_to_save": [*given, *more]})
+    return settings.model_copy(update={"adapter": adapter})

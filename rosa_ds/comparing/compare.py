@@ -27,9 +27,9 @@ from rosa_ds.comparing.results import Choice, Results, RunResult, as_json, choos
 from rosa_ds.comparing.running import Programs, Runner
 from rosa_ds.comparing.study import Study, read_study
 from rosa_ds.comparing.updates import Changes, adapted_names, middle_layers, read_changes
-from rosa_ds.errors import InterruptedRunError, RunError
-from rosa_ds.files import write_json, write_text
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.utils.errors import InterruptedRunError, RunError
+from rosa_ds.utils.files import write_json, write_text
+from rosa_ds.utils.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
 

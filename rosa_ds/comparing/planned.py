@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rosa_ds.cli import CommandLine, parse_command_line
 from rosa_ds.comparing.study import Settings, Study, digest_of
-from rosa_ds.config import RunConfig
+from rosa_ds.config.command_line import CommandLine, parse_command_line
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.config.unused import settings_without_effect
 from rosa_ds.training.task import sources
-from rosa_ds.without_effect import settings_without_effect
 
 
 @dataclasses.dataclass(frozen=True)

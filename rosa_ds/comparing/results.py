@@ -16,7 +16,7 @@ from rosa_ds.comparing.planned import PlannedRun
 from rosa_ds.comparing.running import RECORD_FILE, Record, is_finished, is_trained, read_record
 from rosa_ds.comparing.statistics import PairedSeeds, RowInterval, Summary, compare_rows, compare_seeds, summarise
 from rosa_ds.comparing.study import Evaluation, Study
-from rosa_ds.files import TensorFiles
+from rosa_ds.utils.files import TensorFiles
 
 VALIDATION_LOSS = "validation loss"
 _NOT_FIGURES = frozenset({"seconds"})

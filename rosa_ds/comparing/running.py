@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from rosa_ds.checkpoints import checkpoint
+from rosa_ds.checkpoints.folder_lock import holder
 from rosa_ds.comparing.children import Children, Outcome
 from rosa_ds.comparing.planned import PlannedRun
 from rosa_ds.comparing.study import Evaluation, digest_of
-from rosa_ds.errors import INTERRUPTED_STATUS
-from rosa_ds.files import move_aside, write_json
-from rosa_ds.training import checkpoint
-from rosa_ds.training.folder_lock import holder
+from rosa_ds.utils.errors import INTERRUPTED_STATUS
+from rosa_ds.utils.files import move_aside, write_json
 
 logger = logging.getLogger(__name__)
 RECORD_FILE, CONFIG_FILE, LOG_FILE = "result.json", "config.json", "log.txt"

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from rosa_ds.config import Section
-from rosa_ds.suggest import did_you_mean, did_you_mean_path
-from rosa_ds.validation import validation_message
+from rosa_ds.config.schema import Section
+from rosa_ds.config.validation import validation_message
+from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
 
 Settings = dict[str, Any]
 """Dotted names of settings of train.py (``ds.`` before DeepSpeed's own) and their values."""

@@ -15,7 +15,7 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.export.adapted import dense_change, open_adapted
 from rosa_ds.export.source import Source, open_source
 from rosa_ds.models.stream import Base
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.utils.suggest import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

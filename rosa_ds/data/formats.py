@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rosa_ds.template import Template, quoted, text_of
+from rosa_ds.config.template import Template, quoted, text_of
 
 PAIR_COLUMNS = (("prompt", "completion"), ("question", "answer"))
 ROLES = ("system", "user", "assistant", "tool")

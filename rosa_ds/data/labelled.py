@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rosa_ds.config import DataSettings
+from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import IGNORE, PADDING_ROW, LabelledBatch
 from rosa_ds.data.prepare import TokenSet, check_lengths, fingerprint
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens
-from rosa_ds.suggest import did_you_mean
+from rosa_ds.utils.suggest import did_you_mean
 
 PAIRS = (
     ("sentence1", "sentence2"),

@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rosa_ds.config import DataSettings
+from rosa_ds.config.schema import DataSettings
+from rosa_ds.config.template import Template
 from rosa_ds.data.batches import PADDING_ROW, Batch, collate
 from rosa_ds.data.formats import PlainText, parse_row
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens, show_sample, tokenise
-from rosa_ds.template import Template
 
 
 @dataclasses.dataclass(frozen=True)

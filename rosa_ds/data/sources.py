@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 
 from rosa_ds.data.sql import generate_pairs
-from rosa_ds.suggest import did_you_mean_path
+from rosa_ds.utils.suggest import did_you_mean_path
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 BUILTIN = "builtin:sql"

@@ -8,119 +8,40 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import datetime
 import hashlib
-import logging
 import os
 import resource
-import socket
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rosa_ds.errors import RunError
-from rosa_ds.rendezvous import check_ranks, choose_gloo_interface, join_slurm_step, number_in
+from rosa_ds.utils.errors import RunError
+from rosa_ds.utils.rendezvous import number_in
 
-logger = logging.getLogger(__name__)
-LOCK_MINUTES = 5.0
 _ANOTHER_FAILED = "another rank failed; its message says why"
-_joined = False
+_on_leave: list[Callable[[], None]] = []
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def on_leave(clean: Callable[[], None]) -> None:
+    """Have ``clean`` called when this process leaves its process group; whoever initialises one says what it leaves behind."""
+    if clean not in _on_leave:
+        _on_leave.append(clean)
 
 
-def initialize(timeout_minutes: float = 30.0) -> None:
-    """Join the process group that the launcher describes in the environment; alone, be a group of one.
-
-    Works under ``deepspeed``, ``torchrun``, ``srun``, plain ``python``, and anything that sets RANK, WORLD_SIZE and MASTER_ADDR.
-
-    Raises:
-        ValueError: SLURM's tasks without what tells their ranks, or without a GPU for each rank; a launcher's variables that
-            lack one, or contradict each other.
-    """
-    global _joined
-    import deepspeed  # slow, and needed by nobody who only imports this module
-
-    join_slurm_step()
-    check_ranks()
-    _joined = True
-    if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-        )
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if torch.cuda.is_available():
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        # all ranks of a host end, not only those without a GPU
-        here = max(local + 1, planned_local_size(1))
-        if here > gpus:
-            raise ValueError(
-                f"rank {local} of this host sees {gpus} GPU(s), and the host has {here} ranks: start as many ranks a host as it has GPUs, and let each see all "
-                "of them (with srun: --gpus-per-node and not --gpus-per-task, --gpu-bind=none)"
-            )
-        torch.cuda.set_device(local)
-    else:
-        choose_gloo_interface()
-    if not dist.is_initialized():
-        tell_of_locks()
-        _tell_of_compiling()
-        try:
-            deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
-        except (dist.DistError, RuntimeError) as error:
-            master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise RunError(
-                f"rank {os.environ['RANK']} on {socket.gethostname()} does not reach the others of "
-                f"{os.environ['WORLD_SIZE']} ranks, which meet at {master}: are all started, the port free and open between the hosts, and the interface right (GLOO_SOCKET_IFNAME on CPUs, "
-                f"NCCL_SOCKET_IFNAME on GPUs)? ({error})"
-            ) from error
-
-
-def _compiled_ops() -> Path:
-    """Where PyTorch keeps what it has compiled."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))
-
-
-def _tell_of_compiling() -> None:
-    """A first start on CPUs is silent for as long as the compiler takes."""
-    if not torch.cuda.is_available() and not any(_compiled_ops().glob("**/deepspeed_shm_comm*.so")):
-        logger.info(
-            "compiling DeepSpeed's communication op into %s: once, half a minute or more on a busy machine",
-            _compiled_ops(),
-        )
-
-
-def tell_of_locks() -> None:
-    """Warn of what a process leaves that is killed while it compiles an op: every later one waits for it without a word."""
-    for lock in _compiled_ops().glob("**/lock"):
-        try:
-            minutes = (time.time() - lock.stat().st_mtime) / 60
-        except FileNotFoundError:  # its compiler is done
-            continue
-        if minutes > LOCK_MINUTES:
-            logger.warning(
-                "%s is %.0f minutes old: if no process compiles there now, one was killed that did, and this run will wait for ever: "
-                "delete the file",
-                lock,
-                minutes,
-            )
+def _clean() -> None:
+    for clean in _on_leave:
+        clean()
 
 
 def shutdown() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    _remove_shared_buffer()
+    _clean()
 
 
 def leave(status: int = 0) -> NoReturn:
@@ -132,10 +53,10 @@ def leave(status: int = 0) -> NoReturn:
 
     With NCCL a rank that failed does not leave the group: that waits for the collectives in which the others wait for it.
     """
-    if not _joined:
+    if not _on_leave:
         sys.exit(status)
     if status and dist.is_initialized() and dist.get_backend() == "nccl":
-        _remove_shared_buffer()
+        _clean()
     else:
         shutdown()
     atexit._run_exitfuncs()
@@ -143,12 +64,6 @@ def leave(status: int = 0) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody reads any more
             stream.flush()
     os._exit(status)
-
-
-def _remove_shared_buffer() -> None:
-    """DeepSpeed's communication op for CPUs leaves 66 MiB of shared memory behind for each rank of every run."""
-    name = "_".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
 
 
 def rank() -> int:
@@ -218,13 +133,6 @@ def peak_memory_bytes() -> int:
 def gpu_has_bfloat16() -> bool:
     """Whether this rank has a GPU that computes in bfloat16, and does not only imitate it (which Triton cannot)."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def has_float16() -> bool:
-    """Whether DeepSpeed trains in float16 on this rank's device."""
-    from deepspeed.accelerator import get_accelerator
-
-    return bool(get_accelerator().is_fp16_supported())
 
 
 def use_threads() -> int:

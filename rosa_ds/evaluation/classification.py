@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
-from rosa_ds.config import DataSettings
+from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import prepare_labelled
 from rosa_ds.evaluation.scores import draws, ends

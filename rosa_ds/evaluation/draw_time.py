@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rosa_ds.adapters.subspace import split_off
-from rosa_ds.config import DrawSettings
-from rosa_ds.generators import keyed_generator
+from rosa_ds.config.schema import DrawSettings
+from rosa_ds.utils.generators import keyed_generator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
-from rosa_ds.config import DataSettings
+from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.prepare import prepare
 from rosa_ds.evaluation.generate import Generation, generate
 from rosa_ds.evaluation.questions import load_questions
 from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, check_references, interval, over_all
+from rosa_ds.models.loss import accepts_kept_positions, losses_of
 from rosa_ds.training.evaluate import visit_batches
-from rosa_ds.training.loss import accepts_kept_positions, losses_of
 from rosa_ds.training.model import check_positions
 
 

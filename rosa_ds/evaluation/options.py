@@ -9,14 +9,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rosa_ds import distributed
-from rosa_ds.config import DataSettings
+from rosa_ds.config.schema import DataSettings
+from rosa_ds.config.validation import validation_message
 from rosa_ds.evaluation.generate import Generation
 from rosa_ds.evaluation.harness import require_harness
 from rosa_ds.evaluation.scores import CLASSIFIED, GENERATED, check_available
 from rosa_ds.export.source import run_folder
-from rosa_ds.files import check_place
-from rosa_ds.json_files import read_json
-from rosa_ds.validation import validation_message
+from rosa_ds.utils.files import check_place
+from rosa_ds.utils.json_files import read_json
 
 METRICS = (*GENERATED, "perplexity", *CLASSIFIED)
 COLUMNS = ("prompt_column", "prompt_template", "completion_column", "text_column", "pair_column", "label_column")

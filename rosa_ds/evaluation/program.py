@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.state import CONFIG_FILE
-from rosa_ds.config import ModelSettings
+from rosa_ds.checkpoints.checkpoint import is_checkpoint
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.evaluation.classification import classify
 from rosa_ds.evaluation.harness import harness_metrics
 from rosa_ds.evaluation.metrics import perplexity, written_metrics
 from rosa_ds.evaluation.scores import CLASSIFIED, GENERATED, check_available
 from rosa_ds.export.adapted import load_adapted, load_merged, run_tokenizer
 from rosa_ds.export.source import open_source
-from rosa_ds.files import write_json
 from rosa_ds.models.load import base_classes, load_model, load_tokenizer
 from rosa_ds.models.task import is_classifier
-from rosa_ds.training.checkpoint import is_checkpoint
+from rosa_ds.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
     if distributed.planned_world_size() > 1:
-        distributed.initialize()
+        zero.initialize()
         distributed.use_threads()
     with distributed.together(), distributed.main_first():
         model, tokenizer = _load(options)

@@ -6,7 +6,7 @@ import dataclasses
 
 from transformers import PreTrainedTokenizerBase
 
-from rosa_ds.config import DataSettings
+from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.formats import parse_row
 from rosa_ds.data.prepare import columns_of
 from rosa_ds.data.sources import load_rows

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import rosa_ds
 from rosa_ds.adapters.subspace import split_off
-from rosa_ds.config import AdapterConfig, Directions, DrawSettings
-from rosa_ds.generators import keyed_generator
+from rosa_ds.config.schema import AdapterConfig, Directions, DrawSettings
+from rosa_ds.utils.generators import keyed_generator
 
 FEATURES, HIDDEN, OUTPUTS, RANK = 512, 64, 32, 24
 

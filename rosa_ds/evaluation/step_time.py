@@ -17,15 +17,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from rosa_ds import distributed
-from rosa_ds.adapters.inject import inject
+from rosa_ds import distributed, zero
+from rosa_ds.adapters.inject import adapter_parts, inject
 from rosa_ds.adapters.mask import Mask, compute_mask, set_mask
 from rosa_ds.adapters.quantize import quantize
-from rosa_ds.config import SPARSE_METHODS, AdapterConfig, Method, ModelSettings
-from rosa_ds.ds_config import DeepSpeedPlan
+from rosa_ds.config.deepspeed import DeepSpeedPlan
+from rosa_ds.config.schema import SPARSE_METHODS, AdapterConfig, Method, ModelSettings
 from rosa_ds.models.load import load_model
 from rosa_ds.models.quantized import Kind
-from rosa_ds.training.engine import keep_vectors_everywhere
+from rosa_ds.zero.engine import keep_vectors_everywhere
 
 PEERS = ("peft-lora", "peft-supertuning")
 OURS: tuple[Method, ...] = ("robust", "sparse", "lora")
@@ -154,10 +154,10 @@ def _on_deepspeed(case: StepCase, model: nn.Module) -> _Candidate:
     assert case.deepspeed is not None
     config = copy.deepcopy(case.deepspeed.config)
     if case.deepspeed.stage == 3:
-        keep_vectors_everywhere(model, config)
-        distributed.partition_model(model, config, case.dtype, distributed.keep_numbers)
+        keep_vectors_everywhere(model, config, adapter_parts(model))
+        zero.partition_model(model, config, case.dtype, zero.keep_numbers)
     trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
-    count = sum(map(distributed.full_numel, trained))
+    count = sum(map(zero.full_numel, trained))
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained, lr=0.0), config=config)
     return _Candidate(engine, engine.backward, engine.step, count)
 

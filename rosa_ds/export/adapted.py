@@ -10,13 +10,13 @@ from rosa_ds.adapters.inject import adapted_layers, inject, merge
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.quantize import load_quantized, open_quantized
 from rosa_ds.adapters.state import CONFIG_FILE, fill_adapter
-from rosa_ds.config import ModelSettings
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.export.source import MergeBase, Source
-from rosa_ds.files import TensorFiles
 from rosa_ds.models.checks import is_finite
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import Base, open_base
 from rosa_ds.models.task import settle_padding
+from rosa_ds.utils.files import TensorFiles
 
 
 def check_base(source: Source) -> ModelSettings:

@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 from rosa_ds.adapters.inject import inject
 from rosa_ds.adapters.quantize import quantize_as
 from rosa_ds.adapters.state import CONFIG_FILE
-from rosa_ds.config import ModelSettings
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.export.adapted import check_base, load_merged, open_adapted, run_tokenizer
 from rosa_ds.export.peft import write_peft
 from rosa_ds.export.source import MergeBase, open_source
 from rosa_ds.export.stream import MergedRows, write_merged
-from rosa_ds.files import check_place, write_json, written_folder
-from rosa_ds.json_files import read_json
 from rosa_ds.models.load import stored_dtype
 from rosa_ds.models.stream import NotStreamableError, stream_base
 from rosa_ds.models.task import settle_padding
+from rosa_ds.utils.files import check_place, write_json, written_folder
+from rosa_ds.utils.json_files import read_json
 
 logger = logging.getLogger(__name__)
 EXPORT_FILE = "rosa_ds.json"

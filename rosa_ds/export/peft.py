@@ -23,10 +23,10 @@ from rosa_ds.adapters.subspace import singular_directions
 from rosa_ds.adapters.targets import by_pattern
 from rosa_ds.export.adapted import dense_change
 from rosa_ds.export.source import Source
-from rosa_ds.files import write_tensors
 from rosa_ds.models.load import identified
 from rosa_ds.models.stream import Base
 from rosa_ds.models.task import PEFT_TASKS, whole_modules
+from rosa_ds.utils.files import write_tensors
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."

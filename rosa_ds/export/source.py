@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rosa_ds.adapters.state import BASE_FILES, CONFIG_FILE, TENSOR_FILE, AdapterDescription, read_description
 from rosa_ds.adapters.subspace import join_bits
-from rosa_ds.config import AdapterConfig
-from rosa_ds.files import TensorFiles, manifest_problem
-from rosa_ds.json_files import read_json
-from rosa_ds.training import checkpoint
+from rosa_ds.checkpoints import checkpoint
+from rosa_ds.config.schema import AdapterConfig
+from rosa_ds.utils.files import TensorFiles, manifest_problem
+from rosa_ds.utils.json_files import read_json
 
 MergeBase = Literal["dequantized", "original"]
 """Of a quantised base: merge into the numbers that training saw, or into those that they were made of."""

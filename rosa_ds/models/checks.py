@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rosa_ds.config import ModelSettings
-from rosa_ds.suggest import did_you_mean_path
+from rosa_ds.config.schema import ModelSettings
+from rosa_ds.utils.suggest import did_you_mean_path
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _LONGEST = 600

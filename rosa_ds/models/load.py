@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from rosa_ds.config import ModelSettings
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.checks import (
     BROKEN,
     WEIGHT_SUFFIXES,
@@ -23,7 +23,7 @@ from rosa_ds.models.checks import (
 )
 from rosa_ds.models.task import auto_class, classes_of, configure, describe_task, mark_new, new_numbers, new_parameters
 from rosa_ds.models.weights import find_safetensors, hash_files, weight_files
-from rosa_ds.suggest import did_you_mean_path
+from rosa_ds.utils.suggest import did_you_mean_path
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "tiny"
@@ -220,3 +220,15 @@ def identified(base: Mapping[str, Any]) -> ModelSettings:
     """Settings that load what :func:`identify` described."""
     keys = ("name_or_path", "revision", "quantization", "double_quantization", "task", "labels")
     return ModelSettings(**{key: base[key] for key in keys if key in base})
+
+
+def enable_checkpointing(model: PreTrainedModel, kind: bool | str) -> None:
+    """Recompute activations as ``training.gradient_checkpointing`` says."""
+    if not kind:
+        return
+    reentrant = kind == "reentrant"
+    # transformers renamed it during version 5
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed

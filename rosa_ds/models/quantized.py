@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from typing import Any, Literal
 
 import torch
@@ -21,16 +20,6 @@ Kind = Literal["nf4", "int8"]
 BLOCK, SCALE_BLOCK = 64, 256
 ROWS_AT_ONCE = 2**23  # numbers that an int8 weight's float32 form is made of at a time
 PACKED, SCALES = "weight", "weight_scales"
-
-
-def require_bitsandbytes(wanted_by: str) -> None:
-    """Raise ValueError where it is not installed."""
-    # its CPU part warns of a kernel for products with 4-bit weights, which is never used here
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{wanted_by} needs bitsandbytes: pip install bitsandbytes ({error})") from error
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from rosa_ds import distributed
-from rosa_ds.config import ModelSettings
+from rosa_ds import zero
+from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.checks import is_finite, not_finite
 from rosa_ds.models.load import check_language_model, keeps_head, load_model, read_config, resolve
 from rosa_ds.models.task import auto_class, mark_new, new_numbers, new_parameters
@@ -66,7 +66,7 @@ class Base:
         return part
 
     def fill(self, name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
-        """See :data:`rosa_ds.distributed.partitioned.Fill`."""
+        """See :data:`rosa_ds.zero.sharded.Fill`."""
         part = self.rows(name, rows)
         if part.is_floating_point() and not is_finite(part):
             raise not_finite(name, str(self._path))
@@ -221,7 +221,7 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> 
 
 
 @torch.no_grad()
-def allocate(model: nn.Module, fill: distributed.Fill, device: torch.device) -> None:
+def allocate(model: nn.Module, fill: zero.Fill, device: torch.device) -> None:
     """Give all parameters that are on the meta device memory on ``device``, and ``fill`` their numbers.
 
     Shared parameters stay shared.

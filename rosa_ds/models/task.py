@@ -1,4 +1,4 @@
-"""What a model is trained for, :data:`rosa_ds.config.Task`: its class in transformers, its classes, and the head that is new.
+"""What a model is trained for, :data:`rosa_ds.config.schema.Task`: its class in transformers, its classes, and the head that is new.
 
 A classifier's head is what it has beside its base model, and a pooler that the base's files lack. It is trained whole.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rosa_ds.config import ModelSettings, Task
-from rosa_ds.generators import keyed_generator
+from rosa_ds.config.schema import ModelSettings, Task
 from rosa_ds.models.checks import is_finite
+from rosa_ds.utils.generators import keyed_generator
 
 logger = logging.getLogger(__name__)
 PEFT_TASKS: dict[Task, str] = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}

@@ -16,9 +16,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from rosa_ds.files import file_hash
-from rosa_ds.json_files import read_json
 from rosa_ds.models.checks import WEIGHT_SUFFIXES
+from rosa_ds.utils.files import file_hash
+from rosa_ds.utils.json_files import read_json
 
 SINGLE, INDEX = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 """Of a model in safetensors: its one file, or the list of its shards."""

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 import rosa_kernels
 from rosa_ds import distributed
+from rosa_ds.zero.ops import buildable_ops
 from rosa_kernels.testing import random_positions, relative_rms
 
 SHARED_BUFFER = 66 * 2**20  # of DeepSpeed's communication op for CPUs, a rank
@@ -96,11 +97,7 @@ def compilers() -> Iterator[Finding]:
         yield Finding(
             "CUDA toolkit", str(home or "not found"), "" if home else "only DeepSpeed's fused operators want it"
         )
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS  # slow
-    from deepspeed.ops.op_builder.builder import probe_is_compatible  # without the CUDA toolkit a builder's own raises
-
-    ready = sorted(name for name, builder in ALL_OPS.items() if probe_is_compatible(builder))
-    yield Finding("DeepSpeed ops that can be built", ", ".join(ready) or "none")
+    yield Finding("DeepSpeed ops that can be built", ", ".join(buildable_ops()) or "none")
 
 
 def kernels() -> Iterator[Finding]:

@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 
 from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.cli import CommandLine
-from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import DeepSpeedPlan
+from rosa_ds.config.command_line import CommandLine
+from rosa_ds.config.deepspeed import DeepSpeedPlan
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.memory.activation_tracer import Shape
+from rosa_ds.memory.estimate import activation_terms, table
+from rosa_ds.memory.measuring import longest
+from rosa_ds.methods.sparse import check_mask_file
 from rosa_ds.models.load import load_tokenizer, read_config
 from rosa_ds.models.stream import build_on_meta
 from rosa_ds.planning.search import GIB, Planner
-from rosa_ds.training.masking import check_mask_file
-from rosa_ds.training.memory.accounting import activation_terms, table
-from rosa_ds.training.memory.measuring import longest
-from rosa_ds.training.memory.trace import Shape
+from rosa_ds.training.init_adapter import begin_from
 from rosa_ds.training.model import check_readable
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.settle import build_schedule, settle, warn_of
-from rosa_ds.training.start import begin_from
 from rosa_ds.training.task import prepare_data
 
 logger = logging.getLogger(__name__)

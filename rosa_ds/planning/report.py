@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rosa_ds.memory.activation_tracer import Shape
+from rosa_ds.memory.estimate import ACTIVATIONS, WORKING
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
-from rosa_ds.training.memory.accounting import ACTIVATIONS, WORKING
-from rosa_ds.training.memory.trace import Shape
 
 
 def _yes(flag: bool) -> str:

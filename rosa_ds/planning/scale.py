@@ -12,10 +12,9 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from rosa_ds.cli import CommandLine
-from rosa_ds.files import write_json
-from rosa_ds.planning.search import GIB, Choice, Machine, Planner
-from rosa_ds.training.memory.accounting import (
+from rosa_ds.config.command_line import CommandLine
+from rosa_ds.memory.activation_tracer import Shape
+from rosa_ds.memory.estimate import (
     ACTIVATIONS,
     BUCKETS,
     COLLECTED,
@@ -26,7 +25,8 @@ from rosa_ds.training.memory.accounting import (
     WORKING,
     WORKSPACE,
 )
-from rosa_ds.training.memory.trace import Shape
+from rosa_ds.planning.search import GIB, Choice, Machine, Planner
+from rosa_ds.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 RANKS = tuple(8 * 2**power for power in range(8))

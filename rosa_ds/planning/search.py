@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from rosa_ds.adapters.inject import InjectReport
-from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.models.load import read_config
-from rosa_ds.training.engine import settle_zero
-from rosa_ds.training.memory.accounting import (
+from rosa_ds.adapters.inject import InjectReport, adapter_parts
+from rosa_ds.config.deepspeed import plan_deepspeed
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.memory.activation_tracer import Shape
+from rosa_ds.memory.estimate import (
     ACTIVATIONS,
     COLLECTED,
     COLLECTING,
@@ -25,8 +24,9 @@ from rosa_ds.training.memory.accounting import (
     activation_terms,
     predict,
 )
-from rosa_ds.training.memory.skeleton import ActivationPlan, build_skeleton
-from rosa_ds.training.memory.trace import Shape
+from rosa_ds.memory.fake_model import ActivationPlan, build_skeleton
+from rosa_ds.models.load import read_config
+from rosa_ds.zero.engine import settle_zero
 
 GIB = 2**30
 MAX_MICRO_BATCH = 64
@@ -114,7 +114,7 @@ class Planner:
             "gradient_accumulation_steps": accumulation,
         }
         plan, settings = plan_deepspeed(config, self.settings, ranks, gpu_has_bfloat16=True)
-        settle_zero(self.model, plan)
+        settle_zero(self.model, plan, adapter_parts(self.model))
         account = predict(self.model, plan, settings, ranks, gpu=True)
         found = self.activations.of_rows(shape, checkpointing)
         account.memory |= activation_terms(found)

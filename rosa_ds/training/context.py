@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rosa_ds.config import RunConfig
+from rosa_ds.config.deepspeed import DeepSpeedPlan
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.ds_config import DeepSpeedPlan
-from rosa_ds.training.draw import Drawing
+from rosa_ds.memory.estimate import Account
+from rosa_ds.methods.subspace import Drawing
 from rosa_ds.training.interrupt import Interruption
-from rosa_ds.training.memory.accounting import Account
 from rosa_ds.training.schedule import Schedule
-from rosa_ds.training.trained_state import TrainedState
+from rosa_ds.zero.trained_state import TrainedState
 
 
 @dataclasses.dataclass

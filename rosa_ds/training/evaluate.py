@@ -14,7 +14,7 @@ from rosa_ds import distributed
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import LabelledSet
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.training.loss import loss_of
+from rosa_ds.models.loss import loss_of
 
 Visit = Callable[[NDArray[np.int64], Batch, Tensor], None]
 

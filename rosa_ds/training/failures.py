@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rosa_ds.config import RunConfig
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.distributed.watch import STALLED_STATUS
-from rosa_ds.errors import INTERRUPTED_STATUS
-from rosa_ds.training.memory.accounting import (
+from rosa_ds.memory.estimate import (
     ACTIVATIONS,
     BUCKETS,
     COLLECTED,
@@ -17,6 +16,7 @@ from rosa_ds.training.memory.accounting import (
     WORKING,
     Account,
 )
+from rosa_ds.utils.errors import INTERRUPTED_STATUS
 
 _GIB = 2**30
 _STATUSES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rosa_ds.errors import InterruptedRunError
-from rosa_ds.files import write_json
+from rosa_ds.utils.errors import InterruptedRunError
+from rosa_ds.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 SAVE_FILE = "save"

@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import Mask, MaskCollector, save_mask, set_mask
 from rosa_ds.adapters.state import StoredAdapter
-from rosa_ds.config import SPARSE_METHODS
-from rosa_ds.errors import RunError
-from rosa_ds.files import write_json
-from rosa_ds.training import checkpoint
-from rosa_ds.training.checkpoint import Checkpoint, SavedBase
+from rosa_ds.checkpoints import checkpoint
+from rosa_ds.checkpoints.checkpoint import Checkpoint, SavedBase
+from rosa_ds.checkpoints.saving import save_state
+from rosa_ds.config.schema import SPARSE_METHODS
+from rosa_ds.memory.estimate import DRAWING
+from rosa_ds.memory.measuring import Measurement, note_collected, peak_of
+from rosa_ds.methods.sparse import build_collector, fix_mask
+from rosa_ds.methods.subspace import describe_draw
+from rosa_ds.models.loss import accepts_kept_positions, token_loss_sum
 from rosa_ds.training.context import Run, seed_step
-from rosa_ds.training.draw import describe_draw
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate
 from rosa_ds.training.interrupt import end_interrupted, take_save_request
-from rosa_ds.training.loss import accepts_kept_positions, token_loss_sum
-from rosa_ds.training.masking import build_collector, fix_mask
-from rosa_ds.training.memory.accounting import DRAWING
-from rosa_ds.training.memory.measuring import Measurement, note_collected, peak_of
 from rosa_ds.training.metrics import MetricsLog
-from rosa_ds.training.saving import save_state
 from rosa_ds.training.schedule import Step
+from rosa_ds.utils.errors import RunError
+from rosa_ds.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 20  # in a row; halving a loss scale of 2^16 takes 16 to reach 1
@@ -307,7 +307,7 @@ class Loop:
         """Back to the beginning with the mask known: fresh A, B and values, the base's own modules, an empty optimizer."""
         state = self.run.state
         for name, own in self.run.whole_at_start.items():
-            state.write({name: distributed.whole_of(state.parameters[name], own)})
+            state.write({name: zero.whole_of(state.parameters[name], own)})
         for name, layer in self.layers.items():
             state.write({f"{name}.{part}": tensor for part, tensor in layer.initial_parameters().items()})
         self.run.state.reset_optimizer(self.run.state.groups)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rosa_ds.files import write_text
+from rosa_ds.utils.files import write_text
 
 
 def _is_kept(line: str, resume_step: int, evaluation_due: bool) -> bool:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rosa_kernels
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.inject import adapted_layers, inject
 from rosa_ds.adapters.quantize import QuantizedNumbers, allocate_quantized, open_quantized, quantized_forms
-from rosa_ds.config import RunConfig
+from rosa_ds.config.deepspeed import DeepSpeedPlan
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.ds_config import DeepSpeedPlan
-from rosa_ds.models.load import load_model
+from rosa_ds.models.load import enable_checkpointing, load_model
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base, open_base
 from rosa_ds.models.task import settle_padding
@@ -56,7 +56,7 @@ def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -
         if module in layers and part in ("A", "B", "values"):
             target.copy_(layers[module].initial_parameters()[part])
         elif not parameter.is_meta:
-            distributed.keep_numbers(name, parameter, target, rows)
+            zero.keep_numbers(name, parameter, target, rows)
         elif module in layers and part in ("positions", "change"):
             target.zero_()  # before a mask is known, or a draw made
         elif quantized is not None and module in quantized.forms and part in (PACKED, SCALES):
@@ -65,7 +65,7 @@ def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -
             assert base is not None, f"nothing to fill {name} with"
             base.fill(name, parameter, target, rows)
 
-    distributed.partition_model(model, plan.config, getattr(torch, plan.dtype), fill)
+    zero.partition_model(model, plan.config, getattr(torch, plan.dtype), fill)
     if base is not None:
         base.close()
 
@@ -86,22 +86,10 @@ def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: 
     return model
 
 
-def enable_checkpointing(model: PreTrainedModel, kind: bool | str) -> None:
-    """Recompute activations as ``training.gradient_checkpointing`` says."""
-    if not kind:
-        return
-    reentrant = kind == "reentrant"
-    # transformers renamed it during version 5
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
-
-
 def check_vocabulary(model: PreTrainedModel, data: Mapping[str, TokenSet], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError for tokens that the model's embedding has no row for, with the data's name."""
     embedding = model.get_input_embeddings()
-    rows = distributed.full_shape(embedding.weight)[0]
+    rows = zero.full_shape(embedding.weight)[0]
     head = model.get_output_embeddings()
     apart = head is not None and head.weight is not embedding.weight
     whole = [name for name, module in model.named_modules() if module is embedding or (apart and module is head)]
@@ -166,8 +154,8 @@ def load_checked_base(
 
 def divide_positions(model: nn.Module) -> None:
     """Leave each rank its share of every mask, whole only while its layer runs. After DeepSpeed has taken the model."""
-    ahead = distributed.GatherAhead()
+    ahead = zero.GatherAhead()
     for layer in adapted_layers(model).values():
         if layer.positions is not None:
-            distributed.divide(layer.positions)
+            zero.divide(layer.positions)
             layer.around = functools.partial(ahead.whole, layer.positions)

@@ -13,40 +13,41 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rosa_ds import distributed
+from rosa_ds import distributed, zero
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.state import StoredAdapter, save_adapter
-from rosa_ds.cli import CommandLine
-from rosa_ds.config import RunConfig
+from rosa_ds.adapters.targets import with_head
+from rosa_ds.checkpoints import checkpoint, deepspeed_format
+from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.checkpoints.folder_lock import OTHER_HOST_SECONDS, hold_folder
+from rosa_ds.checkpoints.resume import check_resumable, read_checkpoint, run_of
+from rosa_ds.checkpoints.run_folder import check_free
+from rosa_ds.config.command_line import CommandLine
+from rosa_ds.config.deepspeed import DeepSpeedPlan, keep_batch
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.ds_config import DeepSpeedPlan, keep_batch
-from rosa_ds.errors import RunError
-from rosa_ds.files import move_aside, write_json
-from rosa_ds.logs import begin_log, log_to
+from rosa_ds.memory.estimate import Account, predict, table
+from rosa_ds.memory.measuring import full_account
+from rosa_ds.methods.sparse import check_loaded_mask, check_mask_file
+from rosa_ds.methods.subspace import Drawing
+from rosa_ds.methods.subspace_base import ChangedBase
 from rosa_ds.models.load import download, identify, load_tokenizer
-from rosa_ds.training import checkpoint, deepspeed_format
-from rosa_ds.training.changed_base import ChangedBase
-from rosa_ds.training.checkpoint import Checkpoint
 from rosa_ds.training.context import Run
-from rosa_ds.training.draw import Drawing
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
-from rosa_ds.training.folder import check_free
-from rosa_ds.training.folder_lock import OTHER_HOST_SECONDS, hold_folder
+from rosa_ds.training.init_adapter import begin_from, check_start
 from rosa_ds.training.interrupt import MARK_FILE, Interruption
 from rosa_ds.training.loop import Loop
-from rosa_ds.training.masking import check_loaded_mask, check_mask_file
-from rosa_ds.training.memory.accounting import Account, predict, table
-from rosa_ds.training.memory.measuring import full_account
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
-from rosa_ds.training.resume import check_resumable, read_checkpoint, run_of
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.settle import build_schedule, settle, warn_of
-from rosa_ds.training.start import begin_from, check_start
-from rosa_ds.training.task import prepare_data, prepare_sets, with_head
-from rosa_ds.training.trained_state import TrainedState
+from rosa_ds.training.task import prepare_data, prepare_sets
+from rosa_ds.utils.errors import RunError
+from rosa_ds.utils.files import move_aside, write_json
+from rosa_ds.utils.logs import begin_log, log_to
+from rosa_ds.zero.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     # the last checkpoint has the base as the draws have left it; no rank need ever hold it
     saved = run.drawing.base.saved if run.drawing is not None else None
     base_files = [saved.folder / name for name in saved.files] if saved is not None else None
-    partitioned = any(distributed.is_partitioned(parameter) for parameter in run.model.parameters())
+    partitioned = any(zero.is_partitioned(parameter) for parameter in run.model.parameters())
     with distributed.together():
         if distributed.is_main() or partitioned:
             save_adapter(run.model, run.folder / "adapter", run.base, tensors, base_files)
@@ -157,10 +158,10 @@ def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     _fill_caches(command.config)
     # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
     usual = max(120.0, 2 * training.stall_minutes) if training.stall_minutes else 7 * 24 * 60.0
-    distributed.initialize(training.timeout_minutes or usual)
+    zero.initialize(training.timeout_minutes or usual)
     threads, ranks = distributed.use_threads(), distributed.world_size()
     plan, settings = settle(command, ranks, distributed.gpu_has_bfloat16())
-    if plan.dtype == "float16" and not distributed.has_float16():
+    if plan.dtype == "float16" and not zero.has_float16():
         raise ValueError(
             f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
         )
@@ -191,7 +192,7 @@ def _whole_at_start(model: nn.Module, schedule: Schedule) -> dict[str, Tensor]:
     if not (schedule.restart and schedule.mask_steps > 0):
         return {}
     whole = parameter_groups(model).get("whole", {})
-    return {name: distributed.own_numbers(p).float().cpu().clone() for name, p in whole.items()}
+    return {name: zero.own_numbers(p).float().cpu().clone() for name, p in whole.items()}
 
 
 def _read(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 
-from rosa_ds.cli import CommandLine
-from rosa_ds.config import LOW_RANK_METHODS, RunConfig
-from rosa_ds.ds_checks import check_by_deepspeed
-from rosa_ds.ds_config import DeepSpeedPlan, check_packages, plan_deepspeed
-from rosa_ds.logs import SAME_ON_ALL_RANKS
+from rosa_ds.config.command_line import CommandLine
+from rosa_ds.config.deepspeed import DeepSpeedPlan, check_packages, plan_deepspeed
+from rosa_ds.config.schema import LOW_RANK_METHODS, RunConfig
+from rosa_ds.config.unused import settings_without_effect
 from rosa_ds.training.schedule import Schedule
-from rosa_ds.without_effect import settings_without_effect
+from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
+from rosa_ds.zero.schema import check_by_deepspeed
 
 logger = logging.getLogger(__name__)
 
 
 def settle(command: CommandLine, ranks: int, gpu_has_bfloat16: bool) -> tuple[DeepSpeedPlan, RunConfig]:
-    """DeepSpeed's part and ours. Arguments as :func:`rosa_ds.ds_config.plan_deepspeed`.
+    """DeepSpeed's part and ours. Arguments as :func:`rosa_ds.config.deepspeed.plan_deepspeed`.
 
     Raises: ValueError for what cannot work, or DeepSpeed would refuse, and for packages that are missing.
     """

@@ -1,20 +1,18 @@
-"""What hangs on a run's task: its examples, and which modules are trained whole with it."""
+"""The examples of a run's task."""
 
 from __future__ import annotations
 
 import logging
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds import distributed
-from rosa_ds.adapters.targets import match_names
-from rosa_ds.config import RunConfig
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.labelled import find_classes, prepare_labelled
 from rosa_ds.data.prepare import TokenSet, prepare
 from rosa_ds.data.sources import BUILTIN
 from rosa_ds.models.load import base_classes, read_config
-from rosa_ds.models.task import uses_types, whole_modules
+from rosa_ds.models.task import uses_types
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +55,3 @@ def prepare_data(
         logger.info("%s: %s", source, found[purpose].summary())
     logger.info("%s", found["train"].sample(tokenizer))
     return settings, found["train"], found.get("eval")
-
-
-def with_head(settings: RunConfig, model: nn.Module) -> RunConfig:
-    """The settings with a classifier's head among the modules that are trained whole."""
-    given = settings.adapter.modules_to_save
-    if settings.model.task == "causal-lm" or settings.method == "full":
-        return settings
-    names = [name for name, _ in model.named_modules() if name]
-    whole = match_names(given, names, "adapter.modules_to_save")
-    more = [name for name in whole_modules(model) if not any(f"{name}.".startswith(f"{other}.") for other in whole)]
-    if not more:
-        return settings
-    adapter = settings.adapter.model_copy(update={"modules_to_save": [*given, *more]})
-    return settings.model_copy(update={"adapter": adapter})

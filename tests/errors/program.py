@@ -21,14 +21,14 @@ from pathlib import Path
 from unittest import mock
 
 import transformers
+
 from forking import exit_status
 from launching import ROOT
-
 from rosa_ds import distributed
+from rosa_ds.checkpoints import folder_lock
 from rosa_ds.distributed import group
-from rosa_ds.logs import run_program
-from rosa_ds.training import folder_lock
 from rosa_ds.training import run as training
+from rosa_ds.utils.logs import run_program
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

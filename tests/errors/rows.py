@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import rosa_ds
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import save_mask
-from rosa_ds.config import RunConfig
-from rosa_ds.ds_config import plan_deepspeed
-from rosa_ds.files import write_manifest
+from rosa_ds.checkpoints import checkpoint
+from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.config.deepspeed import plan_deepspeed
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.models.load import TINY_FOLDER, identify
-from rosa_ds.training import checkpoint
-from rosa_ds.training.checkpoint import Checkpoint
+from rosa_ds.utils.files import write_manifest
 
 PAIRS = [{"prompt": f"count {i}", "completion": f"number {i}"} for i in range(16)]
 SMALL = {"method": "robust", "adapter": {"rank": 2, "density": 0.001}}

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from errors.rows import Row, adapter, both, change_json, cut, mask, write, write_rows
 from safetensors.torch import save_file
+
+from errors.rows import Row, adapter, both, change_json, cut, mask, write, write_rows
 
 rows = write_rows("rows.jsonl")
 SAME = "--adapter.rank 2 --adapter.density 0.001"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from errors.rows import PAIRS, Row, both, write, write_rows
 
 LINES = "".join(json.dumps(row) + "\n" for row in PAIRS)

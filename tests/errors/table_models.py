@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from errors.rows import Row, adapter, base, both, change_json, cut, write, write_rows
 from safetensors.torch import load_file, save_file
+
+from errors.rows import Row, adapter, base, both, change_json, cut, write, write_rows
 
 rows = write_rows("rows.jsonl")
 STAGE_3 = "--ds.zero_optimization.stage 3"

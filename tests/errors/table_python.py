@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from errors.rows import FunctionRow, adapter, cut, mask, tiny, write
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import rosa_ds
 import rosa_kernels
+from errors.rows import FunctionRow, adapter, cut, mask, tiny, write
 from rosa_ds.adapters.inject import adapted_layers
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from errors.rows import Row, base, both, change_json, cut, run, sign, write_rows
 from safetensors.torch import load_file, save_file
+
+from errors.rows import Row, base, both, change_json, cut, run, sign, write_rows
 
 rows = write_rows("rows.jsonl")
 SAME = "--data.train rows.jsonl --adapter.rank 2 --adapter.density 0.001 --resume"

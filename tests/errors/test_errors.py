@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from errors import (
     table_adapters,
     table_data,

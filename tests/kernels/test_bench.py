@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-import rosa_kernels
 from kernel_bench import measure, ops
-from kernel_ops import OPS, main
 from kernel_bench.cases import MODELS, Case, Layer, make_inputs, parse_shape
 from kernel_bench.masks import gradient_mask, tile_statistics
 from kernel_bench.roofline import Work, percent_of_peak
+from kernel_ops import OPS, main
+from safetensors.torch import save_file
+
+import rosa_kernels
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -1,0 +1,1 @@
+"""The state of a run on the disk: our checkpoints, DeepSpeed's, and the folder that holds them."""

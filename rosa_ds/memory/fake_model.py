@@ -1,0 +1,108 @@
+"""A run's model without numbers: from a config alone, for planning what no machine here could hold."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rosa_ds.adapters.inject import InjectReport, adapted_layers, inject
+from rosa_ds.adapters.quantize import quantize_as
+from rosa_ds.adapters.targets import with_head
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.memory.activation_tracer import Activations, Shape, trace, without_numbers
+from rosa_ds.models.load import enable_checkpointing
+from rosa_ds.models.stream import build_on_meta
+
+_FEW, _MORE = 1, 2
+_NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
+
+
+def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, InjectReport]:
+    """Base and adapters on the meta device, in the types and with the checkpointing that they have in training.
+
+    Args:
+        config: a transformers config. Whether the base's files have a classifier's pooler it does not say: it counts as there.
+        dtype: what the model computes in; DeepSpeed casts trained parameters to it.
+
+    Raises: ValueError as :func:`rosa_ds.inject`.
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.pad_token_id = text.pad_token_id or 0  # it tells classifiers where rows end
+    model = build_on_meta(config, settings.model, dtype)
+    settings = with_head(settings, model)
+    quantize_as(model, settings.model, dtype, settings.adapter.modules_to_save)
+    report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for layer in adapted_layers(model).values():
+        layer.mask_known = layer.entries > 0
+    enable_checkpointing(model, settings.training.gradient_checkpointing)
+    return model, report
+
+
+def _depth(config: Any) -> int | None:
+    """Number of layers where all are alike, so that one and two of them tell what all of them keep."""
+    depth = getattr(config, "num_hidden_layers", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    uneven = any(getattr(config, name, None) for name in ("mlp_only_layers", "first_k_dense_replace", "sub_configs"))
+    return depth if isinstance(depth, int) and depth > _MORE and len(kinds) < 2 and not uneven else None
+
+
+class ActivationPlan:
+    """What micro-batches of a model keep, found by tracing it; see :mod:`rosa_ds.memory.activation_tracer`.
+
+    A model of many like layers is traced with one and two of them, and the rest follows on a line.
+    """
+
+    def __init__(self, config: Any, settings: RunConfig, dtype: torch.dtype) -> None:
+        self.config, self.settings, self.dtype = config, settings, dtype
+        self._depth = _depth(config)
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - a plan lives as long as the program that asks it
+    def _traced(self, layers: int | None, checkpointing: bool) -> tuple[PreTrainedModel, Any]:
+        config = copy.deepcopy(self.config)
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        wanted = self.settings.training.gradient_checkpointing or True if checkpointing else False
+        training = self.settings.training.model_copy(update={"gradient_checkpointing": wanted})
+        model, _ = build_skeleton(config, self.settings.model_copy(update={"training": training}), self.dtype)
+        return model, without_numbers(model)
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def measure(self, shape: Shape, checkpointing: bool) -> Activations:
+        """Bytes of one micro-batch."""
+        if self._depth is not None:
+            try:
+                few, more = (self._trace(layers, checkpointing, shape) for layers in (_FEW, _MORE))
+            except ValueError:  # targets or patterns that name deeper layers
+                self._depth = None
+            else:
+                return few.extended(more, (self._depth - _FEW) / (_MORE - _FEW))
+        return self._trace(None, checkpointing, shape)
+
+    def _trace(self, layers: int | None, checkpointing: bool, shape: Shape) -> Activations:
+        """Raises: ValueError for a model that does not run without numbers."""
+        model, mode = self._traced(layers, checkpointing)
+        try:
+            return trace(model, mode, shape)
+        except _NOT_TRACED as error:
+            if shape.padded:  # OPT and BLOOM make positions of a mask of two dimensions: as if rows had one length
+                return self._trace(layers, checkpointing, dataclasses.replace(shape, padded=False))
+            raise ValueError(
+                f"activations of {type(model).__name__} cannot be predicted: it asks for numbers that a plan does not have "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+            ) from error
+
+    def of_rows(self, shape: Shape, checkpointing: bool) -> Activations:
+        """As :meth:`measure`, from the line through one and eight rows: for asking about many numbers of rows."""
+        one, eight = (self.measure(dataclasses.replace(shape, rows=rows), checkpointing) for rows in (1, 8))
+        return one.extended(eight, (shape.rows - 1) / 7)

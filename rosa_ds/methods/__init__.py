@@ -1,0 +1,1 @@
+"""What the methods do around optimizer steps: the mask phases of RoSA, the draws of ROSA."""

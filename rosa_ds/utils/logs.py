@@ -1,0 +1,111 @@
+"""What a program of ours prints: the messages of rank 0, and warnings and errors of the others."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from rosa_ds.utils.errors import INTERRUPTED_STATUS, InterruptedRunError, RunError
+from rosa_ds.utils.rendezvous import join_slurm_step
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""What makes transformers say less, unless the user has set it: read when it is imported, which is slow and comes later."""
+
+
+SAME_ON_ALL_RANKS = {"same_on_all_ranks": True}
+"""The ``extra`` of a warning that every rank comes to: rank 0 alone shows it, all write it to their files."""
+
+
+def set_up_logging() -> None:
+    """Send our messages to standard error with their time; quieten what libraries say of themselves."""
+    main = os.environ.get("RANK", "0") == "0"
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if main else f"[rank {os.environ['RANK']}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setLevel(logging.INFO if main else logging.WARNING)
+    if not main:
+        handler.addFilter(lambda record: not hasattr(record, "same_on_all_ranks"))
+    ours = logging.getLogger("rosa_ds")
+    ours.handlers, ours.propagate = [handler, _kept()], False
+    ours.setLevel(logging.DEBUG)
+    # DeepSpeed calls these; torch 2.13 says so at every step
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    quiet = QUIET if main else QUIET | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+
+
+def _kept() -> logging.Handler:
+    """For what is said before there is a folder for it."""
+    return logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+
+def begin_log() -> None:
+    """Keep what is said from now on for a folder yet to come; the file of an earlier run in this process is closed."""
+    ours = logging.getLogger("rosa_ds")
+    for handler in [one for one in ours.handlers if isinstance(one, logging.FileHandler)]:
+        handler.close()
+        ours.removeHandler(handler)
+        ours.addHandler(_kept())
+
+
+def log_to(folder: Path) -> None:
+    """Write all that this rank says from now on, and has said, to ``rank-0003.log`` in a folder; the screen stays as it is.
+
+    Nothing without :func:`set_up_logging`. Raises: OSError if it cannot be written.
+    """
+    ours = logging.getLogger("rosa_ds")
+    waiting = [handler for handler in ours.handlers if isinstance(handler, logging.handlers.MemoryHandler)]
+    if not waiting:
+        return
+    rank = int(os.environ.get("RANK", "0"))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = logging.FileHandler(folder / f"rank-{rank:04}.log")
+    where = f"{socket.gethostname()} rank {rank}"
+    target.setFormatter(logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s"))
+    ours.addHandler(target)
+    for handler in waiting:
+        handler.setTarget(target)
+        handler.flush()
+        ours.removeHandler(handler)
+
+
+def run_program(main: Callable[[list[str]], None]) -> NoReturn:
+    """Call ``main`` with the command line and end the process; what a user can mend is one message and exit status 1."""
+    try:
+        join_slurm_step()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    set_up_logging()
+    status = _status_of(main)
+    if "torch" not in sys.modules:
+        sys.exit(status)
+    from rosa_ds import distributed
+
+    distributed.leave(status)
+
+
+def _status_of(main: Callable[[list[str]], None]) -> int:
+    ours = logging.getLogger("rosa_ds")
+    try:
+        main(sys.argv[1:])
+    except InterruptedRunError as error:
+        ours.info("%s", error)
+        return INTERRUPTED_STATUS
+    except (ValueError, OSError, RunError) as error:
+        ours.debug("where it was found", exc_info=True)
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"[rank {rank}] error: {error}\n")
+        return 1
+    except Exception:
+        ours.debug("ended by", exc_info=True)  # for the rank's file
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
