@@ -19,7 +19,8 @@ from rosa_ds.comparing.results import Results, RunResult, choose
 from rosa_ds.comparing.statistics import Summary, compare_rows, compare_seeds, summarise
 from rosa_ds.comparing.study import Study
 from rosa_ds.comparing.updates import Changes, LayerMask, cumulated_shares, middle_layers, read_changes
-from rosa_ds.config.schema import AdapterConfig, Method, ModelSettings, RunConfig
+from rosa_ds.config.methods import Method
+from rosa_ds.config.schema import AdapterConfig, ModelSettings, RunConfig
 from rosa_ds.models.load import identify, load_model
 
 

@@ -119,7 +119,7 @@ def _ours(parts: Parts, sparse_product: Literal["scatter", "separate"] = "scatte
                 lambda x: rosa_kernels.adapter_linear(x, inputs.weight_NM, None, A_RM, B_NR, SCALE),
                 trained[:2],
             )
-        sparse = {"values": values_Z, "positions": inputs.positions_Z, "plan": inputs.plan}
+        sparse: dict[str, Any] = {"values": values_Z, "positions": inputs.positions_Z, "plan": inputs.plan}
         return BoundLayer(
             inputs,
             lambda x: rosa_kernels.adapter_linear(

@@ -16,10 +16,8 @@ from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, st
 from rosa_ds.adapters.low_rank import draw_generator
 from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, check_exchangeable, check_room, keep
 from rosa_ds.adapters.targets import Linear, by_pattern, check_patterns, find_targets, match_names, stacked_weights
+from rosa_ds.config.methods import METHODS
 from rosa_ds.config.schema import (
-    LOW_RANK_METHODS,
-    SPARSE_METHODS,
-    SUBSPACE_METHODS,
     AdapterConfig,
     Directions,
     DrawSettings,
@@ -82,7 +80,7 @@ def changed_parameters(model: nn.Module, planned: bool = False) -> list[str]:
     Draws write beside a quantised weight, which is the base as it ever was.
     """
     injected: Any = model.rosa_injected
-    draws = planned and injected[0].method in SUBSPACE_METHODS
+    draws = planned and injected[0].parts.resampled
     layers = [layer for layer in adapted_layers(model).values() if layer.form is None]
     drawn = [layer.weight_name for layer in layers if layer.drawn or (draws and layer.rank)]
     return drawn + adapters_of(model).whole
@@ -115,9 +113,9 @@ class LayerPlan:
 
 def plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> LayerPlan:
     """What the settings give a layer. Raises: ValueError for more entries or directions than can be."""
-    draws = config.method in SUBSPACE_METHODS
-    rank = by_pattern(name, config.rank_pattern, config.rank) if config.method in LOW_RANK_METHODS else 0
-    density = by_pattern(name, config.density_pattern, config.density) if config.method in SPARSE_METHODS else 0.0
+    draws = config.parts.resampled
+    rank = by_pattern(name, config.rank_pattern, config.rank) if config.parts.low_rank else 0
+    density = by_pattern(name, config.density_pattern, config.density) if config.parts.sparse else 0.0
     shape = stored_shape(layer)
     if draws and rank >= (smaller := min(shape)):
         raise ValueError(
@@ -157,7 +155,7 @@ def inject(
         has adapters already.
     """
     check_room(model, name, bool(adapted_layers(model)))
-    if config.method == "full":
+    if config.parts.everything:
         _check_trainable(model, [""])
         model.requires_grad_(True)
         _enter(model, config, seed, keep_base, name)
@@ -171,12 +169,12 @@ def inject(
         said = "no adapter reaches %d weights of three dimensions (experts, e.g. %s): they stay as they are"
         logger.warning(said, len(stacked), stacked[0], extra=SAME_ON_ALL_RANKS)
     plans = {target: plan_layer(target, layer, config) for target, layer in targets.items()}
-    draw = draw if config.method in SUBSPACE_METHODS else None
+    draw = draw if config.parts.resampled else None
     if draw is not None:
         _check_drawable(model)
         _check_finite({target: targets[target] for target, plan in plans.items() if plan.rank})
     if keep_base:
-        changed = [layer for layer in targets.values() if config.method in SUBSPACE_METHODS]
+        changed = [layer for layer in targets.values() if config.parts.resampled]
         check_exchangeable(p for m in (*changed, *map(model.get_submodule, whole)) for p in m.parameters())
 
     model.requires_grad_(False)
@@ -207,7 +205,7 @@ def _wrap(
     model: nn.Module, config: AdapterConfig, seed: int, targets: Mapping[str, Linear], plans: Mapping[str, LayerPlan]
 ) -> None:
     """Put an :class:`AdaptedLinear` in the place of every layer that gets a part."""
-    subspace = config.method in SUBSPACE_METHODS
+    subspace = config.parts.resampled
     for name, plan in plans.items():
         if plan.rank or plan.entries:
             old = targets[name]
@@ -272,9 +270,9 @@ def draw(
     Raises: ValueError for another method, a model that a DeepSpeed engine or ZeRO-3 has taken, a weight that is not finite.
     """
     config, _ = getattr(model, "rosa_injected", None) or (None, None)
-    if config is None or config.method not in SUBSPACE_METHODS:
+    if config is None or not config.parts.resampled:
         raise ValueError(
-            f"draw is for models injected with one of the methods {', '.join(sorted(SUBSPACE_METHODS))}"
+            f"draw is for models injected with one of the methods {', '.join(name for name, parts in METHODS.items() if parts.resampled)}"
             f"{f', this one has {config.method}' if config else ''}"
         )
     check_without_engine(model)

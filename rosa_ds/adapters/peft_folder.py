@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from rosa_ds import zero
 from rosa_ds.adapters.layer import MAX_POSITIONS, stored_shape
 from rosa_ds.adapters.targets import Value, find_targets, linear_layers
-from rosa_ds.config.schema import AdapterConfig, Method
+from rosa_ds.config.methods import Method
+from rosa_ds.config.schema import AdapterConfig
 from rosa_ds.models.task import PEFT_TASKS, is_classifier
 from rosa_ds.utils.files import TensorFiles
 from rosa_ds.utils.json_files import read_json

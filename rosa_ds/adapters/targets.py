@@ -144,7 +144,7 @@ def check_patterns(patterns: Mapping[str, object], names: Iterable[str], setting
 def with_head(settings: RunConfig, model: nn.Module) -> RunConfig:
     """The settings with a classifier's head among the modules that are trained whole."""
     given = settings.adapter.modules_to_save
-    if settings.model.task == "causal-lm" or settings.method == "full":
+    if settings.model.task == "causal-lm" or settings.parts.everything:
         return settings
     names = [name for name, _ in model.named_modules() if name]
     whole = match_names(given, names, "adapter.modules_to_save")

@@ -11,7 +11,6 @@ from rosa_ds.utils.suggest import did_you_mean
 if TYPE_CHECKING:  # settings know the scores' names without waiting for torch
     from torch import Tensor
 
-Score = Literal["mean_squared", "mean", "gradient_over_magnitude", "magnitude", "random"]
 _TINY = 2.0**-60
 """A weight of zero is not divided by. Far below float16's smallest, 2^-24, and gradients of up to 2^67 stay finite."""
 
@@ -34,7 +33,7 @@ class Ranking:
     weight: bool = False
 
 
-RANKINGS: dict[Score, Ranking] = {
+RANKINGS = {
     # the diagonal empirical Fisher of RoSA, arXiv 2401.04679
     "mean_squared": Ranking("mean of the squared gradient", lambda total, weight: total, gradient="squared"),
     "mean": Ranking("|mean gradient|", lambda total, weight: total.abs(), gradient="plain"),
@@ -48,6 +47,12 @@ RANKINGS: dict[Score, Ranking] = {
     "magnitude": Ranking("|weight|", lambda _, weight: weight.float().abs(), weight=True),
     "random": Ranking("drawn at random", None),
 }
+
+
+if TYPE_CHECKING:
+    Score = str
+else:
+    Score = Literal[tuple(RANKINGS)]
 
 
 def ranking_of(score: str) -> Ranking:

@@ -12,16 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rosa_ds.config.mask_scores import RANKINGS, Score
+from rosa_ds.config.methods import METHODS, SUMMARIES, Method, Parts
 from rosa_ds.config.template import Template
 
-Method = Literal["full", "lora", "sparse", "robust", "subspace", "robust-subspace"]
 Task = Literal["causal-lm", "classification"]
 Directions = Literal["random", "window", "top", "bottom", "projection"]
 Factorization = Literal["gram", "svd"]
-
-SUBSPACE_METHODS = frozenset({"subspace", "robust-subspace"})
-LOW_RANK_METHODS = frozenset({"lora", "robust"}) | SUBSPACE_METHODS
-SPARSE_METHODS = frozenset({"sparse", "robust", "robust-subspace"})
 
 
 class Section(BaseModel):
@@ -110,16 +106,20 @@ class AdapterSettings(Section):
 class AdapterConfig(AdapterSettings):
     """:class:`AdapterSettings` with the method: what :func:`rosa_ds.inject` takes."""
 
-    method: Method = "robust"
-    """Preset of parts: full, lora (low-rank), sparse, robust (RoSA: low-rank + sparse), subspace (ROSA: low-rank, drawn again), robust-subspace (both)."""
+    method: Annotated[Method, Field(description=f"Preset of parts: {SUMMARIES}.")] = "robust"
+
+    @property
+    def parts(self) -> Parts:
+        """What the method trains."""
+        return METHODS[self.method]
 
     @model_validator(mode="after")
     def _check_parts(self) -> AdapterConfig:
-        if self.method in LOW_RANK_METHODS and self.rank == 0 and not any(self.rank_pattern.values()):
+        if self.parts.low_rank and self.rank == 0 and not any(self.rank_pattern.values()):
             raise ValueError(f"adapter.rank is 0, but method {self.method} trains a low-rank part: set it to 1 or more")
-        if self.method in SPARSE_METHODS and self.density == 0 and not any(self.density_pattern.values()):
+        if self.parts.sparse and self.density == 0 and not any(self.density_pattern.values()):
             raise ValueError(f"adapter.density is 0, but method {self.method} trains a sparse part: set it above 0")
-        if self.method == "full" and self.modules_to_save:
+        if self.parts.everything and self.modules_to_save:
             raise ValueError(
                 "adapter.modules_to_save has no meaning with method full, which trains everything: remove it"
             )
@@ -282,8 +282,7 @@ class CheckpointSettings(Section):
 class RunConfig(Section):
     """One training run."""
 
-    method: Method = "robust"
-    """full, lora (low-rank), sparse, robust (RoSA: low-rank + sparse), subspace (ROSA: low-rank, drawn again), robust-subspace (both)."""
+    method: Annotated[Method, Field(description=f"{SUMMARIES}.")] = "robust"
     model: ModelSettings = ModelSettings()
     adapter: StartedAdapterSettings = StartedAdapterSettings()
     mask: MaskSettings = MaskSettings()
@@ -303,14 +302,14 @@ class RunConfig(Section):
     def _check_combinations(self) -> RunConfig:
         self.adapter_config()
         self._check_columns()
-        if self.method == "full" and self.model.quantization != "none":
+        if self.parts.everything and self.model.quantization != "none":
             raise ValueError(
                 f"method full trains the base itself, which model.quantization {self.model.quantization} freezes: set it to none, "
                 "or use an adapter"
             )
         if self.adapter.init_from is not None and self.mask.load is not None:
             raise ValueError("adapter.init_from brings its mask: remove mask.load")
-        if self.draws and self.checkpoint.format == "deepspeed":
+        if self.parts.resampled and self.checkpoint.format == "deepspeed":
             raise ValueError(
                 f"checkpoint.format deepspeed leaves out the base, which method {self.method} changes: use rosa, whose "
                 "checkpoints have all of it"
@@ -333,15 +332,15 @@ class RunConfig(Section):
         return AdapterConfig(method=self.method, **self.adapter.model_dump(exclude={"init_from"}))
 
     @property
-    def draws(self) -> bool:
-        """Whether the low-rank part is drawn from the base, and the base changes with it."""
-        return self.method in SUBSPACE_METHODS
+    def parts(self) -> Parts:
+        """What the method trains."""
+        return METHODS[self.method]
 
     @property
     def collects_gradients(self) -> bool:
         """Whether the run has the phases warm-up and collect."""
         known = self.mask.load is not None or self.adapter.init_from is not None
-        return self.method in SPARSE_METHODS and not known and RANKINGS[self.mask.score].gradient is not None
+        return self.parts.sparse and not known and RANKINGS[self.mask.score].gradient is not None
 
 
 def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -22,7 +22,8 @@ from rosa_ds.adapters.inject import adapter_parts, inject
 from rosa_ds.adapters.mask import Mask, compute_mask, set_mask
 from rosa_ds.adapters.quantize import quantize
 from rosa_ds.config.deepspeed import DeepSpeedPlan
-from rosa_ds.config.schema import SPARSE_METHODS, AdapterConfig, Method, ModelSettings
+from rosa_ds.config.methods import METHODS, Method
+from rosa_ds.config.schema import AdapterConfig, ModelSettings
 from rosa_ds.models.load import load_model
 from rosa_ds.models.quantized import Kind
 from rosa_ds.zero.engine import keep_vectors_everywhere
@@ -130,9 +131,9 @@ def _build(case: StepCase, name: str, mask: Callable[[], Mask]) -> _Candidate:
         if name in QUANTIZED:
             name, kind = QUANTIZED[name]
             quantize(model, kind)
-        inject(model, _adapter(case, name), case.seed)  # type: ignore[arg-type]
+        inject(model, _adapter(case, name), case.seed)
     candidate = _on_deepspeed(case, model) if case.deepspeed else _plain(model)
-    if name in SPARSE_METHODS:
+    if METHODS[name].sparse:
         set_mask(model, mask())
     return candidate
 

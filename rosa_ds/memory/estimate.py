@@ -150,7 +150,7 @@ def predict(
         memory[GATHERED] = gathering.peak
     if settings.collects_gradients:
         memory[COLLECTED], memory[COLLECTING] = _collect_bytes(model, plan, settings, ranks)
-    if settings.draws:
+    if settings.parts.resampled:
         _add_draws(model, plan, settings, ranks, memory, total)
     uses = 3 if settings.training.gradient_checkpointing else 2  # forward, again where it is recomputed, backward
     return Account(memory, _predict_traffic(parts, plan, ranks, gathering, uses), total)

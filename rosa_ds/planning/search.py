@@ -128,7 +128,7 @@ class Planner:
         tokens = shape.rows * shape.length * accumulation
         # forward, and backward for the inputs alone, since the base is frozen; recomputing is a second forward
         passes = 3 if checkpointing else 2
-        if self.settings.method == "full":
+        if self.settings.parts.everything:
             passes += 1
         compute = 2 * passes * self.numbers * tokens / machine.flops
         send = send_seconds(account.traffic, machine.gpus, machine.bandwidth)

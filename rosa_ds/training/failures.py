@@ -103,7 +103,7 @@ def explain_loading(settings: RunConfig, stage: int, error: BaseException) -> st
     ways = []
     if stage < 3:
         ways.append("--config ds_configs/zero3.json, where each rank reads its share of the base alone")
-    if settings.model.quantization == "none" and settings.method != "full":
+    if settings.model.quantization == "none" and not settings.parts.everything:
         ways.append("--model.quantization nf4, a quarter of a 16-bit base")
     ways += ["more ranks at stage 3", "--config ds_configs/zero3_offload.json, which keeps the base on the host"]
     numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(ways[:3], start=1))

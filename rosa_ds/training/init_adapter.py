@@ -72,7 +72,7 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
             raise ValueError(f"adapter.init_from {folder}: no such folder")
         start = open_adapter(folder, model)
         method, origin = start.description.config.method, start.description.base
-        if start.base or method == "full":
+        if start.base or start.description.config.parts.everything:
             raise ValueError(
                 f"adapter.init_from {folder}: method {method} has changed the base itself: export it merged (launch/export.py) and "
                 "give that folder as model.name_or_path"

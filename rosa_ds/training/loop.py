@@ -20,7 +20,6 @@ from rosa_ds.adapters.state import StoredAdapter
 from rosa_ds.checkpoints import checkpoint
 from rosa_ds.checkpoints.checkpoint import Checkpoint, SavedBase
 from rosa_ds.checkpoints.saving import save_state
-from rosa_ds.config.schema import SPARSE_METHODS
 from rosa_ds.memory.estimate import DRAWING
 from rosa_ds.memory.measuring import Measurement, note_collected, peak_of
 from rosa_ds.methods.sparse import build_collector, fix_mask
@@ -90,7 +89,7 @@ class Loop:
         """What comes before the first step, or was still due when the run was interrupted."""
         if self._evaluation_due:
             self._evaluate()
-        static = self.run.settings.method in SPARSE_METHODS and self.run.schedule.mask_steps == 0
+        static = self.run.settings.parts.sparse and self.run.schedule.mask_steps == 0
         if static and not self._mask_known and not self._stop:
             self._fix_mask(None)
         if self._stop:

@@ -102,7 +102,7 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _make_drawing(model: PreTrainedModel, state: TrainedState, settings: RunConfig) -> Drawing | None:
-    if not settings.draws:
+    if not settings.parts.resampled:
         return None
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.rank}
     if not layers:

@@ -6,7 +6,7 @@ import logging
 
 from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.deepspeed import DeepSpeedPlan, check_packages, plan_deepspeed
-from rosa_ds.config.schema import LOW_RANK_METHODS, RunConfig
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.config.unused import settings_without_effect
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
@@ -30,7 +30,7 @@ def warn_of(settings: RunConfig) -> None:
     """Say what was given and changes nothing, or not what is meant. Once the method is known, which ``adapter.init_from`` may decide."""
     for unused in settings_without_effect(settings):
         logger.warning("setting without effect: %s", unused, extra=SAME_ON_ALL_RANKS)
-    if settings.draws and settings.training.weight_decay:
+    if settings.parts.resampled and settings.training.weight_decay:
         logger.warning(
             "training.weight_decay %g shrinks what is drawn, which with method %s is a piece of the base",
             settings.training.weight_decay,
@@ -42,7 +42,7 @@ def warn_of(settings: RunConfig) -> None:
 def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
     """The run's steps. A method without a low-rank part has nothing to warm up."""
     training, mask = settings.training, settings.mask
-    warms_up = settings.collects_gradients and settings.method in LOW_RANK_METHODS
+    warms_up = settings.collects_gradients and settings.parts.low_rank
     schedule = Schedule(
         train_steps=training.max_steps or training.epochs * steps_per_epoch,
         mask_warmup=mask.warmup_steps if warms_up else 0,
@@ -50,9 +50,9 @@ def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:
         restart=mask.after == "restart",
         lr_warmup=training.warmup_steps,
         lr_kind=training.scheduler,
-        draws=settings.draws,
-        draw_every=settings.draw.steps(steps_per_epoch) if settings.draws else 0,
-        draw_warmup=settings.draw.warmup_steps if settings.draws else 0,
+        draws=settings.parts.resampled,
+        draw_every=settings.draw.steps(steps_per_epoch) if settings.parts.resampled else 0,
+        draw_warmup=settings.draw.warmup_steps if settings.parts.resampled else 0,
     )
     if schedule.total_steps - schedule.train_steps > schedule.train_steps:
         logger.warning(
