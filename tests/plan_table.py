@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rosa_ds import distributed, zero
 from rosa_ds.config.command_line import parse_command_line
-from rosa_ds.memory.estimate import compare
+from rosa_ds.memory.account import compare
 from rosa_ds.training.run import train
 from rosa_ds.utils.logs import run_program
 

@@ -14,9 +14,12 @@ from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapter_parts
 from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import RunConfig
+from rosa_ds.memory.account import Account, table
 from rosa_ds.memory.activation_tracer import Shape
-from rosa_ds.memory.estimate import RESIDUAL, predict, table
+from rosa_ds.memory.estimate import predict
 from rosa_ds.memory.fake_model import ActivationPlan
+from rosa_ds.methods import memory_terms
+from rosa_ds.methods.subspace import RESIDUAL
 from rosa_ds.training.memory import skeleton
 from rosa_ds.zero.engine import PERSISTENCE, keep_vectors_everywhere
 
@@ -47,15 +50,21 @@ def test_one_rank_sends_nothing_and_keeps_all(llama: LlamaForCausalLM) -> None:
     plan, _ = plan_deepspeed({}, RunConfig(), 1, gpu_has_bfloat16=False)
     base = 4 * sum(parameter.numel() for parameter in model.parameters())
     rosa_ds.inject(model, rosa_ds.AdapterConfig(rank=2, density=0.01))
-    account = predict(model, plan, RunConfig())
+    account = predict(model, plan, memory_terms(model, plan, RunConfig()), recomputes=False)
     assert account.traffic == {}
     assert account.memory["base"] == base
     # stage 0 in float32: moments alone
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert account.memory["optimizer"] == 8 * trained
     assert account.memory["positions"] == account.memory["values"] > 0
-    text = table(account, account.memory, {})
-    assert len(text.splitlines()) == 1 + len([size for size in account.memory.values() if size])
+    lines = table(account, account.memory, {}).splitlines()
+    assert len(lines) == 1 + len([size for size in account.memory.values() if size])
+
+
+def test_the_table_is_in_column() -> None:
+    account = Account({"base": 2**20, "forward and backward, beside": 2**30}, {"gather again for backward": 5}, {})
+    lines = table(account, {"base": 2**20}, {"all_gather_into_tensor bfloat16": 7}).splitlines()
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_draws_have_their_place_in_the_account(llama: LlamaForCausalLM) -> None:
@@ -64,11 +73,11 @@ def test_draws_have_their_place_in_the_account(llama: LlamaForCausalLM) -> None:
     model = llama.bfloat16()
     rosa_ds.inject(model, settings.adapter_config(), draw=None)
     numbers = sum(layer.weight_numel for layer in rosa_ds.adapted_layers(model).values())
-    account = predict(model, plan, settings)
+    account = predict(model, plan, memory_terms(model, plan, settings), recomputes=False)
     assert account.memory[RESIDUAL] == account.total[RESIDUAL] == 2 * numbers
     assert account.memory["draw, at once"] > 4 * 5 * 32 * 48  # five float32 matrices of the largest layer
     without = RunConfig(method="subspace", adapter={"rank": 2}, draw={"residual": False}, model={"dtype": "bfloat16"})
-    assert RESIDUAL not in predict(model, plan, without).memory
+    assert RESIDUAL not in {term.name for term in memory_terms(model, plan, without)}
 
 
 @pytest.mark.parametrize(

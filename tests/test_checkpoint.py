@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rosa_ds.checkpoints import checkpoint, deepspeed_format
-from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.checkpoints.checkpoint import Checkpoint, Identity
 from rosa_ds.checkpoints.resume import check_resumable
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.training.metrics import MetricsLog
@@ -189,15 +189,15 @@ def test_a_half_written_checkpoint_is_not_one(tmp_path: Path) -> None:
 )
 def test_changes_that_stop_a_resume(change: dict[str, Any], message: str) -> None:
     now = {"config": RunConfig().model_dump(), "batch_size": 16, "base": BASE, "data": "d"}
-    check_resumable(make(), **now)
+    check_resumable(make(), Identity(**now))
     with pytest.raises(ValueError, match=message):
-        check_resumable(make(), **(now | change))
+        check_resumable(make(), Identity(**(now | change)))
 
 
 def test_changes_that_do_not() -> None:
     training = {"save_steps": 7, "output_dir": "elsewhere", "gradient_checkpointing": True}
     config = RunConfig(training=training, data={"eval": "builtin:sql[:3]"}).model_dump()
-    check_resumable(make(), config, 16, BASE, "d")
+    check_resumable(make(), Identity(config, 16, BASE, "d"))
 
 
 def test_other_format_version(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_failed_rank_does_not_wait_for_nccls_collectives(
     def end(status: int) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr(group, "_joined", True)
+    monkeypatch.setattr(group, "_on_leave", [lambda: None])
     monkeypatch.setattr(group.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(group.dist, "get_backend", lambda: backend)
     monkeypatch.setattr(group.dist, "destroy_process_group", lambda: calls.append("left"))

@@ -12,7 +12,7 @@ import torch
 from launching import ROOT, run
 from rosa_ds.config.command_line import parse_command_line
 from rosa_ds.config.schema import ModelSettings, RunConfig
-from rosa_ds.memory.estimate import ACTIVATIONS, Account
+from rosa_ds.memory.account import ACTIVATIONS, Account
 from rosa_ds.planning import doctor
 from rosa_ds.training import run as run_module
 from rosa_ds.training.failures import (

@@ -21,14 +21,15 @@ from rosa_ds.config.command_line import parse_command_line
 from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import AdapterConfig, ModelSettings, RunConfig
 from rosa_ds.data.batches import Batch
+from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, Account, Term
 from rosa_ds.memory.activation_tracer import Activations, LiveBytes, SavedBytes, Shape, watch_gradients
-from rosa_ds.memory.estimate import ACTIVATIONS, BUCKETS, GATHERED, Account, predict
+from rosa_ds.memory.estimate import predict
 from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.models.load import TINY_FOLDER, enable_checkpointing, identify, load_model
 from rosa_ds.models.loss import token_loss_sum
 from rosa_ds.planning import scale
 from rosa_ds.planning.dry_run import dry_run, phases
-from rosa_ds.planning.search import GIB, Machine, Planner, best, needed
+from rosa_ds.planning.search import GIB, Machine, Planner, best
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.zero.engine import settle_zero
 
@@ -144,9 +145,9 @@ def test_stage_3_keeps_gathered_what_is_used_again_soon(llama: LlamaForCausalLM)
 
     def account(**zero: Any) -> Account:
         config = {"zero_optimization": {"stage": 3, **zero}}
-        plan, settings = plan_deepspeed(config, RunConfig(method="lora"), 4, gpu_has_bfloat16=False)
+        plan, _ = plan_deepspeed(config, RunConfig(method="lora"), 4, gpu_has_bfloat16=False)
         settle_zero(model, plan, adapter_parts(model))
-        return predict(model, plan, settings, ranks=4)
+        return predict(model, plan, [], recomputes=False, ranks=4)
 
     all_kept = account()
     none_kept = account(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
@@ -203,10 +204,13 @@ def test_the_search_takes_what_fits(tmp_path: Path) -> None:
 
 
 def test_sums_of_gradients_that_do_not_fit_are_on_the_host() -> None:
-    account = Account({"base": 10 * GIB, "collected gradients": 50 * GIB, ACTIVATIONS: 5 * GIB}, {}, {})
-    peak, host = needed(account, 30 * GIB)
+    account = Account({"base": 10 * GIB, ACTIVATIONS: 5 * GIB}, {}, {})
+    account.add([Term("collected gradients", 50 * GIB, "in some steps", may_leave=True)])
+    peak, host = account.peak(30 * GIB)
     assert (peak, host) == (25 * GIB, 40 * GIB)  # half of the 20 that are free
-    assert needed(account, 200 * GIB) == (65 * GIB, 0)
+    assert account.peak(200 * GIB) == (65 * GIB, 0)
+    account.add([Term("draw", 60 * GIB, "between steps")])
+    assert account.peak(200 * GIB) == (70 * GIB, 0)
 
 
 def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

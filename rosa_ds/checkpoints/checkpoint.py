@@ -72,6 +72,7 @@ class Checkpoint:
         base_changes: what training has changed in the base, which is not in a checkpoint itself.
         evaluation_due: the evaluation that belongs to this step was not done yet.
         drift: of the base, by :class:`rosa_ds.methods.subspace.Drawing`.
+        extra: what other methods keep, as JSON by their names.
     """
 
     step: int
@@ -91,12 +92,44 @@ class Checkpoint:
     base: Mapping[str, Any]
     data: str
     drift: float = 0.0
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def release(self) -> None:
         """Let go of the tensors and the files that they are read from."""
         for part in PARTS:
             tensors = getattr(self, part)
             tensors.close() if isinstance(tensors, TensorFiles) else tensors.clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a resumed run must have again.
+
+    Attributes:
+        config: the resolved settings, and under ``deepspeed`` what its file adds to them.
+        batch_size: examples of an optimizer step.
+        base: name and hash of the base; ``data``: digest of the tokenised examples.
+    """
+
+    config: Mapping[str, Any]
+    batch_size: int
+    base: Mapping[str, Any]
+    data: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodState:
+    """What a checkpoint has of a method.
+
+    Attributes:
+        fields: fields of :class:`Checkpoint`; a method without one of its own has an entry of ``extra``.
+        same_base: an earlier checkpoint whose changed base this one has, too: its files are linked and not written again.
+        not_for_deepspeed: what DeepSpeed's own files have no place for, so that none are written; empty where they have all.
+    """
+
+    fields: dict[str, Any]
+    same_base: SavedBase | None = None
+    not_for_deepspeed: str = ""
 
 
 _PLAIN = tuple(field.name for field in dataclasses.fields(Checkpoint) if field.name not in PARTS)
@@ -168,6 +201,8 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:
 def _complete(temporary: Path, checkpoint: Checkpoint, entries: Entries) -> None:
     """The files that are written once."""
     state = {name: getattr(checkpoint, name) for name in _PLAIN}
+    if not state["extra"]:
+        del state["extra"]  # readers of this format that do not know it have nothing to miss
     write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
     entries |= describe_files([temporary / "state.json"])
     write_manifest(temporary, dict(sorted(entries.items())))

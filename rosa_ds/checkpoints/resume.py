@@ -10,7 +10,7 @@ from typing import Any
 
 from rosa_ds import distributed
 from rosa_ds.checkpoints import checkpoint, deepspeed_format
-from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.checkpoints.checkpoint import Checkpoint, Identity
 from rosa_ds.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,10 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_resumable(
-    saved: Checkpoint, config: Mapping[str, Any], batch_size: int, base: Mapping[str, Any], data: str
-) -> None:
+def check_resumable(saved: Checkpoint, identity: Identity) -> None:
     """Raise ValueError unless the run can go on under these settings, naming what changed."""
     # a setting that came later had its default then
-    old, new = _flatten(RunConfig().model_dump()) | _flatten(saved.config), _flatten(config)
+    old, new = _flatten(RunConfig().model_dump()) | _flatten(saved.config), _flatten(identity.config)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     # another method has other defaults, too: it is what was meant to change
     refused = sorted((name for name in changed if name not in MAY_CHANGE), key=lambda name: name != "method")
@@ -66,17 +64,17 @@ def check_resumable(
             f"--resume: {name} was {old.get(name)!r} and is {new.get(name)!r} now: set it back, or start a new run "
             f"(changed: {', '.join(refused)})"
         )
-    if saved.batch_size != batch_size:
+    if saved.batch_size != identity.batch_size:
         raise ValueError(
-            f"--resume: train_batch_size was {saved.batch_size} and is {batch_size} now: set it back (--ds.train_batch_size "
+            f"--resume: train_batch_size was {saved.batch_size} and is {identity.batch_size} now: set it back (--ds.train_batch_size "
             f"{saved.batch_size} --ds.gradient_accumulation_steps auto; micro-batch size and number of ranks may change)"
         )
-    if saved.base["hash"] != base["hash"]:
+    if saved.base["hash"] != identity.base["hash"]:
         raise ValueError(
-            f"--resume: the weights of {base['name_or_path']} are not those that the run began with "
+            f"--resume: the weights of {identity.base['name_or_path']} are not those that the run began with "
             f"({saved.base['name_or_path']}): give the same base"
         )
-    if saved.data != data:
+    if saved.data != identity.data:
         raise ValueError(
             "--resume: the examples of data.train are not those that the run began with: give the same data"
         )

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rosa_ds.checkpoints import deepspeed_format
-from rosa_ds.training.interrupt import MARK_FILE, SAVE_FILE
+
+SAVE_FILE = "save"
+"""A user touches it to ask for a checkpoint."""
+MARK_FILE = "interrupted.json"
 
 _OUR_FILES = frozenset(
     {

@@ -5,75 +5,52 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rosa_ds import distributed, zero
+from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.prepare import TokenSet
+from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, Account
 from rosa_ds.memory.activation_tracer import LiveBytes, SavedBytes, Shape
-from rosa_ds.memory.estimate import (
-    ACTIVATIONS,
-    BUCKETS,
-    COLLECTED,
-    GATHERED,
-    Account,
-    Report,
-    activation_terms,
-    measure_memory,
-    measured_traffic,
-)
+from rosa_ds.memory.estimate import activation_terms, named_parts
 from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.models.load import read_config
-from rosa_ds.training.context import Run
 from rosa_ds.zero.gradients import gradient_bytes
+
+if TYPE_CHECKING:
+    from rosa_ds.zero.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
 
 
-def shape_of(batch: Batch) -> Shape:
-    rows, length = batch.input_ids.shape
-    return Shape(rows, length, batch.kept.numel(), padded=not bool(batch.attention_mask.all()))
+class StepMeasurement:
+    """Entered around one training step; the loop tells it of the first micro-batch and of the gradients.
 
-
-def predict_activations(run: Run, shape: Shape) -> dict[str, int]:
-    """Terms of the account, by tracing the model's config with the checkpointing that the run has; none, and a warning, for a
-    model that cannot be traced: a run does not end for want of a prediction.
+    Attributes:
+        memory: bytes of this rank by the account's names, once the step is over; ``traffic``: what it sent.
+        shape: of the micro-batch that was looked at.
     """
-    settings = run.settings
-    try:
-        plan = ActivationPlan(read_config(settings.model), settings, getattr(torch, run.plan.dtype))
-        return activation_terms(plan.measure(shape, bool(settings.training.gradient_checkpointing)))
-    except ValueError as error:
-        logger.warning("the account lacks activations: %s", error)
-        return {}
 
-
-def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
-    """The micro-batch of the longest examples."""
-    return shape_of(data.batch(np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
-
-
-def full_account(run: Run) -> Account:
-    """A run's account with the activations of its longest examples."""
-    found = predict_activations(run, longest(run.data, run.plan.micro_batch_size, run.pad_id))
-    return dataclasses.replace(run.account, memory=run.account.memory | found)
-
-
-class Measurement:
-    """Entered around one training step; the loop tells it of the first micro-batch and of the gradients."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, model: nn.Module, engine: Any, state: TrainedState) -> None:
+        self.model, self.engine, self.state = model, engine, state
         self.shape: Shape | None = None
-        self.traffic = distributed.TrafficCounter()
-        self.found: dict[str, int] = {}
-        self._saved = SavedBytes(run.model)
+        self.memory: dict[str, int] = {}
+        self._counter = distributed.TrafficCounter()
+        self._saved = SavedBytes(model)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        with self._counter, _watch_gathered(self.model, self._gathered):
+            yield
+        self.memory = resident_memory(self.model, self.state) | self.memory
 
     def forward(self, batch: Batch, number: int) -> AbstractContextManager[Any]:
         """To enter around the forward pass of micro-batch ``number``; the first has the longest rows."""
@@ -84,45 +61,74 @@ class Measurement:
 
     def gradients(self) -> None:
         """To call when the last backward is done and nothing is updated yet."""
-        self.found[ACTIVATIONS] = self._saved.bytes
-        bytes_of_gradients, buckets = gradient_bytes(self.run.engine, self.run.model)
-        self.found |= {"gradients": bytes_of_gradients, **({} if buckets is None else {BUCKETS: buckets})}
-
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        with self.traffic, _watch_gathered(self.run.model, self._gathered):
-            yield
-        base = self.run.drawing.base if self.run.drawing else None
-        self.found = measure_memory(self.run.model, self.run.state, base) | self.found
+        gradients, buckets = gradient_bytes(self.engine, self.model)
+        self.memory |= {ACTIVATIONS: self._saved.bytes, "gradients": gradients}
+        if buckets is not None:
+            self.memory[BUCKETS] = buckets
 
     def _gathered(self, size: int) -> None:
-        self.found[GATHERED] = max(size, self.found.get(GATHERED, 0))
+        self.memory[GATHERED] = max(size, self.memory.get(GATHERED, 0))
 
-    def report(self) -> Report:
-        """Beside what was predicted, activations for the shape of the micro-batch that was measured."""
-        account, predicted = self.run.account, dict(self.run.account.memory)
-        if self.shape is not None:
-            predicted |= predict_activations(self.run, self.shape)
-        account = dataclasses.replace(account, memory=predicted)
-        return Report(account, self.found | self.run.held, measured_traffic(self.traffic))
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Kind and dtype -> bytes, e.g. ``all_gather int32`` (positions). A group of one, which DeepSpeed asks too, sends nothing."""
+        if distributed.world_size() == 1:
+            return {}
+        return {
+            f"{kind} {str(dtype).removeprefix('torch.')}": size
+            for (kind, dtype), size in sorted(self._counter.bytes.items(), key=str)
+            if size
+        }
+
+
+def resident_memory(model: nn.Module, state: TrainedState) -> dict[str, int]:
+    """Bytes of this rank's parameters and optimizer state, between two steps."""
+    memory: Counter[str] = Counter()
+    for name, parameter in named_parts(model):
+        memory[name] += parameter.nbytes  # all of it, or what of it is gathered
+        if (partition := zero.partition_of(parameter)) is not None:
+            memory[name] += partition.share.nbytes
+    memory["optimizer"] = state.bytes()
+    return dict(memory)
 
 
 @contextlib.contextmanager
-def peak_of(run: Run, name: str) -> Iterator[None]:
-    """Adds to ``run.held`` the most that operators in the block have made and not let go."""
+def peak_beside(model: nn.Module, state: TrainedState) -> Iterator[LiveBytes]:
+    """Counts the most bytes that operators in the block have made and not let go, beside model and optimizer: ``peak``."""
     live = LiveBytes()
-    for tensor in (*run.model.parameters(), *run.model.buffers(), *run.state.tensors()):
+    for tensor in (*model.parameters(), *model.buffers(), *state.tensors()):
         live.know(tensor)
-    for parameter in run.model.parameters():
+    for parameter in model.parameters():
         live.know(zero.own_numbers(parameter))
     with live:
-        yield
-    run.held[name] = max(live.peak, run.held.get(name, 0))
+        yield live
 
 
-def note_collected(run: Run, tensors: list[Tensor]) -> None:
-    """What a collector keeps between two steps, on this rank."""
-    run.held[COLLECTED] = max(sum(t.nbytes for t in tensors), run.held.get(COLLECTED, 0))
+def with_activations(account: Account, settings: RunConfig, dtype: str, shape: Shape) -> Account:
+    """An account with the activations of a micro-batch, by tracing the model's config with the checkpointing that the run has.
+
+    As it was, and a warning, for a model that cannot be traced: a run does not end for want of a prediction.
+
+    Args:
+        dtype: what the model computes in.
+    """
+    try:
+        plan = ActivationPlan(read_config(settings.model), settings, getattr(torch, dtype))
+        found = activation_terms(plan.measure(shape, bool(settings.training.gradient_checkpointing)))
+    except ValueError as error:
+        logger.warning("the account lacks activations: %s", error)
+        return account
+    return dataclasses.replace(account, memory=account.memory | found)
+
+
+def shape_of(batch: Batch) -> Shape:
+    rows, length = batch.input_ids.shape
+    return Shape(rows, length, batch.kept.numel(), padded=not bool(batch.attention_mask.all()))
+
+
+def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
+    """The micro-batch of the longest examples."""
+    return shape_of(data.batch(np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The draws of a distributed run: each layer is factorised by its owner, and all ranks take the owner's numbers.
+"""ROSA's draws in a run: each layer is factorised by its owner, and all ranks take the owner's result.
 
 All ranks work on layers at once, each whole on its owner only. What a draw makes of a weight is
 sent to all, so that every rank has the same bits whatever its hardware; ZeRO-3 keeps its share of them.
@@ -6,29 +6,40 @@ sent to all, so that every rank has the same bits whatever its hardware; ZeRO-3 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rosa_ds import distributed
+from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.low_rank import draw_generator, float32_products
 from rosa_ds.adapters.subspace import Drawn, project_moments, split_off
-from rosa_ds.config.schema import DrawSettings
-from rosa_ds.methods.subspace_base import ChangedBase, Packed
+from rosa_ds.checkpoints.checkpoint import Checkpoint, MethodState, SavedBase
+from rosa_ds.config.deepspeed import DeepSpeedPlan
+from rosa_ds.config.schema import DrawSettings, RunConfig
+from rosa_ds.memory.account import Term
+from rosa_ds.memory.measuring import peak_beside
+from rosa_ds.methods import method
+from rosa_ds.methods.subspace_base import ChangedBase, Packed, keeps_residual
 
 if TYPE_CHECKING:
+    from rosa_ds.training.schedule import Schedule, Step
     from rosa_ds.zero.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
+RESIDUAL = "base residual"
+DRAWING, WORKSPACE = "draw, at once", "draw, factorisation"
 GROUP = "low_rank"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ALIGNMENT = 16
@@ -37,55 +48,84 @@ BATCH_BYTES = 64 * 2**20
 """Of float32 weights that a rank holds at once: one large layer, or several small ones, so that ranks wait less often."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A layer as its owner gathers it: its base (N, M) in float32 and what of it is quantised, its masters, and their moments where
-    they are moved."""
+class Method(method.Method):
+    """Draws the low-rank part again before the steps that the schedule says.
 
-    name: str
-    weight: Tensor
-    packed: Packed | None
-    A: Tensor
-    B: Tensor
-    moments: dict[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """What the owner of a layer found: ``tensors`` by the names and in the shapes of ``Drawing._shapes``."""
-
-    tensors: dict[str, Tensor]
-    rounding: float
-    compute_rounding: float
-    fallbacks: int
-
-
-def _cost(layer: AdaptedLinear, settings: DrawSettings) -> int:
-    """Operations of a draw, up to a factor."""
-    small, large = sorted(layer.weight_shape)
-    if settings.directions == "projection":
-        return small * large * layer.rank
-    return small * small * (large + 9 * small)
-
-
-def share_draws(
-    layers: Mapping[str, AdaptedLinear], settings: DrawSettings, ranks: int
-) -> tuple[dict[str, int], list[list[list[str]]]]:
-    """Layer -> the rank that draws it; and turns: of each rank as many layers as a little memory holds, all ranks' about
-    as costly.
+    Raises: ValueError if no layer has a low-rank part.
     """
-    costs = {name: _cost(layer, settings) for name, layer in layers.items()}
-    owners = distributed.owners_by_cost(costs, ranks)
-    queues: list[list[list[str]]] = [[] for _ in range(ranks)]
-    room = [0] * ranks
-    for name in sorted(layers, key=lambda name: (-costs[name], name)):
-        owner, size = owners[name], 4 * layers[name].weight_numel
-        if size > room[owner]:
-            queues[owner].append([])
-            room[owner] = BATCH_BYTES
-        queues[owner][-1].append(name)
-        room[owner] -= size
-    return owners, [list(turn) for turn in itertools.zip_longest(*queues, fillvalue=[])]
+
+    def __init__(self, model: nn.Module, settings: RunConfig, schedule: Schedule) -> None:
+        super().__init__(model, settings, schedule)
+        self.layers = {name: layer for name, layer in adapted_layers(model).items() if layer.rank}
+        if not self.layers:
+            raise ValueError(
+                f"method {settings.method} has nothing to draw: adapter.rank_pattern gives every layer rank 0"
+            )
+        self._draw_bytes = 0
+
+    def start(self, context: method.Context) -> None:
+        super().start(context)
+        base = ChangedBase(self.layers, self.settings.draw)
+        self.drawing = Drawing(base, context.state, self.settings.draw, self.settings.training.seed)
+
+    def restore(self, saved: Checkpoint, source: Path) -> None:
+        if self.schedule.has_drawn(saved.step):
+            self.drawing.base.restore(saved.base_changes, saved.drift, SavedBase.of(source))
+
+    def before_step(self, step: Step) -> None:
+        """Draw again, unless the run was asked to stop: a resumed one then makes the same draw."""
+        if step.draw is None:
+            return
+        self.context.leave_if_asked()
+        measures = not self._draw_bytes
+        with peak_beside(self.model, self.context.state) if measures else contextlib.nullcontext() as seen:
+            fields = self.drawing.draw(step.draw)
+        if seen is not None:
+            self._draw_bytes = seen.peak
+        self.context.record(step=step.number, event="draw", **fields)
+        logger.info(
+            "draw %d before step %d: %s",
+            step.draw,
+            step.number + 1,
+            describe_draw(fields, self.settings.draw.moments),
+        )
+
+    def state(self) -> MethodState | None:
+        base = self.drawing.base
+        if not any(layer.drawn for layer in self.layers.values()):
+            return MethodState({"drift": base.drift})
+        same = base.saved
+        gone = same is not None and distributed.is_main() and not same.is_there()  # somebody has deleted it
+        same = None if distributed.any_rank(gone) else same
+        changes = base.read(self.drawing.owners) if same is None else {}
+        return MethodState({"drift": base.drift, "base_changes": changes}, same)
+
+    def saved(self, folder: Path) -> None:
+        if any(layer.drawn for layer in self.layers.values()):
+            with distributed.together():
+                self.drawing.base.saved = SavedBase.of(folder)
+
+    @property
+    def saved_base(self) -> SavedBase | None:
+        return self.drawing.base.saved
+
+    def measured_memory(self) -> dict[str, int]:
+        found = {RESIDUAL: self.drawing.base.bytes, DRAWING: self._draw_bytes}
+        return {name: size for name, size in found.items() if size}
+
+    @staticmethod
+    def memory_terms(model: nn.Module, plan: DeepSpeedPlan, settings: RunConfig, ranks: int, gpu: bool) -> list[Term]:
+        layers = {name: layer for name, layer in adapted_layers(model).items() if layer.rank}
+        dtype = getattr(torch, plan.dtype)
+        kept = [layer.weight_numel for layer in layers.values() if keeps_residual(settings.draw, layer, dtype)]
+        drawing, workspace = _draw_bytes(layers, plan, settings.draw, ranks)
+        remedy = "--draw.directions projection factorises nothing"
+        residual = Term(RESIDUAL, 2 * sum(-(-numel // ranks) for numel in kept), unsharded=2 * sum(kept))
+        return [
+            *([residual] if kept else []),
+            Term(DRAWING, drawing, "between steps", remedy=remedy),
+            Term(WORKSPACE, workspace, "between steps"),
+        ]
 
 
 class Drawing:
@@ -249,6 +289,29 @@ def _project(mine: _Layer, drawn: Drawn) -> dict[str, Tensor]:
     return dict(zip((f"{part}/{key}" for part in "AB" for key in MOMENTS), moved, strict=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A layer as its owner gathers it: its base (N, M) in float32 and what of it is quantised, its masters, and their moments where
+    they are moved."""
+
+    name: str
+    weight: Tensor
+    packed: Packed | None
+    A: Tensor
+    B: Tensor
+    moments: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """What the owner of a layer found: ``tensors`` by the names and in the shapes of ``Drawing._shapes``."""
+
+    tensors: dict[str, Tensor]
+    rounding: float
+    compute_rounding: float
+    fallbacks: int
+
+
 def describe_draw(fields: Mapping[str, Any], moments: str) -> str:
     """What :meth:`Drawing.draw` tells of a draw, in words; ``moments`` as ``draw.moments``."""
     if moments == "reset" and fields["moments_reset"] is not None:
@@ -257,3 +320,56 @@ def describe_draw(fields: Mapping[str, Any], moments: str) -> str:
         f"{fields['layers']} layers, {fields['directions']}; base rounded by {fields['rounding']:.1e}, drift {fields['drift']:.1e}, "
         f"moments: {moments}, {fields['seconds']:.1f} s"
     )
+
+
+def share_draws(
+    layers: Mapping[str, AdaptedLinear], settings: DrawSettings, ranks: int
+) -> tuple[dict[str, int], list[list[list[str]]]]:
+    """Layer -> the rank that draws it; and turns: of each rank as many layers as a little memory holds, all ranks' about
+    as costly.
+    """
+    costs = {name: _cost(layer, settings) for name, layer in layers.items()}
+    owners = distributed.owners_by_cost(costs, ranks)
+    queues: list[list[list[str]]] = [[] for _ in range(ranks)]
+    room = [0] * ranks
+    for name in sorted(layers, key=lambda name: (-costs[name], name)):
+        owner, size = owners[name], 4 * layers[name].weight_numel
+        if size > room[owner]:
+            queues[owner].append([])
+            room[owner] = BATCH_BYTES
+        queues[owner][-1].append(name)
+        room[owner] -= size
+    return owners, [list(turn) for turn in itertools.zip_longest(*queues, fillvalue=[])]
+
+
+def _cost(layer: AdaptedLinear, settings: DrawSettings) -> int:
+    """Operations of a draw, up to a factor."""
+    small, large = sorted(layer.weight_shape)
+    if settings.directions == "projection":
+        return small * large * layer.rank
+    return small * small * (large + 9 * small)
+
+
+def _draw_bytes(
+    layers: Mapping[str, AdaptedLinear], plan: DeepSpeedPlan, settings: DrawSettings, ranks: int
+) -> tuple[int, int]:
+    """On the rank with the most: tensors of a draw, and beside them what a factorisation takes for itself."""
+    _, turns = share_draws(layers, settings, ranks)
+    narrow = plan.dtype != "float32"
+    copied = plan.stage == 3 or narrow
+    dtype = getattr(torch, plan.dtype)
+    moved = 3 if settings.moments == "project" else 1  # a factor, and its moments
+    most = side = message = 0
+    for mine in (names for turn in turns for names in turn):
+        sizes = [layers[name].weight_shape for name in mine]
+        factors = [4 * moved * layers[name].rank * sum(layers[name].weight_shape) for name in mine]
+        held = sum(4 * rows * columns * copied for rows, columns in sizes) + sum(factors)
+        for name, (rows, columns), factor in zip(mine, sizes, factors, strict=True):
+            stored = dtype.itemsize + 2 * keeps_residual(settings, layers[name], dtype)
+            matrix, side = 4 * rows * columns, max(side, min(rows, columns))
+            message = max(message, stored * rows * columns + factor)
+            # the fold; then Gram matrix and its eigenvectors, or what is left and its error, of a 16-bit one twice
+            found = 0 if settings.directions == "projection" else 8 * min(rows, columns) ** 2
+            most = max(most, held + factor + matrix + max(found, (3 if narrow else 2) * matrix))
+            held += stored * rows * columns - matrix * copied
+    return message + most, 0 if settings.directions == "projection" else 8 * side**2

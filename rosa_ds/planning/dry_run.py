@@ -13,8 +13,9 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.deepspeed import DeepSpeedPlan
 from rosa_ds.config.schema import RunConfig
+from rosa_ds.memory.account import table
 from rosa_ds.memory.activation_tracer import Shape
-from rosa_ds.memory.estimate import activation_terms, table
+from rosa_ds.memory.estimate import activation_terms
 from rosa_ds.memory.measuring import longest
 from rosa_ds.methods.sparse import check_mask_file
 from rosa_ds.models.load import load_tokenizer, read_config

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rosa_ds.memory.account import ACTIVATIONS, WORKING
 from rosa_ds.memory.activation_tracer import Shape
-from rosa_ds.memory.estimate import ACTIVATIONS, WORKING
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
 
 

@@ -11,20 +11,11 @@ import torch
 from rosa_ds.adapters.inject import InjectReport, adapter_parts
 from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import RunConfig
+from rosa_ds.memory.account import Account
 from rosa_ds.memory.activation_tracer import Shape
-from rosa_ds.memory.estimate import (
-    ACTIVATIONS,
-    COLLECTED,
-    COLLECTING,
-    DRAWING,
-    GATHERED,
-    WORKING,
-    WORKSPACE,
-    Account,
-    activation_terms,
-    predict,
-)
+from rosa_ds.memory.estimate import activation_terms, predict
 from rosa_ds.memory.fake_model import ActivationPlan, build_skeleton
+from rosa_ds.methods import memory_terms
 from rosa_ds.models.load import read_config
 from rosa_ds.zero.engine import settle_zero
 
@@ -66,16 +57,6 @@ class Choice:
         return sum(self.account.traffic.values())
 
 
-def needed(account: Account, budget: float) -> tuple[int, int]:
-    """Bytes of the GPU at the worst moment, and of host memory for sums of gradients that do not fit it."""
-    resident = account.resident
-    forward = account.passing(GATHERED, ACTIVATIONS, WORKING)
-    sums = account.passing(COLLECTED)
-    here = int(min(sums, max(0.0, budget - resident) / 2))  # as masking.build_collector divides them
-    collect = forward + here + account.passing(COLLECTING) if sums else 0
-    return resident + max(forward, collect, account.passing(DRAWING, WORKSPACE)), sums - here
-
-
 def send_seconds(traffic: Mapping[str, int], ranks: int, bandwidth: float) -> float:
     """A ring's time without latency: a gather sends (n - 1) / n of its payload, a sum of gradients twice that."""
     weighted = sum(size * (2 if name == "gradients" else 1) for name, size in traffic.items())
@@ -115,7 +96,8 @@ class Planner:
         }
         plan, settings = plan_deepspeed(config, self.settings, ranks, gpu_has_bfloat16=True)
         settle_zero(self.model, plan, adapter_parts(self.model))
-        account = predict(self.model, plan, settings, ranks, gpu=True)
+        terms = memory_terms(self.model, plan, settings, ranks, gpu=True)
+        account = predict(self.model, plan, terms, bool(settings.training.gradient_checkpointing), ranks)
         found = self.activations.of_rows(shape, checkpointing)
         account.memory |= activation_terms(found)
         return account
@@ -124,7 +106,7 @@ class Planner:
         """What one way of running needs."""
         account = self.account(stage, machine.gpus, shape, checkpointing, accumulation)
         budget = machine.memory - machine.reserve
-        peak, host = needed(account, budget)
+        peak, host = account.peak(budget)
         tokens = shape.rows * shape.length * accumulation
         # forward, and backward for the inputs alone, since the base is frozen; recomputing is a second forward
         passes = 3 if checkpointing else 2

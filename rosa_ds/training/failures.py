@@ -6,16 +6,7 @@ import torch
 
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.distributed.watch import STALLED_STATUS
-from rosa_ds.memory.estimate import (
-    ACTIVATIONS,
-    BUCKETS,
-    COLLECTED,
-    COLLECTING,
-    DRAWING,
-    GATHERED,
-    WORKING,
-    Account,
-)
+from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, WORKING, Account
 from rosa_ds.utils.errors import INTERRUPTED_STATUS
 
 _GIB = 2**30
@@ -77,10 +68,9 @@ def suggestions(account: Account, settings: RunConfig, stage: int, micro_batch: 
         ways.append((divided, "more ranks, or --config ds_configs/zero3_offload.json"))
         smaller = "--ds.zero_optimization.stage3_max_reuse_distance 0 and a smaller stage3_prefetch_bucket_size"
         ways.append((held.get(GATHERED, 0), f"{smaller} keep less gathered"))
-    ways.append(
-        (held.get(COLLECTED, 0) + held.get(COLLECTING, 0), "--mask.device_memory_gib 0 sums gradients on the host")
-    )
-    ways.append((held.get(DRAWING, 0), "--draw.directions projection factorises nothing"))
+    for remedy in dict.fromkeys(account.remedies.values()):
+        sizes = (held[name] for name, other in account.remedies.items() if other == remedy)
+        ways.append((sum(sizes), remedy))
     ways.append((held.get(BUCKETS, 0), "a smaller --ds.zero_optimization.reduce_bucket_size"))
     ways.append((held.get("optimizer", 0), "a lower --adapter.rank or --adapter.density"))
     return [text for _, text in sorted(ways, key=lambda way: -way[0])[:3]]
@@ -94,7 +84,7 @@ def explain_memory(account: Account, settings: RunConfig, stage: int, micro_batc
     return (
         f"out of memory ({_first_line(error)}). The account of this rank, GiB: {terms}. What helps, most first: "
         + "; ".join(f"({number}) {text}" for number, text in numbered)
-        + ". --dry-run and launch/plan.py tell before the start what fits; --resume goes on from the last checkpoint"
+        + ". --dry-run and rosa-ds plan tell before the start what fits; --resume goes on from the last checkpoint"
     )
 
 
@@ -109,5 +99,5 @@ def explain_loading(settings: RunConfig, stage: int, error: BaseException) -> st
     numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(ways[:3], start=1))
     return (
         f"out of memory while the model was built at stage {stage} ({_first_line(error)}). What helps, most first: {numbered}. "
-        "--dry-run and launch/plan.py tell before the start what fits"
+        "--dry-run and rosa-ds plan tell before the start what fits"
     )

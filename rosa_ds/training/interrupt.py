@@ -10,12 +10,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rosa_ds.checkpoints.run_folder import MARK_FILE, SAVE_FILE
 from rosa_ds.utils.errors import InterruptedRunError
 from rosa_ds.utils.files import write_json
 
 logger = logging.getLogger(__name__)
-SAVE_FILE = "save"
-MARK_FILE = "interrupted.json"
 
 
 class Interruption:

@@ -3,39 +3,70 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from rosa_ds import distributed, zero
-from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.adapters.mask import Mask, MaskCollector, save_mask, set_mask
+from rosa_ds import distributed
 from rosa_ds.adapters.state import StoredAdapter
 from rosa_ds.checkpoints import checkpoint
-from rosa_ds.checkpoints.checkpoint import Checkpoint, SavedBase
-from rosa_ds.checkpoints.saving import save_state
-from rosa_ds.memory.estimate import DRAWING
-from rosa_ds.memory.measuring import Measurement, note_collected, peak_of
-from rosa_ds.methods.sparse import build_collector, fix_mask
-from rosa_ds.methods.subspace import describe_draw
+from rosa_ds.checkpoints.checkpoint import Checkpoint, Identity
+from rosa_ds.checkpoints.saving import Progress, save_state
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.data.batches import BatchPlan
+from rosa_ds.data.prepare import TokenSet
+from rosa_ds.memory.account import Account, Report
+from rosa_ds.memory.measuring import StepMeasurement, with_activations
+from rosa_ds.methods import Context, Method, Restart
 from rosa_ds.models.loss import accepts_kept_positions, token_loss_sum
-from rosa_ds.training.context import Run, seed_step
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate
-from rosa_ds.training.interrupt import end_interrupted, take_save_request
+from rosa_ds.training.interrupt import Interruption, end_interrupted, take_save_request
 from rosa_ds.training.metrics import MetricsLog
-from rosa_ds.training.schedule import Step
+from rosa_ds.training.schedule import Schedule, Step
 from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.files import write_json
+from rosa_ds.zero.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 20  # in a row; halving a loss scale of 2^16 takes 16 to reach 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a loop works with; built by :mod:`rosa_ds.training.run`.
+
+    Attributes:
+        methods: what acts around steps; ``restart``: what they begin again with.
+        identity: what a resumed run must have again.
+    """
+
+    settings: RunConfig
+    folder: Path
+    model: PreTrainedModel
+    engine: Any
+    state: TrainedState
+    methods: list[Method]
+    restart: Restart
+    schedule: Schedule
+    batches: BatchPlan
+    data: TokenSet
+    eval_data: TokenSet | None
+    pad_id: int
+    identity: Identity
+    account: Account
+    interruption: Interruption
 
 
 class Loop:
@@ -43,18 +74,47 @@ class Loop:
 
     def __init__(self, run: Run, log: MetricsLog) -> None:
         self.run, self.log = run, log
-        self.layers = adapted_layers(run.model)
         self.step = 0
         self.trained_tokens = 0
-        self.collector: MaskCollector | None = None
         self._selects = accepts_kept_positions(run.model)
         self._rates = learning_rates(run.settings)
         self._skipped = 0
         self._evaluation_due = True
         self._stop = False
-        self._settled_at: int | None = None
         self._save_asked = False
-        self._measurement: Measurement | None = None
+        self._settled_at: int | None = None
+        self._measurement: StepMeasurement | None = None
+        context = Context(
+            model=run.model,
+            state=run.state,
+            folder=run.folder,
+            micro_batches=run.engine.gradient_accumulation_steps(),
+            base=run.identity.base,
+            record=log.write,
+            leave_if_asked=self._leave_if_asked,
+        )
+        for method in run.methods:
+            method.start(context)
+
+    def restore(self, saved: Checkpoint, source: Path) -> None:
+        """Continue from a checkpoint in ``source``: the next step is the one that the interrupted run would have done."""
+        for method in self.run.methods:
+            method.restore(saved, source)
+        state = self.run.state
+        state.write(saved.trained)
+        if saved.moments:
+            state.write_optimizer(saved.moments, saved.optimizer_scalars)
+        state.write_scaler(saved.loss_scaler)
+        self.step, self.trained_tokens = saved.step, saved.trained_tokens
+        self._evaluation_due = saved.evaluation_due
+
+    def begin_with(self, start: StoredAdapter) -> None:
+        """Take the parameters and the mask of an adapter instead of fresh ones."""
+        for method in self.run.methods:
+            method.begin_with(start)
+        self.run.state.write(start.trained)
+        settings = self.run.settings
+        logger.info("beginning with the %s adapter of %s", settings.method, settings.adapter.init_from)
 
     def train(self) -> None:
         """All remaining steps, with evaluations and checkpoints where the settings want them.
@@ -67,13 +127,18 @@ class Loop:
         first, begun = self.step, time.monotonic()
         self._begin()
         for step in self._steps():
-            if step.draw is not None:
-                self._draw(step.draw)
-            measures = self._settled_at is not None and self.step == self._settled_at + 1
-            self._measured_step(step) if measures else self._train_step(step)
+            for method in self.run.methods:
+                method.before_step(step)
+            with self._measuring():
+                scale, applied = self._train_step(step)
             self.step += 1
-            if step.mask_after:
-                self._finish_collecting(step)
+            for method in self.run.methods:
+                method.after_step(step, scale, applied)
+            if step.restart_after:
+                self.run.restart.apply(self.run.state)
+                for method in self.run.methods:
+                    method.restart()
+            self._note_settled()
             if self.step == first + 1:
                 logger.info("memory after the first step: %.2f GiB", distributed.peak_memory_bytes() / 2**30)
             self._after_step()
@@ -89,41 +154,14 @@ class Loop:
         """What comes before the first step, or was still due when the run was interrupted."""
         if self._evaluation_due:
             self._evaluate()
-        static = self.run.settings.parts.sparse and self.run.schedule.mask_steps == 0
-        if static and not self._mask_known and not self._stop:
-            self._fix_mask(None)
+        if not self._stop:
+            for method in self.run.methods:
+                method.begin(self.step)
         if self._stop:
             self._leave()
         if self._done:
             self.save()
-        if self._mask_known:
-            self._settled_at = self.step
-
-    def _after_step(self) -> None:
-        """Evaluation and checkpoint, and the end if one was asked for."""
-        settings = self.run.settings.training
-        if self._done or (settings.eval_steps and self.step % settings.eval_steps == 0):
-            self._evaluation_due = True
-            if not self._stop:
-                self._evaluate()
-        if self._stop:
-            self._leave()
-        due = self._done or (settings.save_steps and self.step % settings.save_steps == 0)
-        if due or self._save_asked:
-            self.save()  # after the evaluation, so that a resumed run does not do it again
-            self._save_asked = False
-
-    @property
-    def _mask_known(self) -> bool:
-        return all(layer.mask_known for layer in self.layers.values() if layer.entries)
-
-    def _leave(self) -> None:
-        self.save()
-        end_interrupted(self.run.folder, self.run.interruption.received, self.step, distributed.is_main())
-
-    @property
-    def _done(self) -> bool:
-        return self.step >= self.run.schedule.total_steps
+        self._note_settled()
 
     def _steps(self) -> Iterator[Step]:
         total = self.run.schedule.total_steps
@@ -134,24 +172,15 @@ class Loop:
                 yield step
                 bar.update()
 
-    def _measured_step(self, step: Step) -> None:
-        """The second step with the mask known: the first one still allocates and learns the order of the layers."""
-        run, self._measurement = self.run, Measurement(self.run)
-        with self._measurement.step():
-            self._train_step(step)
-        found, self._measurement = self._measurement, None
-        report = found.report()
-        logger.info("where memory and communication of rank 0 go:\n%s", report.table())
-        if distributed.is_main():
-            write_json(run.folder / "accounting.json", report.record())
+    def _train_step(self, step: Step) -> tuple[float, bool]:
+        """Forward and backward of this rank's micro-batches, and the optimizer's step.
 
-    def _train_step(self, step: Step) -> None:
+        Returns: what the loss was multiplied with, and whether the step was applied.
+        """
         run, start = self.run, time.monotonic()
         ranks, rank = distributed.world_size(), distributed.rank()
         seed_step(run.settings.training.seed, step.number, rank)
-        self._set_learning_rates(step)
-        if step.phase == "collect" and self.collector is None:
-            self._begin_collecting()
+        self._set_learning_rates(self._learning_rates(step))
         indices = run.batches.step_indices(step.data_step)
         trained_tokens = int(run.data.trained[indices[indices >= 0]].sum())
         tokens = int(run.data.lengths[indices[indices >= 0]].sum())
@@ -173,13 +202,12 @@ class Loop:
                 if self._measurement:
                     self._measurement.gradients()
             run.engine.step()
-        skipped = run.state.overflowed()
-        if self.collector is not None:
-            note_collected(run, self.collector.tensors())
-            self.collector.end_step(scale * ranks, valid=not skipped and not left_out)
-        self._check_finite(step, loss, skipped or left_out)
+        skipped = run.state.overflowed() or left_out
+        self._check_finite(step, loss, skipped)
         self.trained_tokens += trained_tokens
-        self._log_step(step, loss, tokens, time.monotonic() - start, skipped or left_out)
+        if (step.number + 1) % run.settings.training.logging_steps == 0:
+            self._log_step(step, loss, tokens, time.monotonic() - start, skipped)
+        return scale * ranks, not skipped
 
     def _agree(self, nll: Tensor) -> float:
         """The loss summed over ranks; with it, in one message, whether any rank was asked to stop or to save."""
@@ -201,7 +229,7 @@ class Loop:
             return False
         logger.warning("step %d is left out: its loss is %s", step.number + 1, loss)
         self.run.state.drop_gradients()
-        self._set_learning_rates(None)
+        self._set_learning_rates(dict.fromkeys(self.run.state.groups, 0.0))
         return True
 
     def _check_finite(self, step: Step, loss: float, skipped: bool) -> None:
@@ -210,11 +238,8 @@ class Loop:
         finite = math.isfinite(loss) and (norm is None or math.isfinite(float(norm)))
         self._skipped = self._skipped + 1 if skipped else 0
         # float16 skips steps while it looks for its loss scale
-        limit = (
-            MAX_SKIPPED_STEPS
-            if self.run.settings.model.dtype == "float16"
-            else self.run.settings.training.max_bad_steps
-        )
+        float16 = self.run.settings.model.dtype == "float16"
+        limit = MAX_SKIPPED_STEPS if float16 else self.run.settings.training.max_bad_steps
         if 0 < self._skipped <= limit or (finite and not skipped):
             return
         newest = next(iter(checkpoint.folders(self.run.folder).found()), None)
@@ -224,9 +249,6 @@ class Loop:
         )
 
     def _log_step(self, step: Step, loss: float, tokens: int, seconds: float, skipped: bool) -> None:
-        settings = self.run.settings.training
-        if (step.number + 1) % settings.logging_steps:
-            return
         norm = self.run.engine.get_global_grad_norm()
         fields = {
             "step": step.number + 1,
@@ -241,87 +263,58 @@ class Loop:
             "trained_tokens": self.trained_tokens,
         }
         self.log.write(**fields, **({"overflow": True} if skipped else {}))
-        if (step.number + 1) % max(1, self.run.schedule.total_steps // 20) == 0:
-            logger.info(
-                "step %d/%d %s loss %.4f, %.0f tokens/s",
-                step.number + 1,
-                self.run.schedule.total_steps,
-                step.phase,
-                loss,
-                tokens / seconds,
-            )
+        total = self.run.schedule.total_steps
+        if (step.number + 1) % max(1, total // 20) == 0:
+            per_second = tokens / seconds
+            message = "step %d/%d %s loss %.4f, %.0f tokens/s"
+            logger.info(message, step.number + 1, total, step.phase, loss, per_second)
 
     def _learning_rates(self, step: Step) -> dict[str, float]:
         factors = {"low_rank": step.lr_factor * step.low_rank_factor}
         return {name: self._rates[name] * factors.get(name, step.lr_factor) for name in self.run.state.groups}
 
-    def _set_learning_rates(self, step: Step | None) -> None:
-        """Those of a step; ``None``: zero."""
-        rates = self._learning_rates(step) if step is not None else dict.fromkeys(self.run.state.groups, 0.0)
+    def _set_learning_rates(self, rates: dict[str, float]) -> None:
         for group in self.run.engine.optimizer.param_groups:
             group["lr"] = rates[group["name"]]
 
-    def _begin_collecting(self) -> None:
-        self.collector = build_collector(
-            self.layers, self.run.settings.mask, self.run.engine.gradient_accumulation_steps()
-        )
-        self.collector.attach()
+    def _note_settled(self) -> None:
+        if self._settled_at is None and all(method.settled for method in self.run.methods):
+            self._settled_at = self.step
 
-    def _finish_collecting(self, step: Step) -> None:
-        assert self.collector is not None
-        self.collector.detach()
-        self._fix_mask(self.collector)
-        self.collector, self._settled_at = None, self.step
-        if step.restart_after:
-            self._restart()
-        else:
-            self.run.state.reset_optimizer(["sparse"])  # its step count ran while the values slept
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Account for the second step in which methods are settled: the first one still allocates and learns the order of the layers."""
+        if self._settled_at is None or self.step != self._settled_at + 1:
+            yield
+            return
+        run, self._measurement = self.run, StepMeasurement(self.run.model, self.run.engine, self.run.state)
+        with self._measurement.step():
+            yield
+        found, self._measurement = self._measurement, None
+        memory = dict(found.memory)
+        for method in run.methods:
+            memory |= method.measured_memory()
+        account = run.account
+        if found.shape is not None:
+            account = with_activations(account, run.settings, run.settings.model.dtype, found.shape)
+        report = Report(account, memory, found.traffic)
+        logger.info("where memory and communication of rank 0 go:\n%s", report.table())
+        if distributed.is_main():
+            write_json(run.folder / "accounting.json", report.record())
 
-    def _fix_mask(self, collector: MaskCollector | None) -> None:
-        """Choose the positions, give them to the layers and write ``mask.safetensors``."""
-        start, settings = time.monotonic(), self.run.settings
-        mask = fix_mask(self.layers, settings.mask, settings.training.seed, collector)
-        self._write_mask(mask)
-        entries = sum(layer.entries for layer in self.layers.values())
-        layers = sum(layer.entries > 0 for layer in self.layers.values())
-        seconds = time.monotonic() - start
-        source = self._mask_source
-        self.log.write(step=self.step, event="mask", source=source, entries=entries, layers=layers, seconds=seconds)
-        logger.info("mask (%s): %s entries in %d layers, %.1f s", source, f"{entries:,}", layers, seconds)
-
-    @property
-    def _mask_source(self) -> str:
-        """A score, or the folder or file that the positions came from."""
-        settings = self.run.settings
-        return settings.mask.load or settings.adapter.init_from or settings.mask.score
-
-    def _write_mask(self, mask: Mask) -> None:
-        """The first rank has it."""
-        with distributed.together():
-            if distributed.is_main():
-                origin = {"score": self._mask_source, "base": self.run.base["hash"]}
-                save_mask(mask, self.run.folder / "mask.safetensors", origin)
-
-    def _restart(self) -> None:
-        """Back to the beginning with the mask known: fresh A, B and values, the base's own modules, an empty optimizer."""
-        state = self.run.state
-        for name, own in self.run.whole_at_start.items():
-            state.write({name: zero.whole_of(state.parameters[name], own)})
-        for name, layer in self.layers.items():
-            state.write({f"{name}.{part}": tensor for part, tensor in layer.initial_parameters().items()})
-        self.run.state.reset_optimizer(self.run.state.groups)
-
-    def _draw(self, number: int) -> None:
-        """Draw the low-rank part again, unless the run was asked to stop: a resumed one then makes the same draw."""
-        if self._interrupted():
+    def _after_step(self) -> None:
+        """Evaluation and checkpoint, and the end if one was asked for."""
+        settings = self.run.settings.training
+        if self._done or (settings.eval_steps and self.step % settings.eval_steps == 0):
+            self._evaluation_due = True
+            if not self._stop:
+                self._evaluate()
+        if self._stop:
             self._leave()
-        assert self.run.drawing is not None
-        with peak_of(self.run, DRAWING) if DRAWING not in self.run.held else contextlib.nullcontext():
-            fields = self.run.drawing.draw(number)
-        self.log.write(step=self.step, event="draw", **fields)
-        logger.info(
-            "draw %d before step %d: %s", number, self.step + 1, describe_draw(fields, self.run.settings.draw.moments)
-        )
+        due = self._done or (settings.save_steps and self.step % settings.save_steps == 0)
+        if due or self._save_asked:
+            self.save()  # after the evaluation, so that a resumed run does not do it again
+            self._save_asked = False
 
     def _evaluate(self) -> None:
         run, data = self.run, self.run.eval_data
@@ -340,50 +333,47 @@ class Loop:
         shown = ", ".join(f"{name} {number:.4f}" for name, number in figures.items())
         logger.info("evaluation after step %d: %s (%.1f s)", self.step, shown, seconds)
 
+    def save(self) -> None:
+        """Write a checkpoint of the state between two steps."""
+        run = self.run
+        distributed.progress(f"checkpoint after step {self.step}")
+        phase = "done" if self._done else run.schedule.at(self.step).phase
+        folder, fields = save_state(
+            run.folder,
+            run.engine,
+            run.model,
+            run.state,
+            [state for method in run.methods if (state := method.state()) is not None],
+            Progress(self.step, phase, self.trained_tokens, self._evaluation_due),
+            run.identity,
+            keep=run.settings.training.keep_checkpoints,
+            for_deepspeed=run.settings.checkpoint.format == "deepspeed",
+        )
+        for method in run.methods:
+            method.saved(folder)
+        self.log.write(step=self.step, event="save", **fields)
+
+    def _leave_if_asked(self) -> None:
+        if self._interrupted():
+            self._leave()
+
     def _interrupted(self) -> bool:
         """Collective: was any rank asked to stop?"""
         self._stop = self._stop or distributed.any_rank(self.run.interruption.requested)
         return self._stop
 
-    def save(self) -> None:
-        """Write a checkpoint of the state between two steps."""
-        distributed.progress(f"checkpoint after step {self.step}")
-        fields = save_state(
-            self.run,
-            step=self.step,
-            trained_tokens=self.trained_tokens,
-            evaluation_due=self._evaluation_due,
-            collector=self.collector,
-        )
-        self.log.write(step=self.step, event="save", **fields)
+    def _leave(self) -> None:
+        self.save()
+        end_interrupted(self.run.folder, self.run.interruption.received, self.step, distributed.is_main())
 
-    def begin_with(self, start: StoredAdapter) -> None:
-        """Take the numbers and the mask of an adapter instead of fresh ones."""
-        if start.positions:
-            set_mask(self.run.model, start.positions)
-            with distributed.together():
-                self._write_mask(dict(start.positions) if distributed.is_main() else {})
-        self.run.state.write(start.trained)
-        logger.info(
-            "beginning with the %s adapter of %s", self.run.settings.method, self.run.settings.adapter.init_from
-        )
+    @property
+    def _done(self) -> bool:
+        return self.step >= self.run.schedule.total_steps
 
-    def restore(self, saved: Checkpoint, source: Path) -> None:
-        """Continue from a checkpoint in ``source``: the next step is the one that the interrupted run would have done."""
-        run = self.run
-        if run.drawing is not None and run.schedule.has_drawn(saved.step):
-            run.drawing.base.restore(saved.base_changes, saved.drift, SavedBase.of(source))
-        if saved.positions:
-            set_mask(run.model, saved.positions)
-            with distributed.together():
-                self._write_mask(dict(saved.positions) if distributed.is_main() else {})
-        run.state.write(saved.trained)
-        if saved.moments:
-            run.state.write_optimizer(saved.moments, saved.optimizer_scalars)
-        run.state.write_scaler(saved.loss_scaler)
-        self.step, self.trained_tokens = saved.step, saved.trained_tokens
-        self._evaluation_due = saved.evaluation_due
-        if not self._done and run.schedule.at(self.step).phase == "collect" and saved.collected_steps:
-            self._begin_collecting()
-            assert self.collector is not None
-            self.collector.restore(saved.collected, saved.collected_steps)
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every random stream for one step. Dropout then depends on (seed, step, rank), so nothing of it has to be saved."""
+    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, dtype=np.uint64)[0])
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)

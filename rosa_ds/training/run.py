@@ -6,50 +6,212 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rosa_ds import distributed, zero
-from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.adapters.state import StoredAdapter, save_adapter
+from rosa_ds.adapters.state import save_adapter
 from rosa_ds.adapters.targets import with_head
 from rosa_ds.checkpoints import checkpoint, deepspeed_format
-from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.checkpoints.checkpoint import Identity
 from rosa_ds.checkpoints.folder_lock import OTHER_HOST_SECONDS, hold_folder
 from rosa_ds.checkpoints.resume import check_resumable, read_checkpoint, run_of
-from rosa_ds.checkpoints.run_folder import check_free
+from rosa_ds.checkpoints.run_folder import MARK_FILE, check_free
 from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.deepspeed import DeepSpeedPlan, keep_batch
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import BatchPlan
-from rosa_ds.data.prepare import TokenSet
-from rosa_ds.memory.estimate import Account, predict, table
-from rosa_ds.memory.measuring import full_account
+from rosa_ds.memory.account import Account, table
+from rosa_ds.memory.estimate import predict
+from rosa_ds.memory.measuring import longest, with_activations
+from rosa_ds.methods import Restart, build_methods, memory_terms
 from rosa_ds.methods.sparse import check_loaded_mask, check_mask_file
-from rosa_ds.methods.subspace import Drawing
-from rosa_ds.methods.subspace_base import ChangedBase
 from rosa_ds.models.load import download, identify, load_tokenizer
-from rosa_ds.training.context import Run
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
 from rosa_ds.training.init_adapter import begin_from, check_start
-from rosa_ds.training.interrupt import MARK_FILE, Interruption
-from rosa_ds.training.loop import Loop
+from rosa_ds.training.interrupt import Interruption
+from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
-from rosa_ds.training.schedule import Schedule
 from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets
 from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.files import move_aside, write_json
 from rosa_ds.utils.logs import begin_log, log_to
-from rosa_ds.zero.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
+
+
+def train(command: CommandLine) -> Path:
+    """Do a whole run, or the rest of one; every rank calls it.
+
+    Returns: the run's folder.
+    Raises:
+        ValueError: anything that is wrong with settings, model or data, before anything is written.
+        RunError: the run cannot go on.
+        InterruptedRunError: SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) came; the state is saved.
+    """
+    try:
+        with Interruption() as interruption:
+            return _train(command, interruption)
+    except RunError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        stage = command.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        raise RunError(explain_loading(command.config, stage, error)) from error
+
+
+def _train(command: CommandLine, interruption: Interruption) -> Path:
+    begin_log()
+    _fill_caches(command.config)
+    plan, settings = _join_ranks(command)
+    output = Path(settings.training.output_dir)
+    _hold_output_folder(output, resumes=command.resume is not None)
+
+    # A resumed run takes from its checkpoint what only the number of ranks decided.
+    source, saved = read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
+    plan = keep_batch(plan, command.deepspeed, saved.batch_size) if saved is not None else plan
+
+    # Data come before the model: what is wrong with them is told before weights are read.
+    mask = None if settings.mask.load is None or (saved and saved.positions) else Path(settings.mask.load)
+    with distributed.together():
+        if mask is not None:
+            check_mask_file(mask, output)
+    # One main_first() in a block of together(): a rank that fails must not skip a barrier.
+    with distributed.together(), distributed.main_first():
+        tokenizer = load_tokenizer(settings.model)
+    with distributed.together():
+        settings, data, eval_data = prepare_data(settings, tokenizer)
+
+    # The base, what an adapter that the run begins with decides, and the adapters; sharded at stage 3.
+    model, weights, pad_id = load_checked_base(settings, plan, tokenizer, data, eval_data)
+    with distributed.together():
+        base = identify(settings.model)
+    settings, start = begin_from(settings, model, base, saved)
+    warn_of(settings)
+    settings = with_head(settings, model)
+    with distributed.together():
+        adapt(model, weights, settings, plan)
+        if start is not None:
+            check_start(settings, model, start)
+        if mask is not None:
+            check_loaded_mask(mask, model)
+
+    # All ranks have the same input, and a resumed run the same as before.
+    record = {**settings.model_dump(), "deepspeed": plan.record()}
+    identity = Identity(record, plan.batch_size, base, data.digest())
+    if not distributed.same_everywhere(f"{base['hash']} {identity.data}".encode()):
+        raise ValueError(
+            f"the ranks see different weights of {settings.model.name_or_path} or different examples of {settings.data.train}: "
+            "give folders that all hosts share, or the same files on each"
+        )
+    if saved is not None:
+        with distributed.together():
+            check_resumable(saved, identity)
+
+    # The schedule, and before DeepSpeed takes the parameters what a restart puts back; then the engine.
+    batches = BatchPlan(
+        lengths=data.lengths,
+        batch_size=plan.batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        world_size=distributed.world_size(),
+        seed=settings.training.seed,
+        sort_by_length=settings.data.batching == "sorted",
+    )
+    schedule = build_schedule(settings, batches.steps_per_epoch)
+    methods = build_methods(model, settings, schedule)
+    restarts = schedule.restart and schedule.mask_steps > 0
+    restart = Restart(model, parameter_groups(model).get("whole", {}) if restarts else {})
+    engine, state = build_engine(model, settings, plan)
+    if settings.adapter.partition_positions and plan.stage < 3:
+        divide_positions(model)
+    recomputes = bool(settings.training.gradient_checkpointing)
+    account = predict(model, plan, memory_terms(model, plan, settings), recomputes)
+    logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
+
+    folder = _open_folder(settings, plan, account, source, saved.step if saved else 0)
+    run = Run(
+        settings=settings,
+        folder=folder,
+        model=model,
+        engine=engine,
+        state=state,
+        methods=methods,
+        restart=restart,
+        schedule=schedule,
+        batches=batches,
+        data=data,
+        eval_data=eval_data,
+        pad_id=pad_id,
+        identity=identity,
+        account=account,
+        interruption=interruption,
+    )
+    distributed.start_watch(60 * settings.training.stall_minutes)
+    with contextlib.ExitStack() as closing:
+        closing.callback(distributed.stop_watch)
+        closing.enter_context(_explained(run, plan))
+        with distributed.together():
+            due = saved is not None and saved.evaluation_due
+            resumed_at = saved.step if saved is not None else 0
+            written = folder if distributed.is_main() else None
+            log = MetricsLog(written, settings.training.tensorboard, resumed_at, due)
+            closing.callback(log.close)
+        loop = Loop(run, log)
+        if saved is not None and source is not None:
+            begun = time.monotonic()
+            loop.restore(saved, source)
+            saved.release()
+            logger.info("state restored in %.2f s", time.monotonic() - begun)
+        if start is not None:
+            loop.begin_with(start)
+            start.close()
+        loop.train()
+        _save_result(run, tokenizer)
+    logger.info("done: %s; merge it into its base with: rosa-ds export %s OUT", folder, folder)
+    return folder
+
+
+def _fill_caches(settings: RunConfig) -> None:
+    """What may take long and needs no other rank, on the first rank of each node, before the ranks wait for each other in
+    collectives: download and tokenise. An error is left to the same work later, which tells it to all ranks.
+    """
+    if distributed.planned_local_rank():
+        return
+    with contextlib.suppress(ValueError, OSError):
+        prepare_sets(settings, load_tokenizer(settings.model))
+        download(settings.model)
+
+
+def _join_ranks(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
+    """Join the other ranks, and resolve what the settings leave open and their number decides."""
+    training = command.config.training
+    # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
+    usual = max(120.0, 2 * training.stall_minutes) if training.stall_minutes else 7 * 24 * 60.0
+    zero.initialize(training.timeout_minutes or usual)
+    threads, ranks = distributed.use_threads(), distributed.world_size()
+    plan, settings = settle(command, ranks, distributed.gpu_has_bfloat16())
+    if plan.dtype == "float16" and not zero.has_float16():
+        raise ValueError(
+            f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
+        )
+    logger.info("%d ranks, %d threads each, ZeRO-%d, %s; %s", ranks, threads, plan.stage, plan.dtype, plan.step())
+    return plan, settings
+
+
+def _hold_output_folder(folder: Path, resumes: bool) -> None:
+    """Lock the folder for this process, so that no other run writes there. Raises: ValueError for one that holds no run."""
+    with distributed.together():
+        if distributed.is_main():
+            if not resumes:
+                check_free(folder)
+            hold_folder(folder, wait_seconds=OTHER_HOST_SECONDS if resumes else 0.0)
+            (folder / MARK_FILE).unlink(missing_ok=True)
 
 
 def _open_folder(
@@ -86,227 +248,34 @@ def _open_folder(
     return folder
 
 
-def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
-    """``adapter/`` in the run's folder: what training added to the base, in float32."""
-    distributed.progress("saving the adapter")
-    tensors = run.state.read()
-    # the last checkpoint has the base as the draws have left it; no rank need ever hold it
-    saved = run.drawing.base.saved if run.drawing is not None else None
-    base_files = [saved.folder / name for name in saved.files] if saved is not None else None
-    partitioned = any(zero.is_partitioned(parameter) for parameter in run.model.parameters())
-    with distributed.together():
-        if distributed.is_main() or partitioned:
-            save_adapter(run.model, run.folder / "adapter", run.base, tensors, base_files)
-        if distributed.is_main():
-            tokenizer.save_pretrained(run.folder / "tokenizer")
-
-
-def _make_drawing(model: PreTrainedModel, state: TrainedState, settings: RunConfig) -> Drawing | None:
-    if not settings.parts.resampled:
-        return None
-    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.rank}
-    if not layers:
-        raise ValueError(f"method {settings.method} has nothing to draw: adapter.rank_pattern gives every layer rank 0")
-    return Drawing(ChangedBase(layers, settings.draw), state, settings.draw, settings.training.seed)
-
-
-def _check_same_input(settings: RunConfig, base: Mapping[str, Any], data: str) -> None:
-    """Raise ValueError unless all ranks see the same weights and the same examples."""
-    if not distributed.same_everywhere(f"{base['hash']} {data}".encode()):
-        raise ValueError(
-            f"the ranks see different weights of {settings.model.name_or_path} or different examples of {settings.data.train}: "
-            "give folders that all hosts share, or the same files on each"
-        )
-
-
-def train(command: CommandLine) -> Path:
-    """Do a whole run, or the rest of one; every rank calls it.
-
-    Returns: the run's folder.
-    Raises:
-        ValueError: anything that is wrong with settings, model or data, before anything is written.
-        RunError: the run cannot go on.
-        InterruptedRunError: SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) came; the state is saved.
-    """
+@contextlib.contextmanager
+def _explained(run: Run, plan: DeepSpeedPlan) -> Iterator[None]:
+    """Lack of memory and ranks that are gone become RunErrors that say what helps."""
     try:
-        with Interruption() as interruption:
-            return _train(command, interruption)
-    except RunError:
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        stage = command.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        raise RunError(explain_loading(command.config, stage, error)) from error
-
-
-def _fill_caches(settings: RunConfig) -> None:
-    """What may take long and needs no other rank, on the first rank of each node, before the ranks wait for each other in
-    collectives: download and tokenise. An error is left to the same work later, which tells it to all ranks.
-    """
-    if distributed.planned_local_rank():
-        return
-    with contextlib.suppress(ValueError, OSError):
-        prepare_sets(settings, load_tokenizer(settings.model))
-        download(settings.model)
-
-
-def _begin(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
-    """Join the other ranks, settle what the settings leave open, and take the run's folder."""
-    training = command.config.training
-    begin_log()
-    _fill_caches(command.config)
-    # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
-    usual = max(120.0, 2 * training.stall_minutes) if training.stall_minutes else 7 * 24 * 60.0
-    zero.initialize(training.timeout_minutes or usual)
-    threads, ranks = distributed.use_threads(), distributed.world_size()
-    plan, settings = settle(command, ranks, distributed.gpu_has_bfloat16())
-    if plan.dtype == "float16" and not zero.has_float16():
-        raise ValueError(
-            f"float16 does not train on this device ({distributed.device().type}): use bfloat16 or float32"
-        )
-    logger.info("%d ranks, %d threads each, ZeRO-%d, %s; %s", ranks, threads, plan.stage, plan.dtype, plan.step())
-    with distributed.together():
-        if distributed.is_main():
-            folder = Path(settings.training.output_dir)
-            if command.resume is None:
-                check_free(folder)
-            hold_folder(folder, wait_seconds=OTHER_HOST_SECONDS if command.resume is not None else 0.0)
-            (folder / MARK_FILE).unlink(missing_ok=True)
-    return plan, settings
-
-
-def _plan_batches(settings: RunConfig, plan: DeepSpeedPlan, data: TokenSet) -> BatchPlan:
-    return BatchPlan(
-        lengths=data.lengths,
-        batch_size=plan.batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        world_size=distributed.world_size(),
-        seed=settings.training.seed,
-        sort_by_length=settings.data.batching == "sorted",
-    )
-
-
-def _whole_at_start(model: nn.Module, schedule: Schedule) -> dict[str, Tensor]:
-    """This rank's numbers of modules that are trained whole, where a restart will put them back."""
-    if not (schedule.restart and schedule.mask_steps > 0):
-        return {}
-    whole = parameter_groups(model).get("whole", {})
-    return {name: zero.own_numbers(p).float().cpu().clone() for name, p in whole.items()}
-
-
-def _read(
-    settings: RunConfig, mask: Path | None
-) -> tuple[RunConfig, PreTrainedTokenizerBase, TokenSet, TokenSet | None]:
-    """The settings with what the data decides, the tokenizer, and the data. Raises: ValueError on all ranks."""
-    with distributed.together():
-        if mask is not None:
-            check_mask_file(mask, Path(settings.training.output_dir))
-    # in one block no more than one thing that the first rank of a node does first: a rank that fails must not skip a barrier
-    with distributed.together(), distributed.main_first():
-        tokenizer = load_tokenizer(settings.model)
-    with distributed.together():
-        settings, data, eval_data = prepare_data(settings, tokenizer)
-    return settings, tokenizer, data, eval_data
-
-
-def _train(command: CommandLine, interruption: Interruption) -> Path:
-    plan, settings = _begin(command)
-    source, saved = read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
-    plan = keep_batch(plan, command.deepspeed, saved.batch_size) if saved is not None else plan
-    # a checkpoint has the positions themselves
-    mask = None if settings.mask.load is None or (saved and saved.positions) else Path(settings.mask.load)
-    settings, tokenizer, data, eval_data = _read(settings, mask)
-    model, numbers, pad_id = load_checked_base(settings, plan, tokenizer, data, eval_data)
-    with distributed.together():
-        base = identify(settings.model)
-    settings, start = begin_from(settings, model, base, saved)
-    warn_of(settings)
-    settings = with_head(settings, model)
-    with distributed.together():
-        adapt(model, numbers, settings, plan)
-        if start is not None:
-            check_start(settings, model, start)
-        if mask is not None:
-            check_loaded_mask(mask, model)
-    data_digest = data.digest()
-    _check_same_input(settings, base, data_digest)
-    record = {**settings.model_dump(), "deepspeed": plan.record()}
-    if saved is not None:
-        with distributed.together():
-            check_resumable(saved, record, plan.batch_size, base, data_digest)
-    batches = _plan_batches(settings, plan, data)
-    schedule = build_schedule(settings, batches.steps_per_epoch)
-    at_start = _whole_at_start(model, schedule)
-    engine, state = build_engine(model, settings, plan)
-    if settings.adapter.partition_positions and plan.stage < 3:
-        divide_positions(model)
-    drawing = _make_drawing(model, state, settings)
-    account = predict(model, plan, settings)
-    logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
-    run = Run(
-        settings=settings,
-        folder=_open_folder(settings, plan, account, source, saved.step if saved else 0),
-        model=model,
-        engine=engine,
-        state=state,
-        schedule=schedule,
-        batches=batches,
-        data=data,
-        data_digest=data_digest,
-        eval_data=eval_data,
-        pad_id=pad_id,
-        base=base,
-        account=account,
-        interruption=interruption,
-        record=record,
-        drawing=drawing,
-        whole_at_start=at_start,
-        plan=plan,
-    )
-    _train_and_save(run, saved, source, start, tokenizer)
-    return run.folder
-
-
-def _train_and_save(
-    run: Run,
-    saved: Checkpoint | None,
-    source: Path | None,
-    start: StoredAdapter | None,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    folder = run.folder if distributed.is_main() else None
-    distributed.start_watch(60 * run.settings.training.stall_minutes)
-    log = None
-    try:
-        with distributed.together():
-            due = saved is not None and saved.evaluation_due
-            log = MetricsLog(folder, run.settings.training.tensorboard, saved.step if saved else 0, due)
-        loop = Loop(run, log)
-        if saved is not None and source is not None:
-            begun = time.monotonic()
-            loop.restore(saved, source)
-            saved.release()
-            logger.info("state restored in %.2f s", time.monotonic() - begun)
-        if start is not None:
-            loop.begin_with(start)
-            start.close()
-        loop.train()
-        _save_result(run, tokenizer)
+        yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            plan = run.plan
-            raise RunError(
-                explain_memory(full_account(run), run.settings, plan.stage, plan.micro_batch_size, error)
-            ) from error
+            shape = longest(run.data, plan.micro_batch_size, run.pad_id)
+            account = with_activations(run.account, run.settings, plan.dtype, shape)
+            raise RunError(explain_memory(account, run.settings, plan.stage, plan.micro_batch_size, error)) from error
         if isinstance(error, MemoryError) or not distributed.lost_contact(error):
             raise
         raise RunError(
             f"another rank is gone: {distributed.describe_ranks()}; go on with --resume ({error}). Its launcher prints its exit "
             f"status: {all_statuses()}"
         ) from error
-    finally:
-        distributed.stop_watch()
-        if log is not None:
-            log.close()
-    logger.info("done: %s; merge it into its base with: python launch/export.py %s OUT", run.folder, run.folder)
+
+
+def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
+    """``adapter/`` in the run's folder: what training added to the base, in float32."""
+    distributed.progress("saving the adapter")
+    tensors = run.state.read()
+    # the last checkpoint has the base as methods have left it; no rank need ever hold it
+    saved = next((method.saved_base for method in run.methods if method.saved_base is not None), None)
+    base_files = [saved.folder / name for name in saved.files] if saved is not None else None
+    partitioned = any(zero.is_partitioned(parameter) for parameter in run.model.parameters())
+    with distributed.together():
+        if distributed.is_main() or partitioned:
+            save_adapter(run.model, run.folder / "adapter", run.identity.base, tensors, base_files)
+        if distributed.is_main():
+            tokenizer.save_pretrained(run.folder / "tokenizer")

@@ -90,7 +90,7 @@ def _own_process(program: str, arguments: tuple[str, ...], folder: Path, environ
     with (
         mock.patch.dict(os.environ, {**kept, **environ}, clear=True),
         mock.patch.object(sys, "argv", [f"launch/{program}.py", *arguments]),
-        mock.patch.object(group, "_joined", False),
+        mock.patch.object(group, "_on_leave", []),
         mock.patch.object(folder_lock, "_held", []),
         mock.patch.object(sys, "excepthook", sys.excepthook),  # joining a process group wraps it
         mock.patch.object(training, "build_engine", _not_refused),
