@@ -13,18 +13,10 @@ from typing import Any
 from transformers import LlamaConfig
 
 from rosa_ds.config.command_line import CommandLine
+from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, WORKING
 from rosa_ds.memory.activation_tracer import Shape
-from rosa_ds.memory.estimate import (
-    ACTIVATIONS,
-    BUCKETS,
-    COLLECTED,
-    COLLECTING,
-    DRAWING,
-    GATHERED,
-    PLANS,
-    WORKING,
-    WORKSPACE,
-)
+from rosa_ds.methods.sparse import COLLECTED, COLLECTING, PLANS
+from rosa_ds.methods.subspace import DRAWING, WORKSPACE
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
 from rosa_ds.utils.files import write_json
 
