@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT 0.21 calls it
 ]
 
-RUNS = str(ROOT / "tests" / "classifier_runs.py")
+RUNS = str(ROOT / "tests" / "support" / "classifier_runs.py")
 TASK = ("--model.task", "classification", "--training.learning_rate", "5e-3", "--adapter.low_rank_lr", "5e-3")
 SHORT = ("--mask.warmup_steps", "2", "--training.max_steps", "5", "--training.save_steps", "1")
 MORE = (*SHORT, "--training.keep_checkpoints", "20", "--adapter.rank", "4", "--adapter.density", "0.02")

@@ -31,7 +31,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.mark.timeout(900)
 def test_slurm_stops_requeues_and_resumes_on_the_node_that_is_left(slurm: Cluster, tmp_path: Path) -> None:
-    """``python tests/slurm_cluster.py`` also reaches a time limit, which SLURM takes half a minute to notice."""
+    """``python tests/support/slurm_cluster.py`` also reaches a time limit, which SLURM takes half a minute to notice."""
     steps = 20
     expected = slurm_cluster.straight(slurm, tmp_path / "straight", steps)
     stops = [("scancel --signal=USR1", 5), ("scontrol requeue", 12)]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import rosa_ds
+from launching import ROOT
 from rosa_ds.checkpoints import folder_lock
 from rosa_ds.comparing import children
 from rosa_ds.comparing.children import Children
@@ -28,7 +29,7 @@ from rosa_ds.models.load import identify, load_model
 from rosa_ds.utils.errors import InterruptedRunError, RunError
 from rosa_ds.utils.files import write_manifest
 
-FAKE = Path(__file__).with_name("fake_run.py")
+FAKE = ROOT / "tests" / "support" / "fake_run.py"
 LR = "adapter.low_rank_lr"
 STUDY: dict[str, Any] = {
     "name": "small",
@@ -393,7 +394,7 @@ def test_settings_reach_the_runs_as_they_are(workshop: Workshop) -> None:
 
 
 def test_every_recipe_is_a_study(tmp_path: Path) -> None:
-    recipes = sorted((FAKE.parent.parent / "launch" / "recipes").glob("study_*.json"))
+    recipes = sorted((ROOT / "launch" / "recipes").glob("study_*.json"))
     assert recipes
     for path in recipes:
         study = read_study(path)

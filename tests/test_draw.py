@@ -26,7 +26,7 @@ from rosa_ds.utils.files import manifest_problem, write_manifest
 
 SUBSPACE = ("--method", "subspace", *faults.DRAWS)
 Losses = list[tuple[int, str, float]]
-CHECKS = ROOT / "tests" / "draw_ranks.py"
+CHECKS = ROOT / "tests" / "support" / "draw_ranks.py"
 
 
 @pytest.mark.ranks

@@ -103,7 +103,7 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: py
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, expected: list[tuple[int, str, float]]) -> None:
-    """Two kills; ``python tests/faults.py`` does many."""
+    """Two kills; ``python tests/support/faults.py`` does many."""
     faults.trial(tmp_path, expected, 2, random.Random(int(time.time())))
 
 

@@ -126,7 +126,7 @@ def test_layers_that_only_the_whole_model_has(llama: LlamaForCausalLM) -> None:
 
 @pytest.mark.ranks
 def test_every_term_is_what_two_ranks_hold(tmp_path: Path) -> None:
-    script = str(ROOT / "tests" / "plan_table.py")
+    script = str(ROOT / "tests" / "support" / "plan_table.py")
     run("fork", 2, script, "tiny", str(tmp_path), "3", "robust,subspace", cwd=tmp_path)
     found = json.loads((tmp_path / "ranks-2.json").read_text())
     assert set(found) == {"3-robust", "3-subspace"}

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from launching import ROOT, run
 
-CHECKS = ROOT / "tests" / "zero3_ranks.py"
+CHECKS = ROOT / "tests" / "support" / "zero3_ranks.py"
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_no_rank_holds_the_base_while_it_is_loaded(tmp_path: Path) -> None:
     largest = max(parameter.nbytes for parameter in model.parameters())
     assert size > 200e6
     model.save_pretrained(tmp_path / "base", max_shard_size=shard)
-    run("torchrun", 4, str(ROOT / "tests" / "zero3_memory.py"), str(tmp_path / "base"), cwd=tmp_path)
+    run("torchrun", 4, str(ROOT / "tests" / "support" / "zero3_memory.py"), str(tmp_path / "base"), cwd=tmp_path)
     adapters = 25e6  # A, B, values and positions of all layers with rank 16, undivided
     for rank in range(4):
         grown = json.loads((tmp_path / f"memory-{rank}.json").read_text())

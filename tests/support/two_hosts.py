@@ -1,4 +1,4 @@
-"""A run on two hosts, one of which is cut off in the middle: ``python tests/two_hosts.py``.
+"""A run on two hosts, one of which is cut off in the middle: ``python tests/support/two_hosts.py``.
 
 The hosts are those of ``hosts.py``, with ssh between them, a hostfile and the ``deepspeed`` launcher, one rank each. The run has
 to end by itself with a reason, and to go on, on the host that is left, to the losses of a run that nobody disturbed.

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
 SMALL = ("--data.train", "builtin:sql[:96]", "--data.eval", "builtin:sql[:16]")
 
@@ -108,7 +108,7 @@ def _fork(ranks: int, arguments: tuple[str, ...], cwd: Path, timeout: float) -> 
     """Exit status and output of a run whose ranks are forked; the process that forks them is kept for the next."""
     global _forking
     if _forking is None or _forking.poll() is not None:
-        program = [sys.executable, str(ROOT / "tests" / "forking.py")]
+        program = [sys.executable, str(ROOT / "tests" / "support" / "forking.py")]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         _forking = subprocess.Popen(program, **pipes, env=environment(), text=True, start_new_session=True)
     assert _forking.stdin

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine, and a run that goes through it: ``python tests/slurm_cluster.py``.
+"""A real SLURM of two nodes on this machine, and a run that goes through it: ``python tests/support/slurm_cluster.py``.
 
 The nodes are hosts of ``hosts.py``. ``launch/slurm/train.sbatch`` is submitted as it is, asked to stop in each of the ways
 SLURM has, put back into the queue, and ends on one node. Prints what happened and compares the losses.

@@ -1,6 +1,6 @@
-"""Plan against measurement: ``torchrun --nproc_per_node N tests/plan_table.py MODEL OUT [STAGES] [METHODS]``, one short run after another.
+"""Plan against measurement: ``torchrun --nproc_per_node N tests/support/plan_table.py MODEL OUT [STAGES] [METHODS]``, one short run after another.
 
-Writes ``OUT/ranks-N.json``; ``python tests/plan_table.py MODEL OUT table`` makes one table of all of them.
+Writes ``OUT/ranks-N.json``; ``python tests/support/plan_table.py MODEL OUT table`` makes one table of all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def write_rows(path: Path) -> None:
 
 
 def arguments(model: str, out: Path, stage: int, method: str) -> list[str]:
-    config = Path(__file__).parent.parent / "ds_configs" / f"zero{stage}.json"
+    config = Path(__file__).resolve().parents[2] / "ds_configs" / f"zero{stage}.json"
     settings = {
         "model.name_or_path": model,
         "model.dtype": "float32",

@@ -29,7 +29,7 @@ from rosa_ds.zero import trained_state
 from rosa_kernels.testing import relative_rms
 
 MODEL = Path(sys.argv[1])
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.arange(3, 25).view(2, 11)
 LR = 0.01
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)

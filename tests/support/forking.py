@@ -1,4 +1,4 @@
-"""Ranks without their start: ``python tests/forking.py`` imports everything once, then forks the ranks of one run after another.
+"""Ranks without their start: ``python tests/support/forking.py`` imports everything once, then forks the ranks of one run after another.
 
 Each request is a line of JSON on standard input (arguments, ranks, port, cwd, environment, output), each answer a line with the
 run's exit status. A rank finds what ``torchrun`` would give it; only the seconds of importing are gone, which are most of a

@@ -1,4 +1,4 @@
-"""Kill ranks of a run at random moments and resume it, again and again: ``python tests/faults.py --kills 30``.
+"""Kill ranks of a run at random moments and resume it, again and again: ``python tests/support/faults.py --kills 30``.
 
 With ``--method subspace`` the run draws before every other step, and some kills fall into a draw or right after one.
 
