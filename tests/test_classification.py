@@ -245,7 +245,7 @@ def test_gradients_are_those_of_a_dense_model(tmp_path: Path, kind: str) -> None
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     expected, loss = reference(model, batch)
-    found = token_loss_sum(model.train(), batch, CPU, selects=False)
+    found = token_loss_sum(model.train(), batch, CPU)
     assert found.item() == pytest.approx(loss, rel=1e-6)
     found.backward()
     checked = 0
@@ -283,12 +283,12 @@ def test_the_loss_does_not_hang_on_the_split(tmp_path: Path, kind: str) -> None:
         [[i] for i in reversed(range(10))],
         [[-1, -1]],
     ]
-    sums = [sum(token_loss_sum(model, data.batch(part, pad), CPU, False).item() for part in split) for split in splits]
+    sums = [sum(token_loss_sum(model, data.batch(part, pad), CPU).item() for part in split) for split in splits]
     assert sums[1] == pytest.approx(sums[0], rel=1e-6)
     assert sums[2] == pytest.approx(sums[0], rel=1e-6)
     assert sums[3] == 0.0
     assert sum(data.batch(part, pad).trained_tokens for part in splits[1]) == 10 == int(data.trained.sum())
-    figures = evaluate(model, data, 3, pad, False)
+    figures = evaluate(model, data, 3, pad)
     assert figures is not None
     assert figures["loss"] == pytest.approx(sums[0] / 10, rel=1e-6)
 
@@ -322,7 +322,7 @@ def test_figures(tmp_path: Path) -> None:
         "scores": {"accuracy": 0.0},
     }
     data = prepare_labelled(path, "eval", tokenizer, DataSettings(), ["fine", "poor", "soup"])
-    figures = evaluate(model, data, 4, int(tokenizer.pad_token_id), False)
+    figures = evaluate(model, data, 4, int(tokenizer.pad_token_id))
     assert figures is not None
     assert figures["accuracy"] == pytest.approx(0.7)
     assert scores(np.array([1, 1]), np.array([1, 1]))["mcc"] == 0.0
@@ -366,4 +366,4 @@ def test_rows_beyond_the_positions(tmp_path: Path, kind: str, known: int | None)
         else:
             check_positions(model, {"rows": data})
             pad = settle_padding(model, load_tokenizer(settings(tmp_path / "base")))
-            assert torch.isfinite(token_loss_sum(model, data.batch(range(count), pad), CPU, False))
+            assert torch.isfinite(token_loss_sum(model, data.batch(range(count), pad), CPU))

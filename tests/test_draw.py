@@ -74,7 +74,7 @@ def test_the_saved_adapter_is_the_trained_model(straight: tuple[Path, Losses], t
     data = prepare("builtin:sql[:16]", "eval", tokenizer, RunConfig().data)
     last = [line["loss"] for line in metrics(straight[0]) if line.get("event") == "eval"][-1]
     for model in (load_adapted(source, torch.float32), load_merged(source, torch.float32)):
-        assert evaluate(model, data, 8, tokenizer.pad_token_id, True)["loss"] == pytest.approx(last, rel=1e-5)
+        assert evaluate(model, data, 8, tokenizer.pad_token_id)["loss"] == pytest.approx(last, rel=1e-5)
 
 
 @pytest.mark.ranks

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutput
 
 from rosa_ds.config.schema import ModelSettings
+from rosa_ds.data.batches import collate
+from rosa_ds.data.tokenise import Tokens
 from rosa_ds.models.load import TINY_FOLDER, identify, load_model, load_tokenizer, stored_dtype
+from rosa_ds.models.loss import batch_logits
 from rosa_ds.models.pretrain_tiny import build_model, build_tokenizer, pretrain
 
 
@@ -136,3 +142,33 @@ def test_a_model_beside_somebodys_checkpoints_is_a_model(tmp_path: Path) -> None
     (folder / "checkpoints").mkdir()
     (folder / "metrics.jsonl").write_text("{}\n")
     assert load_model(ModelSettings(name_or_path=str(folder)), torch.float32).num_parameters() > 0
+
+
+class Counting(nn.Module):
+    """Says of each position its number, and has no way to leave positions out."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> CausalLMOutput:
+        return CausalLMOutput(logits=torch.arange(input_ids.shape[1]).expand_as(input_ids)[..., None].float())
+
+
+class Selecting(Counting):
+    def forward(self, logits_to_keep: Tensor, **inputs: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=super().forward(**inputs).logits[:, logits_to_keep])
+
+
+class Engine(nn.Module):
+    """As DeepSpeed's: takes any arguments for the model that it wraps."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return self.module(*arguments, **named)
+
+
+@pytest.mark.parametrize("model", [Counting(), Selecting(), Engine(Counting()), Engine(Selecting())])
+def test_logits_of_the_positions_with_a_target(model: nn.Module) -> None:
+    """Computed alone where the model can (it would else miss an argument), also behind an engine."""
+    batch = collate([Tokens([5, 6, 7, 8], [False, False, True, True]), Tokens([5, 6], [False, False])], pad_id=0)
+    assert batch_logits(model, batch, torch.device("cpu")).tolist() == [[[1.0], [2.0]]] * 2

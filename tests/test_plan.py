@@ -53,7 +53,7 @@ def measure(model: Any, settings: RunConfig, shape: Shape, checkpointing: bool) 
         live.know(tensor)
     with live:
         with saved:
-            loss = token_loss_sum(model, batch, torch.device("cpu"), selects=True)
+            loss = token_loss_sum(model, batch, torch.device("cpu"))
         kept = saved.bytes
         watch_gradients(model, live)
         loss.backward()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,23 +84,6 @@ class Batch:
     def trained_tokens(self) -> int:
         return int((self.targets != IGNORE).sum())
 
-    def logits(self, model: Any, device: torch.device, selects: bool) -> Tensor:
-        """What a model, or its DeepSpeed engine, says of each target.
-
-        Args:
-            selects: it computes logits of chosen positions alone; otherwise those of all positions are selected from.
-
-        Shapes: result (B, K, classes or tokens), the model's dtype.
-        """
-        kept = self.kept.to(device)
-        logits: Tensor = model(
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            use_cache=False,
-            **({"logits_to_keep": kept} if selects else {}),
-        ).logits
-        return logits if selects else logits[:, kept]
-
 
 @dataclasses.dataclass(frozen=True)
 class LabelledBatch(Batch):
@@ -111,12 +93,6 @@ class LabelledBatch(Batch):
     """
 
     types: Tensor | None
-
-    def logits(self, model: Any, device: torch.device, selects: bool) -> Tensor:
-        """See :meth:`Batch.logits`. Shapes: result (B, 1, classes)."""
-        types = {} if self.types is None else {"token_type_ids": self.types.to(device)}
-        made = model(input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device), **types)
-        return made.logits[:, None]
 
 
 def collate(examples: Sequence[Tokens], pad_id: int) -> Batch:

@@ -77,7 +77,7 @@ def classify(
         mine.update(zip(indices.tolist(), logits.argmax(-1).flatten().tolist(), strict=True))
 
     with torch.inference_mode():
-        visit_batches(model, data, batch_size, pad_id, False, take)
+        visit_batches(model, data, batch_size, pad_id, take)
     found = {index: number for part in distributed.gather_objects(mine) for index, number in part.items()}
     labels, predictions = data.labels(), np.asarray([found[index] for index in range(len(data))], dtype=np.int64)
     samples = [

@@ -19,7 +19,7 @@ from rosa_ds.data.prepare import prepare
 from rosa_ds.evaluation.generate import Generation, generate
 from rosa_ds.evaluation.questions import load_questions
 from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, check_references, interval, over_all
-from rosa_ds.models.loss import accepts_kept_positions, losses_of
+from rosa_ds.models.loss import losses_of
 from rosa_ds.training.evaluate import visit_batches
 from rosa_ds.training.model import check_positions
 
@@ -91,7 +91,7 @@ def perplexity(
         losses = losses_of(logits, batch.targets.to(logits.device))
         sums[torch.from_numpy(indices)] = losses.double().sum(dim=1).cpu()
 
-    visit_batches(model, data, batch_size, tokenizer.pad_token_id, accepts_kept_positions(model), add)
+    visit_batches(model, data, batch_size, tokenizer.pad_token_id, add)
     sums = distributed.sum_over_ranks(sums.to(distributed.device())).cpu()
     loss = float(sums.sum()) / int(data.trained.sum())
     figures: dict[str, Any] = {"perplexity": math.exp(loss), "loss": loss, "examples": len(data)}

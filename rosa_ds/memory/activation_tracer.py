@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rosa_ds.data.batches import Batch, LabelledBatch
-from rosa_ds.models.loss import accepts_kept_positions, token_loss_sum
+from rosa_ds.models.loss import token_loss_sum
 from rosa_ds.models.quantized import Form
 from rosa_ds.models.task import is_classifier, uses_types
 
@@ -228,13 +228,14 @@ def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
         ids = torch.zeros(rows, length, dtype=torch.int64)
         batch = _batch(model, ids, kept)
 
-        def masked(**arguments: Any) -> Any:
-            return model(**(arguments | {"attention_mask": mask}))
+        def with_mask(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            return arguments, named | {"attention_mask": mask}
 
-        with _attention_of(model, shape.padded), _dequantising(), live:
+        masked = model.register_forward_pre_hook(with_mask, with_kwargs=True)
+        with masked, _attention_of(model, shape.padded), _dequantising(), live:
             saved = SavedBytes(model)
             with saved:
-                loss = token_loss_sum(masked, batch, torch.device("cpu"), accepts_kept_positions(model))
+                loss = token_loss_sum(model, batch, torch.device("cpu"))
             known = saved.bytes
             grads = watch_gradients(model, live)
             loss.backward()

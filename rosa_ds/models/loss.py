@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rosa_ds.data.batches import IGNORE, Batch
+from rosa_ds.data.batches import IGNORE, Batch, LabelledBatch
 
 
-def accepts_kept_positions(model: nn.Module) -> bool:
-    """Whether the model computes logits of chosen positions alone (transformers' ``logits_to_keep``)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def token_loss_sum(model: Any, batch: Batch, device: torch.device, selects: bool) -> Tensor:
+def token_loss_sum(model: Any, batch: Batch, device: torch.device) -> Tensor:
     """Sum of the negative log-likelihoods of a batch's targets, float32; 0 with gradients where there is no target.
 
     Args:
         model: the model or its DeepSpeed engine.
-        selects: see :func:`accepts_kept_positions`.
     """
-    return loss_of(batch.logits(model, device, selects), batch.targets.to(device))
+    return loss_of(batch_logits(model, batch, device), batch.targets.to(device))
+
+
+def batch_logits(model: Any, batch: Batch, device: torch.device) -> Tensor:
+    """What a model, or its DeepSpeed engine, says of each target of a batch.
+
+    Shapes: result (B, K, classes or tokens), the model's dtype.
+    """
+    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    if isinstance(batch, LabelledBatch):
+        if batch.types is not None:
+            inputs["token_type_ids"] = batch.types.to(device)
+        classes: Tensor = model(**inputs).logits
+        return classes[:, None]
+    kept = batch.kept.to(device)
+    inner: nn.Module = getattr(model, "module", model)  # an engine itself takes any arguments
+    if _has_logits_to_keep(type(inner).forward):
+        selected: Tensor = model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        return selected
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits[:, kept]
+
+
+@functools.cache
+def _has_logits_to_keep(forward: Callable[..., Any]) -> bool:
+    """Whether a class's forward computes logits of chosen positions alone (an argument of transformers)."""
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from rosa_ds import distributed
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import LabelledSet
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.models.loss import loss_of
+from rosa_ds.models.loss import batch_logits, loss_of
 
 Visit = Callable[[NDArray[np.int64], Batch, Tensor], None]
 
@@ -25,7 +25,6 @@ def visit_batches(
     data: TokenSet,
     batch_size: int,
     pad_id: int,
-    selects: bool,
     visit: Visit,
     interrupted: Callable[[], bool] = bool,
 ) -> bool:
@@ -45,7 +44,7 @@ def visit_batches(
         distributed.progress(f"evaluation, batch {number // ranks + 1}")
         indices = batches[number] if number < len(batches) else batches[-1]
         batch = data.batch(indices, pad_id)
-        logits = batch.logits(model, device, selects)
+        logits = batch_logits(model, batch, device)
         if number < len(batches):
             visit(indices, batch, logits)
         if interrupted():
@@ -54,7 +53,7 @@ def visit_batches(
 
 
 def evaluate(
-    model: Any, data: TokenSet, batch_size: int, pad_id: int, selects: bool, interrupted: Callable[[], bool] = bool
+    model: Any, data: TokenSet, batch_size: int, pad_id: int, interrupted: Callable[[], bool] = bool
 ) -> dict[str, float] | None:
     """``loss``, the mean negative log-likelihood of all targets of ``data`` in nats, and ``accuracy`` where these are classes: the
     same on every rank. Arguments as :func:`visit_batches`; ``None`` if interrupted.
@@ -68,7 +67,7 @@ def evaluate(
         if has_classes:
             totals[1] += (logits.argmax(-1) == targets).sum()
 
-    if not visit_batches(model, data, batch_size, pad_id, selects, add, interrupted):
+    if not visit_batches(model, data, batch_size, pad_id, add, interrupted):
         return None
     loss, hits = (distributed.sum_over_ranks(totals) / int(data.trained.sum())).tolist()
     return {"loss": loss, **({"accuracy": hits} if has_classes else {})}

@@ -29,7 +29,7 @@ from rosa_ds.data.prepare import TokenSet
 from rosa_ds.memory.account import Account, Report
 from rosa_ds.memory.measuring import StepMeasurement, with_activations
 from rosa_ds.methods import Context, Method, Restart
-from rosa_ds.models.loss import accepts_kept_positions, token_loss_sum
+from rosa_ds.models.loss import token_loss_sum
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate
 from rosa_ds.training.interrupt import Interruption, end_interrupted, take_save_request
@@ -76,7 +76,6 @@ class Loop:
         self.run, self.log = run, log
         self.step = 0
         self.trained_tokens = 0
-        self._selects = accepts_kept_positions(run.model)
         self._rates = learning_rates(run.settings)
         self._skipped = 0
         self._evaluation_due = True
@@ -192,7 +191,7 @@ class Loop:
             distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number}")
             batch = run.data.batch(micro, run.pad_id)
             with self._measurement.forward(batch, number) if self._measurement else contextlib.nullcontext():
-                loss_sum = token_loss_sum(run.engine, batch, run.engine.device, self._selects)
+                loss_sum = token_loss_sum(run.engine, batch, run.engine.device)
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.
             run.engine.backward(loss_sum * (ranks / trained_tokens), scale_wrt_gas=False)
             nll += loss_sum.detach().double()
@@ -324,7 +323,7 @@ class Loop:
         start = time.monotonic()
         run.engine.eval()
         batch_size = run.settings.training.eval_batch_size
-        figures = evaluate(run.engine, data, batch_size, run.pad_id, self._selects, self._interrupted)
+        figures = evaluate(run.engine, data, batch_size, run.pad_id, self._interrupted)
         if figures is None:
             return  # a resumed run does it again
         self._evaluation_due = False

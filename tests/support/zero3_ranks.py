@@ -230,8 +230,8 @@ def check_evaluation_with_fewer_batches_than_ranks_can_share() -> None:
     _, engine, _ = make_engine(given)
     engine.eval()
     pad = tokenizer.pad_token_id
-    loss = evaluate(engine, data, 1, pad, True)["loss"]  # 3 batches
-    plain = evaluate(load_model(given.model, torch.float32), data, 1, pad, True)["loss"]
+    loss = evaluate(engine, data, 1, pad)["loss"]  # 3 batches
+    plain = evaluate(load_model(given.model, torch.float32), data, 1, pad)["loss"]
     assert abs(loss / plain - 1) < 1e-5, (loss, plain)
 
 
