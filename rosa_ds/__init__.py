@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rosa_ds.adapters.mask import set_mask as set_mask
     from rosa_ds.adapters.quantize import quantize as quantize
     from rosa_ds.adapters.registry import adapter_names as adapter_names
-    from rosa_ds.adapters.state import AdapterDescription as AdapterDescription
     from rosa_ds.adapters.state import load_adapter as load_adapter
     from rosa_ds.adapters.state import save_adapter as save_adapter
+    from rosa_ds.adapters.stored import AdapterDescription as AdapterDescription
     from rosa_ds.adapters.switch import disable as disable
     from rosa_ds.adapters.switch import disabled as disabled
     from rosa_ds.adapters.switch import enable as enable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "AdapterConfig": "rosa_ds.config.schema",
-    "AdapterDescription": "rosa_ds.adapters.state",
+    "AdapterDescription": "rosa_ds.adapters.stored",
     "RunConfig": "rosa_ds.config.schema",
     "adapted_layers": "rosa_ds.adapters.inject",
     "adapter_names": "rosa_ds.adapters.registry",

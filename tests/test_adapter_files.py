@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rosa_ds
-from rosa_ds.adapters.state import FORMAT_VERSION
+from rosa_ds.adapters.folder import FORMAT_VERSION
 from rosa_ds.export.merge import export_merged
 from rosa_ds.models.load import load_tokenizer
 from rosa_ds.utils.files import write_manifest

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, Lla
 
 import rosa_ds
 from rosa_ds.adapters.state import trained_parameters
+from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.config.schema import AdapterConfig, ModelSettings
 from rosa_ds.export import adapted, merge, stream
 from rosa_ds.export.merge import export_merged, export_peft
-from rosa_ds.export.source import MergeBase, Source, open_source
+from rosa_ds.export.source import MergeBase, open_source
 from rosa_ds.models.load import identify, load_tokenizer
 from rosa_kernels.testing import relative_rms
 
@@ -89,7 +90,7 @@ def test_a_16_bit_base_is_merged_in_its_own_type(
     source, loaded = open_source(tmp_path / "adapter"), []
     load_adapted = adapted.load_adapted
 
-    def load(source: Source, dtype: torch.dtype, merge_base: MergeBase) -> PreTrainedModel:
+    def load(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase) -> PreTrainedModel:
         loaded.append(dtype)
         return load_adapted(source, dtype, merge_base)
 

@@ -6,7 +6,6 @@ Formats: peft 0.21, ``tuners/{lora,supertuning,shira}`` and ``utils/save_and_loa
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import re
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from rosa_ds import zero
 from rosa_ds.adapters.layer import MAX_POSITIONS, stored_shape
+from rosa_ds.adapters.stored import AdapterDescription, StoredAdapter
 from rosa_ds.adapters.targets import Value, find_targets, linear_layers
 from rosa_ds.config.methods import Method
 from rosa_ds.config.schema import AdapterConfig
@@ -88,16 +88,6 @@ _SAYS_NOTHING = frozenset(
 )
 _LEAVES_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _MERGE = "merge it with PEFT (merge_and_unload) and give the merged folder as model.name_or_path"
-
-
-@dataclasses.dataclass(frozen=True)
-class PeftAdapter:
-    """What a folder holds, in our words: ``trained`` float32 by parameter name, ``positions`` int32 by weight name."""
-
-    config: AdapterConfig
-    trained: dict[str, Tensor]
-    positions: dict[str, Tensor]
-    base: dict[str, Any]
 
 
 def is_peft(folder: Path) -> bool:
@@ -280,7 +270,7 @@ def _sparse(
     return {"density": density, "density_pattern": density_pattern}, trained, positions
 
 
-def read_peft(folder: Path, model: nn.Module) -> PeftAdapter:
+def read_peft(folder: Path, model: nn.Module) -> StoredAdapter:
     """Read a PEFT folder for a base model, which may be on the meta device or partitioned.
 
     Raises: ValueError for a pickle, for what no adapter of ours computes (by name), and for layers the model does not have.
@@ -317,4 +307,4 @@ def read_peft(folder: Path, model: nn.Module) -> PeftAdapter:
     base = {"name_or_path": config.get("base_model_name_or_path"), "revision": config.get("revision")}
     if is_classifier(model):
         base["task"] = "classification"
-    return PeftAdapter(made, trained, positions, base)
+    return StoredAdapter(folder, AdapterDescription(made, 42, base), trained, positions, {})

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rosa_ds.adapters.state import TENSOR_FILE
+from rosa_ds.adapters.folder import open_adapter
 from rosa_ds.comparing.planned import PlannedRun
 from rosa_ds.comparing.running import RECORD_FILE, Record, is_finished, is_trained, read_record
 from rosa_ds.comparing.statistics import PairedSeeds, RowInterval, Summary, compare_rows, compare_seeds, summarise
@@ -79,7 +79,8 @@ def read_run(run: PlannedRun, evaluations: Sequence[Evaluation]) -> RunResult:
     if is_trained(run, record):
         _read_metrics(result)
         _read_evaluations(result, record, evaluations)
-        trained = TensorFiles([run.folder / "run" / "adapter" / TENSOR_FILE]).under("trained.")
+        trained = open_adapter(run.folder / "run" / "adapter").trained
+        assert isinstance(trained, TensorFiles)
         result.trained = sum(math.prod(trained.shape(name)) for name in trained)
     return result
 

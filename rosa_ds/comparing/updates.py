@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.export.adapted import dense_change, open_adapted
-from rosa_ds.export.source import Source, open_source
+from rosa_ds.export.source import open_source
 from rosa_ds.models.stream import Base
 from rosa_ds.utils.suggest import did_you_mean
 
@@ -116,7 +117,7 @@ def read_changes(run: Path, layers: Sequence[str], demanded: bool = True) -> Cha
     return Changes(spectra, masks)
 
 
-def _change(name: str, model: torch.nn.Module, source: Source, base: Base | None) -> Tensor:
+def _change(name: str, model: torch.nn.Module, source: StoredAdapter, base: Base | None) -> Tensor:
     """Float64, in the layout of the weight or its transpose: W of the run minus W of the base."""
     layer = adapted_layers(model).get(name)
     weight = f"{name}.weight"

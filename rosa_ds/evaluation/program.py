@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed, zero
-from rosa_ds.adapters.state import CONFIG_FILE
+from rosa_ds.adapters.folder import CONFIG_FILE
 from rosa_ds.checkpoints.checkpoint import is_checkpoint
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.evaluation.classification import classify

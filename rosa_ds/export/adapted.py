@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rosa_ds.adapters.folder import CONFIG_FILE
 from rosa_ds.adapters.inject import adapted_layers, inject, merge
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.quantize import load_quantized, open_quantized
-from rosa_ds.adapters.state import CONFIG_FILE, fill_adapter
+from rosa_ds.adapters.state import fill_adapter
+from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.config.schema import ModelSettings
-from rosa_ds.export.source import MergeBase, Source
+from rosa_ds.export.source import MergeBase, run_folder
 from rosa_ds.models.checks import is_finite
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import Base, open_base
 from rosa_ds.models.task import settle_padding
-from rosa_ds.utils.files import TensorFiles
 
 
-def check_base(source: Source) -> ModelSettings:
+def check_base(source: StoredAdapter) -> ModelSettings:
     """Settings that load the base of a trained state. Raises: ValueError if its weights are others now."""
     description = source.description
     settings = identified(description.base)
@@ -31,7 +34,7 @@ def check_base(source: Source) -> ModelSettings:
     return settings
 
 
-def open_adapted(source: Source) -> tuple[PreTrainedModel, Base | None]:
+def open_adapted(source: StoredAdapter) -> tuple[PreTrainedModel, Base | None]:
     """The base injected for a trained state, without numbers, and where they are, as :func:`rosa_ds.models.stream.open_base`.
 
     Errors as :func:`load_adapted`.
@@ -45,7 +48,9 @@ def open_adapted(source: Source) -> tuple[PreTrainedModel, Base | None]:
     return model, base
 
 
-def dense_change(layer: AdaptedLinear, source: Source, base: Base | None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dense_change(
+    layer: AdaptedLinear, source: StoredAdapter, base: Base | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """``W_fixed + scale · B A − W``, (N, M): what draws and the low-rank part make of a layer that :func:`open_adapted` has."""
     changed = source.changed(layer.drawn_name)
     if changed is None:
@@ -62,7 +67,7 @@ def dense_change(layer: AdaptedLinear, source: Source, base: Base | None, dtype:
     return torch.addmm(difference, B, A, alpha=layer.scale)
 
 
-def load_adapted(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
+def load_adapted(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
     """The base with its adapter, not merged, in ``dtype`` with a float32 adapter.
 
     Args:
@@ -79,16 +84,15 @@ def load_adapted(source: Source, dtype: torch.dtype, merge_base: MergeBase = "de
     else:
         return _load_on_original(source, load_model(settings, dtype))
     settle_padding(model, run_tokenizer(source))
-    fill_adapter(model, source.folder, description, source.trained, source.positions, source.base)
+    fill_adapter(model, source)
     return model.eval()
 
 
 @torch.no_grad()
-def _load_on_original(source: Source, model: PreTrainedModel) -> PreTrainedModel:
+def _load_on_original(source: StoredAdapter, model: PreTrainedModel) -> PreTrainedModel:
     """What a quantised run has trained, on the dense base."""
-    changes = TensorFiles([])
     settle_padding(model, run_tokenizer(source))
-    fill_adapter(model, source.folder, source.description, source.trained, source.positions, changes)
+    fill_adapter(model, dataclasses.replace(source, base={}))
     for name, layer in adapted_layers(model).items():
         if (change := source.changed(f"{name}.change")) is not None:
             layer.weight.add_(change)
@@ -96,7 +100,7 @@ def _load_on_original(source: Source, model: PreTrainedModel) -> PreTrainedModel
     return model.eval()
 
 
-def load_merged(source: Source, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
+def load_merged(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
     """The base with its adapter folded in: summed in float32, rounded once to ``dtype``.
 
     A base that is stored in ``dtype``, quantised by nobody and changed by no draw is never held in float32.
@@ -120,9 +124,10 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def run_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def run_tokenizer(source: StoredAdapter) -> PreTrainedTokenizerBase:
     """The tokenizer that the run trained with, else the base's."""
-    if source.tokenizer is not None:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer)
+    folder = run_folder(source.folder) / "tokenizer"
+    if folder.is_dir():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         return tokenizer
     return load_tokenizer(identified(source.description.base))

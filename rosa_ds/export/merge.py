@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rosa_ds.adapters.folder import CONFIG_FILE
 from rosa_ds.adapters.inject import inject
 from rosa_ds.adapters.quantize import quantize_as
-from rosa_ds.adapters.state import CONFIG_FILE
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.export.adapted import check_base, load_merged, open_adapted, run_tokenizer
 from rosa_ds.export.peft import write_peft

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
+from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.adapters.subspace import singular_directions
 from rosa_ds.adapters.targets import by_pattern
 from rosa_ds.export.adapted import dense_change
-from rosa_ds.export.source import Source
 from rosa_ds.models.load import identified
 from rosa_ds.models.stream import Base
 from rosa_ds.models.task import PEFT_TASKS, whole_modules
@@ -44,7 +44,7 @@ def _refuse(what: str, why: str) -> NoReturn:
     raise ValueError(f"{what} cannot be written in PEFT's format: {why}; use --format merged")
 
 
-def _whole_modules(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
+def _whole_modules(model: PreTrainedModel, source: StoredAdapter) -> dict[str, Tensor]:
     """Parameters of modules that were trained whole."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -61,7 +61,7 @@ def _whole_modules(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
 
 
 def _common(
-    model: PreTrainedModel, kind: str, source: Source, layers: list[str], whole: dict[str, Tensor]
+    model: PreTrainedModel, kind: str, source: StoredAdapter, layers: list[str], whole: dict[str, Tensor]
 ) -> dict[str, Any]:
     base = source.description.base
     modules = sorted({_saved_module(name, whole_modules(model)) for name in whole})
@@ -82,7 +82,7 @@ def _saved_module(parameter: str, heads: list[str]) -> str:
     return next(inside, parameter.rpartition(".")[0])
 
 
-def _lora(model: PreTrainedModel, source: Source, whole: dict[str, Tensor]) -> _Peft:
+def _lora(model: PreTrainedModel, source: StoredAdapter, whole: dict[str, Tensor]) -> _Peft:
     config, tensors, ranks = source.description.config, {}, {}
     for name, layer in adapted_layers(model).items():
         tensors[f"{name}.lora_A.weight"] = source.trained[f"{name}.A"]
@@ -95,7 +95,12 @@ def _lora(model: PreTrainedModel, source: Source, whole: dict[str, Tensor]) -> _
 
 
 def _lora_config(
-    model: PreTrainedModel, source: Source, ranks: dict[str, int], rank: int, alpha: float, whole: dict[str, Tensor]
+    model: PreTrainedModel,
+    source: StoredAdapter,
+    ranks: dict[str, int],
+    rank: int,
+    alpha: float,
+    whole: dict[str, Tensor],
 ) -> dict[str, Any]:
     return {
         **_common(model, "LORA", source, list(ranks), whole),
@@ -109,7 +114,7 @@ def _lora_config(
     }
 
 
-def _supertuning(model: PreTrainedModel, source: Source, whole: dict[str, Tensor]) -> _Peft:
+def _supertuning(model: PreTrainedModel, source: StoredAdapter, whole: dict[str, Tensor]) -> _Peft:
     """PEFT derives the number of entries from one sparsity; where that gives more than we have, zeros fill them up."""
     config, layers = source.description.config, adapted_layers(model)
     if any(layer.transposed for layer in layers.values()):
@@ -155,7 +160,7 @@ def _sparsity(layers: dict[str, AdaptedLinear]) -> tuple[float, dict[str, int]]:
 
 
 def _difference(
-    model: PreTrainedModel, source: Source, base: Base | None, whole: dict[str, Tensor], rank: int | None
+    model: PreTrainedModel, source: StoredAdapter, base: Base | None, whole: dict[str, Tensor], rank: int | None
 ) -> _Peft:
     """``W_fixed + B A − W`` of each layer by its largest singular directions."""
     if rank is None:
@@ -182,7 +187,9 @@ def _difference(
     return _Peft({**config, "alpha_pattern": patterns, "lora_dropout": 0.0}, tensors)
 
 
-def write_peft(model: PreTrainedModel, base: Base | None, source: Source, folder: Path, rank: int | None) -> None:
+def write_peft(
+    model: PreTrainedModel, base: Base | None, source: StoredAdapter, folder: Path, rank: int | None
+) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:

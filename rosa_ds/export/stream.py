@@ -23,8 +23,9 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
+from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.export.adapted import rounded
-from rosa_ds.export.source import MergeBase, Source
+from rosa_ds.export.source import MergeBase
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base
 from rosa_ds.models.weights import INDEX, SINGLE
@@ -59,7 +60,7 @@ class MergedRows:
         self,
         model: PreTrainedModel,
         base: Base,
-        source: Source,
+        source: StoredAdapter,
         dtype: torch.dtype | None,
         merge_base: MergeBase = "dequantized",
     ) -> None:

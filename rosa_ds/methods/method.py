@@ -18,7 +18,7 @@ from rosa_ds.config.schema import RunConfig
 from rosa_ds.memory.account import Term
 
 if TYPE_CHECKING:  # what a plan does not need imports deepspeed
-    from rosa_ds.adapters.state import StoredAdapter
+    from rosa_ds.adapters.stored import StoredAdapter
     from rosa_ds.training.schedule import Schedule, Step
     from rosa_ds.zero.trained_state import TrainedState
 

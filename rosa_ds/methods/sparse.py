@@ -31,7 +31,7 @@ from rosa_ds.utils.files import file_hash
 from rosa_kernels.collect.op import BLOCK_BYTES, TOKENS_AT_ONCE, block_rows
 
 if TYPE_CHECKING:
-    from rosa_ds.adapters.state import StoredAdapter
+    from rosa_ds.adapters.stored import StoredAdapter
     from rosa_ds.training.schedule import Schedule, Step
 
 logger = logging.getLogger(__name__)

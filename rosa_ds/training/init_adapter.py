@@ -12,9 +12,11 @@ from typing import Any
 from torch import nn
 
 from rosa_ds import distributed
+from rosa_ds.adapters.folder import open_adapter
 from rosa_ds.adapters.inject import LayerPlan, adapted_layers, plan_layer
 from rosa_ds.adapters.mask import check_mask
-from rosa_ds.adapters.state import StoredAdapter, check_fit, open_adapter, trained_parameters
+from rosa_ds.adapters.state import check_fit, trained_parameters
+from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.adapters.targets import find_targets, match_names
 from rosa_ds.checkpoints.checkpoint import Checkpoint
 from rosa_ds.config.schema import AdapterConfig, ModelSettings, RunConfig, StartedAdapterSettings

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rosa_ds import distributed
-from rosa_ds.adapters.state import StoredAdapter
+from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.checkpoints import checkpoint
 from rosa_ds.checkpoints.checkpoint import Checkpoint, Identity
 from rosa_ds.checkpoints.saving import Progress, save_state
