@@ -162,13 +162,26 @@ def save(run: Path, checkpoint: Checkpoint, keep: int, same_base: SavedBase | No
                 for name in linked:
                     assert same_base is not None
                     link_file(same_base.folder / name, temporary / name)
+        written = []
         with distributed.together():
-            mine = _write_parts(temporary, checkpoint)
+            for part in PARTS:
+                distributed.progress(f"writing {part} of step {step}")
+                if tensors := getattr(checkpoint, part):
+                    written.append(temporary / f"{part}-{distributed.rank():05d}.safetensors")
+                    write_tensors(written[-1], tensors)
+            sync_files(written)
+            mine = describe_files(written)
         distributed.progress(f"completing step {step}")
         entries = {name: entry for part in distributed.gather_objects(mine) for name, entry in part.items()} | linked
         with distributed.together():
             if main:
-                _complete(temporary, checkpoint, entries)
+                state = {name: getattr(checkpoint, name) for name in _PLAIN}
+                if not state["extra"]:
+                    del state["extra"]  # readers of this format that do not know it have nothing to miss
+                write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
+                entries |= describe_files([temporary / "state.json"])
+                write_manifest(temporary, dict(sorted(entries.items())))
+                sync_files([temporary])
                 steps.complete(step)
     except BaseException:
         if main:
@@ -184,29 +197,6 @@ def save(run: Path, checkpoint: Checkpoint, keep: int, same_base: SavedBase | No
 def base_files(folder: Path) -> Entries:
     """What a checkpoint's manifest says of the files of its changed base. Raises: ValueError for a damaged manifest."""
     return {name: entry for name, entry in read_manifest(folder).items() if name.startswith("base_changes-")}
-
-
-def _write_parts(folder: Path, checkpoint: Checkpoint) -> Entries:
-    """This rank's files, on the disk; what the manifest says of them."""
-    written = []
-    for part in PARTS:
-        distributed.progress(f"writing {part} of step {checkpoint.step}")
-        if tensors := getattr(checkpoint, part):
-            written.append(folder / f"{part}-{distributed.rank():05d}.safetensors")
-            write_tensors(written[-1], tensors)
-    sync_files(written)
-    return describe_files(written)
-
-
-def _complete(temporary: Path, checkpoint: Checkpoint, entries: Entries) -> None:
-    """The files that are written once."""
-    state = {name: getattr(checkpoint, name) for name in _PLAIN}
-    if not state["extra"]:
-        del state["extra"]  # readers of this format that do not know it have nothing to miss
-    write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
-    entries |= describe_files([temporary / "state.json"])
-    write_manifest(temporary, dict(sorted(entries.items())))
-    sync_files([temporary])
 
 
 def is_checkpoint(path: Path) -> bool:

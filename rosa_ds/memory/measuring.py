@@ -48,7 +48,10 @@ class StepMeasurement:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        with self._counter, _watch_gathered(self.model, self._gathered):
+        def gathered(size: int) -> None:
+            self.memory[GATHERED] = max(size, self.memory.get(GATHERED, 0))
+
+        with self._counter, _watch_gathered(self.model, gathered):
             yield
         self.memory = resident_memory(self.model, self.state) | self.memory
 
@@ -65,9 +68,6 @@ class StepMeasurement:
         self.memory |= {ACTIVATIONS: self._saved.bytes, "gradients": gradients}
         if buckets is not None:
             self.memory[BUCKETS] = buckets
-
-    def _gathered(self, size: int) -> None:
-        self.memory[GATHERED] = max(size, self.memory.get(GATHERED, 0))
 
     @property
     def traffic(self) -> dict[str, int]:

@@ -211,12 +211,6 @@ def _load(layers: Mapping[str, AdaptedLinear], path: str) -> Iterator[tuple[str,
             yield name, mask[layer.weight_name]
 
 
-def _read_base(layer: AdaptedLinear) -> Tensor:
-    """All of a layer's base, with what a draw has split off it. Collective."""
-    A, B = (None if part is None or not layer.drawn else zero.read_whole(part) for part in (layer.A, layer.B))
-    return layer.undrawn(layer.whole_weight(), A, B)
-
-
 def _choose(
     layers: Mapping[str, AdaptedLinear], settings: MaskSettings, seed: int, collector: MaskCollector | None
 ) -> Iterator[tuple[str, Tensor]]:
@@ -226,7 +220,10 @@ def _choose(
     error: Exception | None = None
     for name, layer in layers.items():
         distributed.progress(f"choosing the mask of {name}")
-        weight = _read_base(layer) if RANKINGS[settings.score].weight else layer.weight
+        weight: Tensor = layer.weight
+        if RANKINGS[settings.score].weight:  # all of the base, with what a draw has split off it
+            A, B = (None if part is None or not layer.drawn else zero.read_whole(part) for part in (layer.A, layer.B))
+            weight = layer.undrawn(layer.whole_weight(), A, B)
         try:
             if owners[name] == distributed.rank() and error is None:
                 chosen = (
@@ -264,7 +261,7 @@ def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings,
         single=settings.steps == 1 and micro_batches == 1,
         steps=settings.steps,
         device_bytes=distributed.free_memory() // 2 if limit is None else int(limit * 2**30),
-        agree=_all_at,
+        agree=lambda name: distributed.same_everywhere(name.encode()),
     )
     logger.info(
         "collecting gradients: %.3f GiB on the device and %.3f in host memory on this rank, and one block of %.3f GiB",
@@ -273,11 +270,6 @@ def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings,
         BLOCK_BYTES / 2**30,
     )
     return collector
-
-
-def _all_at(name: str) -> bool:
-    """Collective: is every rank at this layer?"""
-    return distributed.same_everywhere(name.encode())
 
 
 def _plan_bytes(layer: AdaptedLinear, gpu: bool) -> int:

@@ -150,39 +150,36 @@ class Drawing:
         Raises: ValueError for a weight that cannot be factorised, RuntimeError if moments are not what was asked for.
         """
         with self.state.float32_moments():
-            return self._draw(number)
-
-    def _draw(self, number: int) -> dict[str, Any]:
-        begun = time.monotonic()
-        keys = self.state.moment_keys(GROUP) if self.settings.moments == "project" and number else []
-        done: list[_Result] = []
-        longest = max(self._places(name, keys)[1] for name in self.layers)
-        # one for all layers, so that its pages are touched once
-        message = torch.empty(longest, dtype=torch.uint8, device=distributed.device())
-        hidden = None if distributed.is_main() else True
-        with tqdm(total=len(self.layers), desc=f"draw {number}", unit="layer", leave=False, disable=hidden) as bar:
-            for turn in self.turns:
-                batch = [name for names in turn for name in names]
-                distributed.progress(f"draw {number}, {batch[0]}")
-                results = self._work_on(batch, number, keys)
-                done += [dataclasses.replace(result, tensors={}) for result in results.values()]
-                for name in batch:
-                    self._take(name, results.pop(name, None), keys, message)
-                bar.update(len(batch))
-        found = [result for part in distributed.gather_objects(done) for result in part]
-        rounding = max(result.rounding for result in found)
-        self.base.drift = (self.base.drift**2 + rounding**2) ** 0.5
-        return {
-            "number": number,
-            "directions": self.settings.directions,
-            "layers": len(self.layers),
-            "rounding": rounding,
-            "compute_rounding": max(result.compute_rounding for result in found),
-            "drift": self.base.drift,
-            "fallbacks": sum(result.fallbacks for result in found),
-            "moments_reset": self._finish_moments(),
-            "seconds": time.monotonic() - begun,
-        }
+            begun = time.monotonic()
+            keys = self.state.moment_keys(GROUP) if self.settings.moments == "project" and number else []
+            done: list[_Result] = []
+            longest = max(self._places(name, keys)[1] for name in self.layers)
+            # one for all layers, so that its pages are touched once
+            message = torch.empty(longest, dtype=torch.uint8, device=distributed.device())
+            hidden = None if distributed.is_main() else True
+            with tqdm(total=len(self.layers), desc=f"draw {number}", unit="layer", leave=False, disable=hidden) as bar:
+                for turn in self.turns:
+                    batch = [name for names in turn for name in names]
+                    distributed.progress(f"draw {number}, {batch[0]}")
+                    results = self._work_on(batch, number, keys)
+                    done += [dataclasses.replace(result, tensors={}) for result in results.values()]
+                    for name in batch:
+                        self._take(name, results.pop(name, None), keys, message)
+                    bar.update(len(batch))
+            found = [result for part in distributed.gather_objects(done) for result in part]
+            rounding = max(result.rounding for result in found)
+            self.base.drift = (self.base.drift**2 + rounding**2) ** 0.5
+            return {
+                "number": number,
+                "directions": self.settings.directions,
+                "layers": len(self.layers),
+                "rounding": rounding,
+                "compute_rounding": max(result.compute_rounding for result in found),
+                "drift": self.base.drift,
+                "fallbacks": sum(result.fallbacks for result in found),
+                "moments_reset": self._finish_moments(),
+                "seconds": time.monotonic() - begun,
+            }
 
     def _work_on(self, batch: list[str], number: int, keys: list[str]) -> dict[str, _Result]:
         """Gather the layers of a batch one after another; each rank draws its own. An error is raised on all ranks."""
@@ -225,7 +222,9 @@ class Drawing:
         rounding = drawn.error(drawn.rest, folded) if "residual" in tensors else compute_rounding
         if mine.moments:
             tensors |= _project(mine, drawn)
-        self._check(name, tensors)
+        keys = {key.partition("/")[2] for key in tensors if "/" in key}
+        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        assert found == self._shapes(name, keys), f"{name}: not what the others wait for: {found}"
         return _Result(tensors, rounding, compute_rounding, drawn.fallbacks)
 
     def _shapes(self, name: str, keys: Iterable[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -234,12 +233,6 @@ class Drawing:
         factors = {"A": (layer.rank, layer.in_features), "B": (layer.out_features, layer.rank)}
         moments = {f"{part}/{key}": (factors[part], torch.float32) for part in factors for key in keys}
         return {part: (shape, torch.float32) for part, shape in factors.items()} | self.base.shapes(name) | moments
-
-    def _check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """The owner must not send anything else than what the others wait for."""
-        keys = {key.partition("/")[2] for key in tensors if "/" in key}
-        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-        assert found == self._shapes(name, keys), f"{name}: {found}"
 
     def _places(self, name: str, keys: Iterable[str]) -> tuple[dict[str, tuple[int, int]], int]:
         """Where in a layer's message each tensor begins and ends, and how long it is, in bytes."""

@@ -19,7 +19,7 @@ from rosa_ds.adapters.state import check_fit, trained_parameters
 from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.adapters.targets import find_targets, match_names
 from rosa_ds.checkpoints.checkpoint import Checkpoint
-from rosa_ds.config.schema import AdapterConfig, ModelSettings, RunConfig, StartedAdapterSettings
+from rosa_ds.config.schema import AdapterConfig, RunConfig, StartedAdapterSettings
 from rosa_ds.utils.files import file_hash
 from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 
@@ -76,11 +76,17 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
         method, origin = start.description.config.method, start.description.base
         if start.base or start.description.config.parts.everything:
             raise ValueError(
-                f"adapter.init_from {folder}: method {method} has changed the base itself: export it merged (launch/export.py) and "
+                f"adapter.init_from {folder}: method {method} has changed the base itself: export it merged (rosa-ds export) and "
                 "give that folder as model.name_or_path"
             )
-        if problem := _other_task(settings.model, origin):
-            raise ValueError(f"adapter.init_from {folder} {problem}")
+        task, labels, wanted = origin.get("task", "causal-lm"), origin.get("labels"), settings.model
+        if task != wanted.task:
+            raise ValueError(f"adapter.init_from {folder} was trained for task {task}, model.task is {wanted.task}")
+        if labels is not None and labels != wanted.labels:
+            raise ValueError(
+                f"adapter.init_from {folder} tells apart the classes {', '.join(labels)}, this run {', '.join(wanted.labels)}: give "
+                f"--model.labels '{json.dumps(labels)}'"
+            )
         known = None not in (origin.get("hash"), base["hash"])
         if known and origin["hash"] != base["hash"]:
             raise ValueError(f"adapter.init_from {folder} was trained on other weights than {base['name_or_path']} has")
@@ -96,15 +102,6 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
     if not distributed.same_everywhere(digest.encode()):
         raise ValueError(f"the ranks see different adapters in {folder}: give a folder that all hosts share")
     return start
-
-
-def _other_task(model: ModelSettings, origin: Mapping[str, Any]) -> str:
-    task, labels = origin.get("task", "causal-lm"), origin.get("labels")
-    if task != model.task:
-        return f"was trained for task {task}, model.task is {model.task}"
-    if labels is not None and labels != model.labels:
-        return f"tells apart the classes {', '.join(labels)}, this run {', '.join(model.labels)}: give --model.labels '{json.dumps(labels)}'"
-    return ""
 
 
 def adopt(settings: RunConfig, found: AdapterConfig, model: nn.Module) -> RunConfig:

@@ -124,33 +124,6 @@ class Loop:
             logger.info("all %d steps were done already", self.step)
             return
         first, begun = self.step, time.monotonic()
-        self._begin()
-        for step in self._steps():
-            for method in self.run.methods:
-                method.before_step(step)
-            with self._measuring():
-                scale, applied = self._train_step(step)
-            self.step += 1
-            for method in self.run.methods:
-                method.after_step(step, scale, applied)
-            if step.restart_after:
-                self.run.restart.apply(self.run.state)
-                for method in self.run.methods:
-                    method.restart()
-            self._note_settled()
-            if self.step == first + 1:
-                logger.info("memory after the first step: %.2f GiB", distributed.peak_memory_bytes() / 2**30)
-            self._after_step()
-        logger.info(
-            "%d steps in %.0f s, %s trained tokens in the whole run, peak memory %.2f GiB",
-            self.step - first,
-            time.monotonic() - begun,
-            f"{self.trained_tokens:,}",
-            distributed.peak_memory_bytes() / 2**30,
-        )
-
-    def _begin(self) -> None:
-        """What comes before the first step, or was still due when the run was interrupted."""
         if self._evaluation_due:
             self._evaluate()
         if not self._stop:
@@ -161,15 +134,39 @@ class Loop:
         if self._done:
             self.save()
         self._note_settled()
-
-    def _steps(self) -> Iterator[Step]:
-        total = self.run.schedule.total_steps
-        with tqdm(total=total, initial=self.step, disable=None if distributed.is_main() else True, unit="step") as bar:
+        schedule, hidden = self.run.schedule, None if distributed.is_main() else True
+        with tqdm(total=schedule.total_steps, initial=self.step, disable=hidden, unit="step") as bar:
             while not self._done:
-                step = self.run.schedule.at(self.step)
+                step = schedule.at(self.step)
                 bar.set_description(step.phase)
-                yield step
+                self._do(step)
+                if self.step == first + 1:
+                    logger.info("memory after the first step: %.2f GiB", distributed.peak_memory_bytes() / 2**30)
+                self._evaluate_and_save()
                 bar.update()
+        logger.info(
+            "%d steps in %.0f s, %s trained tokens in the whole run, peak memory %.2f GiB",
+            self.step - first,
+            time.monotonic() - begun,
+            f"{self.trained_tokens:,}",
+            distributed.peak_memory_bytes() / 2**30,
+        )
+
+    def _do(self, step: Step) -> None:
+        """One optimizer step with what the methods do around it."""
+        methods = self.run.methods
+        for method in methods:
+            method.before_step(step)
+        with self._measuring():
+            scale, applied = self._train_step(step)
+        self.step += 1
+        for method in methods:
+            method.after_step(step, scale, applied)
+        if step.restart_after:
+            self.run.restart.apply(self.run.state)
+            for method in methods:
+                method.restart()
+        self._note_settled()
 
     def _train_step(self, step: Step) -> tuple[float, bool]:
         """Forward and backward of this rank's micro-batches, and the optimizer's step.
@@ -301,7 +298,7 @@ class Loop:
         if distributed.is_main():
             write_json(run.folder / "accounting.json", report.record())
 
-    def _after_step(self) -> None:
+    def _evaluate_and_save(self) -> None:
         """Evaluation and checkpoint, and the end if one was asked for."""
         settings = self.run.settings.training
         if self._done or (settings.eval_steps and self.step % settings.eval_steps == 0):

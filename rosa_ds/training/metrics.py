@@ -10,16 +10,6 @@ from typing import Any
 from rosa_ds.utils.files import write_text
 
 
-def _is_kept(line: str, resume_step: int, evaluation_due: bool) -> bool:
-    """Does a line of an interrupted run stay? A torn one does not."""
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        return False
-    due = ("draw", "eval") if evaluation_due else ("draw",)  # a checkpoint is written before the draw of its step
-    return fields["step"] < resume_step or (fields["step"] == resume_step and fields.get("event") not in due)
-
-
 class MetricsLog:
     """One JSON object a line, flushed at once; the same numbers go to TensorBoard if wanted.
 
@@ -41,14 +31,24 @@ class MetricsLog:
         write_text(path, "".join(line + "\n" for line in lines))
         self._stream = path.open("a", buffering=1)
         if tensorboard:
-            self._board = _open_tensorboard(folder, resume_step)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "training.tensorboard needs the package tensorboard: pip install 'rosa-ds[tensorboard]'"
+                ) from None
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
+            )
 
     def write(self, **fields: Any) -> None:
         """Add a line; ``step`` is required. Numbers (also inside dictionaries) are drawn by TensorBoard."""
         if self._stream is None:
             return
+        # JSON knows no NaN
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         try:
-            self._stream.write(json.dumps({name: _written(value) for name, value in fields.items()}) + "\n")
+            self._stream.write(json.dumps(line) + "\n")
         except OSError as error:
             self.error = error  # the loop tells the other ranks
         if self._board is not None:
@@ -66,16 +66,11 @@ class MetricsLog:
             self._board.close()
 
 
-def _written(value: Any) -> Any:
-    """JSON knows no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _open_tensorboard(folder: Path, resume_step: int) -> Any:
+def _is_kept(line: str, resume_step: int, evaluation_due: bool) -> bool:
+    """Does a line of an interrupted run stay? A torn one does not."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "training.tensorboard needs the package tensorboard: pip install 'rosa-ds[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        fields = json.loads(line)
+    except ValueError:
+        return False
+    due = ("draw", "eval") if evaluation_due else ("draw",)  # a checkpoint is written before the draw of its step
+    return fields["step"] < resume_step or (fields["step"] == resume_step and fields.get("event") not in due)

@@ -71,7 +71,12 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     _fill_caches(command.config)
     plan, settings = _join_ranks(command)
     output = Path(settings.training.output_dir)
-    _hold_output_folder(output, resumes=command.resume is not None)
+    with distributed.together():
+        if distributed.is_main():
+            if command.resume is None:
+                check_free(output)
+            hold_folder(output, wait_seconds=OTHER_HOST_SECONDS if command.resume is not None else 0.0)
+            (output / MARK_FILE).unlink(missing_ok=True)
 
     # A resumed run takes from its checkpoint what only the number of ranks decided.
     source, saved = read_checkpoint(settings, command.resume) if command.resume is not None else (None, None)
@@ -202,16 +207,6 @@ def _join_ranks(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
         )
     logger.info("%d ranks, %d threads each, ZeRO-%d, %s; %s", ranks, threads, plan.stage, plan.dtype, plan.step())
     return plan, settings
-
-
-def _hold_output_folder(folder: Path, resumes: bool) -> None:
-    """Lock the folder for this process, so that no other run writes there. Raises: ValueError for one that holds no run."""
-    with distributed.together():
-        if distributed.is_main():
-            if not resumes:
-                check_free(folder)
-            hold_folder(folder, wait_seconds=OTHER_HOST_SECONDS if resumes else 0.0)
-            (folder / MARK_FILE).unlink(missing_ok=True)
 
 
 def _open_folder(

@@ -163,39 +163,31 @@ class TrainedState:
         -> key -> number on every rank.
         """
         with self.float32_moments():
-            return self._read_optimizer(owners)
-
-    def _read_optimizer(
-        self, owners: Mapping[str, int] | None
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-        self.masters.link()
-        tensors: dict[str, Tensor] = {}
-        scalars: dict[str, dict[str, float]] = {}
-        for index, (group, members) in enumerate(self.groups.items()):
-            state = next(iter(self._states(index)), {})
-            scalars[group] = {key: float(value) for key, value in state.items() if _is_scalar(value)}
-            keys = sorted(key for key, value in state.items() if not _is_scalar(value))
-            found = self._read_in_batches([(name, key) for name in members for key in keys])
-            tensors |= {f"{name}/{key}": moment for (name, key), moment in self._for_owners(found, owners)}
-        return tensors, scalars
+            self.masters.link()
+            tensors: dict[str, Tensor] = {}
+            scalars: dict[str, dict[str, float]] = {}
+            for index, (group, members) in enumerate(self.groups.items()):
+                state = next(iter(self._states(index)), {})
+                scalars[group] = {key: float(value) for key, value in state.items() if _is_scalar(value)}
+                keys = sorted(key for key, value in state.items() if not _is_scalar(value))
+                found = self._read_in_batches([(name, key) for name in members for key in keys])
+                tensors |= {f"{name}/{key}": moment for (name, key), moment in self._for_owners(found, owners)}
+            return tensors, scalars
 
     @torch.no_grad()
     def write_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, float]]) -> None:
         """Restore what :meth:`read_optimizer` gave, into an optimizer that has not stepped yet."""
         with self.float32_moments():
-            self._write_optimizer(tensors, scalars)
-
-    def _write_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, float]]) -> None:
-        for index, (group, members) in enumerate(self.groups.items()):
-            # sorted: each rank has another order of a set's strings, and reading is collective in the order of the state
-            keys = sorted({key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] in members})
-            for master in self.masters.stepped(index):
-                state: dict[str, Any] = {key: torch.tensor(value) for key, value in scalars[group].items()}
-                self.inner.state[master] = state | {key: torch.zeros_like(master) for key in keys}
-        self.masters.link()
-        for full_name, tensor in tensors.items():
-            name, _, key = full_name.rpartition("/")
-            self.masters.write(name, key, tensor)
+            for index, (group, members) in enumerate(self.groups.items()):
+                # sorted: each rank has another order of a set's strings, and reading is collective in the order of the state
+                keys = sorted({key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] in members})
+                for master in self.masters.stepped(index):
+                    state: dict[str, Any] = {key: torch.tensor(value) for key, value in scalars[group].items()}
+                    self.inner.state[master] = state | {key: torch.zeros_like(master) for key in keys}
+            self.masters.link()
+            for full_name, tensor in tensors.items():
+                name, _, key = full_name.rpartition("/")
+                self.masters.write(name, key, tensor)
 
     @torch.no_grad()
     def zeros(self, group: str) -> tuple[int, int]:
@@ -218,19 +210,16 @@ class TrainedState:
         Returns: how many numbers were reset on this rank.
         """
         with self.float32_moments():
-            return self._reset_optimizer(groups)
-
-    def _reset_optimizer(self, groups: Iterable[str]) -> int:
-        count = 0
-        for index, group in enumerate(self.groups):
-            for state in self._states(index) if group in groups else ():
-                for key, value in state.items():
-                    if torch.is_tensor(value):
-                        value.zero_()
-                        count += value.numel()
-                    else:
-                        state[key] = type(value)(0)
-        return count
+            count = 0
+            for index, group in enumerate(self.groups):
+                for state in self._states(index) if group in groups else ():
+                    for key, value in state.items():
+                        if torch.is_tensor(value):
+                            value.zero_()
+                            count += value.numel()
+                        else:
+                            state[key] = type(value)(0)
+            return count
 
     def read_scaler(self) -> dict[str, float]:
         """State of the fp16 loss scale; empty where there is none."""
