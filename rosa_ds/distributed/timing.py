@@ -12,11 +12,6 @@ import torch.distributed as dist
 from rosa_ds.distributed.group import barrier, device, sum_over_ranks, world_size
 
 
-def backend() -> str:
-    """``nccl``, ``gloo``, ... of the process group; "none" alone without one."""
-    return str(dist.get_backend()) if dist.is_initialized() else "none"
-
-
 def time_collectives(size: int, repeats: int = 5) -> dict[str, float]:
     """Seconds, the median on this rank, of an all-reduce of ``size`` bytes and of an all-gather that puts out as many.
 
@@ -33,15 +28,18 @@ def time_collectives(size: int, repeats: int = 5) -> dict[str, float]:
     }
     found: dict[str, float] = {}
     for name, run in runs.items():
-        times = [_seconds(run) for _ in range(repeats + 1)]
+        times = []
+        for _ in range(repeats + 1):
+            barrier()
+            begun = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
         found |= {f"first {name}": times[0], name: statistics.median(times[1:])}
     return found
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    barrier()
-    begun = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+def backend() -> str:
+    """``nccl``, ``gloo``, ... of the process group; "none" alone without one."""
+    return str(dist.get_backend()) if dist.is_initialized() else "none"

@@ -11,13 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# how the name of an operator begins (``_allgather_base_``) -> its kind; the longer ones first, since one begins another
 _KINDS = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce", "reduce": "reduce"}
-
-
-def _kind(operator: str) -> str:
-    """``_allgather_base_`` -> ``all_gather``; the longer names first, since one begins another."""
-    plain = operator.strip("_")
-    return next((kind for start, kind in _KINDS.items() if plain.startswith(start)), plain)
 
 
 class TrafficCounter(TorchDispatchMode):
@@ -41,16 +36,15 @@ class TrafficCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace == "c10d":
-            self._count(func, args)
+            # the payload is the largest of the tensors, or lists of tensors, among the arguments
+            sizes: list[tuple[int, torch.dtype]] = []
+            for argument in args:
+                tensors = [leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)]
+                if tensors:
+                    sizes.append((sum(tensor.nbytes for tensor in tensors), tensors[0].dtype))
+            size, dtype = max(sizes, key=lambda entry: entry[0], default=(0, torch.uint8))
+            operator = func.overloadpacket.__name__.strip("_")
+            kind = next((kind for start, kind in _KINDS.items() if operator.startswith(start)), operator)
+            self.bytes[kind, dtype] += size
         call: Callable[..., Any] = func
         return call(*args, **(kwargs or {}))
-
-    def _count(self, func: Any, args: tuple[Any, ...]) -> None:
-        # the payload is the largest of the tensors, or lists of tensors, among the arguments
-        sizes: list[tuple[int, torch.dtype]] = []
-        for argument in args:
-            tensors = [leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)]
-            if tensors:
-                sizes.append((sum(tensor.nbytes for tensor in tensors), tensors[0].dtype))
-        size, dtype = max(sizes, key=lambda entry: entry[0], default=(0, torch.uint8))
-        self.bytes[_kind(func.overloadpacket.__name__), dtype] += size

@@ -33,20 +33,51 @@ Answer = TypeVar("Answer")
 _active: Watch | None = None
 
 
-class Report(NamedTuple):
-    """What a rank said last."""
+def start_watch(seconds: float) -> None:
+    """Begin to watch this rank; nothing to do alone, or with 0 seconds."""
+    global _active
+    if _active is None and world_size() > 1 and seconds > 0:
+        _active = Watch(dist.distributed_c10d._get_default_store(), seconds)
 
-    passed: int = -1  # how often it got further
-    where: str = "nowhere yet"
-    since: float = 0.0  # seconds since the epoch, by its own clock
-    peak_memory_bytes: int = 0
-    host: str = ""
-    alive: int = 0  # how often it has said something; LEFT: it has ended by itself
 
-    def placed(self, ago: str, mark: str = "") -> str:
-        """`` on node3 at 'step 9 train' for 12 s``; ``ago``: what is said of the seconds, ``mark``: of the rank."""
-        host = f" on {self.host}" if self.host else ""
-        return f"{host}{mark} at {self.where!r}" + (ago.format(time.time() - self.since) if self.since else "")
+def stop_watch() -> None:
+    global _active
+    if _active is not None:
+        _active.close()
+        _active = None
+
+
+def progress(where: str) -> None:
+    """This rank has got here, e.g. ``"step 12 train, micro-batch 3"``. All ranks say the same in the same order."""
+    if _active is not None:
+        _active.progress(where)
+
+
+def describe_ranks() -> str:
+    """Where each rank was last, and its largest memory: what is known when one of them is gone."""
+    try:
+        assert _active is not None
+        reports = _active.ask_all()
+    except (RuntimeError, AssertionError, ValueError, TimeoutError):
+        return "nothing is known of the ranks"
+    return "; ".join(
+        f"rank {other}{report.placed(' {:.0f} s ago')}, peak memory {report.peak_memory_bytes / 2**30:.2f} GiB"
+        for other, report in enumerate(reports)
+    )
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Does a collective say that another rank is gone?"""
+    said = str(error)
+    gone = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "remote process exited",
+        "NCCL",
+        "timed out",
+    )
+    return isinstance(error, dist.DistError) or any(text in said for text in gone)
 
 
 class Watch:
@@ -137,6 +168,22 @@ class Watch:
         return results[0]
 
 
+class Report(NamedTuple):
+    """What a rank said last."""
+
+    passed: int = -1  # how often it got further
+    where: str = "nowhere yet"
+    since: float = 0.0  # seconds since the epoch, by its own clock
+    peak_memory_bytes: int = 0
+    host: str = ""
+    alive: int = 0  # how often it has said something; LEFT: it has ended by itself
+
+    def placed(self, ago: str, mark: str = "") -> str:
+        """`` on node3 at 'step 9 train' for 12 s``; ``ago``: what is said of the seconds, ``mark``: of the rank."""
+        host = f" on {self.host}" if self.host else ""
+        return f"{host}{mark} at {self.where!r}" + (ago.format(time.time() - self.since) if self.since else "")
+
+
 def describe_stall(before: Sequence[Report], after: Sequence[Report], seconds: float) -> str:
     """Which ranks the others wait for.
 
@@ -159,10 +206,6 @@ def describe_stall(before: Sequence[Report], after: Sequence[Report], seconds: f
     return f"no progress for {seconds:.0f} s: {named}{waiting}"
 
 
-def _key(other: int) -> str:
-    return f"rosa_ds/progress/{other}"
-
-
 def read_reports(store: dist.Store, ranks: int) -> list[Report]:
     """Of every rank, in two questions: one for each of hundreds of ranks would take a store longer than it is given."""
     keys = [_key(other) for other in range(ranks)]
@@ -176,55 +219,12 @@ def read_report(store: dist.Store, other: int) -> Report:
     return Report(*json.loads(store.get(_key(other)))) if store.check([_key(other)]) else Report()
 
 
+def _key(other: int) -> str:
+    return f"rosa_ds/progress/{other}"
+
+
 def _end_process(message: str) -> None:
     logger.error("%s. The stacks of rank %d follow; training.stall_minutes sets the time.", message, rank())
     faulthandler.dump_traceback(file=sys.stderr)
     sys.stderr.flush()
     os._exit(STALLED_STATUS)
-
-
-def lost_contact(error: RuntimeError) -> bool:
-    """Does a collective say that another rank is gone?"""
-    said = str(error)
-    gone = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "remote process exited",
-        "NCCL",
-        "timed out",
-    )
-    return isinstance(error, dist.DistError) or any(text in said for text in gone)
-
-
-def describe_ranks() -> str:
-    """Where each rank was last, and its largest memory: what is known when one of them is gone."""
-    try:
-        assert _active is not None
-        reports = _active.ask_all()
-    except (RuntimeError, AssertionError, ValueError, TimeoutError):
-        return "nothing is known of the ranks"
-    return "; ".join(
-        f"rank {other}{report.placed(' {:.0f} s ago')}, peak memory {report.peak_memory_bytes / 2**30:.2f} GiB"
-        for other, report in enumerate(reports)
-    )
-
-
-def start_watch(seconds: float) -> None:
-    """Begin to watch this rank; nothing to do alone, or with 0 seconds."""
-    global _active
-    if _active is None and world_size() > 1 and seconds > 0:
-        _active = Watch(dist.distributed_c10d._get_default_store(), seconds)
-
-
-def stop_watch() -> None:
-    global _active
-    if _active is not None:
-        _active.close()
-        _active = None
-
-
-def progress(where: str) -> None:
-    """This rank has got here, e.g. ``"step 12 train, micro-batch 3"``. All ranks say the same in the same order."""
-    if _active is not None:
-        _active.progress(where)
