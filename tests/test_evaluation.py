@@ -15,11 +15,10 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from launching import ROOT, run
 from rosa_ds.config.schema import DataSettings, ModelSettings
-from rosa_ds.evaluation import scores
+from rosa_ds.evaluation import bootstrap, scores
+from rosa_ds.evaluation.causal_lm import load_questions, perplexity, written_metrics
 from rosa_ds.evaluation.generate import Generation, generate
-from rosa_ds.evaluation.metrics import perplexity, written_metrics
 from rosa_ds.evaluation.options import parse
-from rosa_ds.evaluation.questions import load_questions
 from rosa_ds.models.load import load_model, load_tokenizer
 
 EVAL = str(ROOT / "launch" / "eval.py")
@@ -112,13 +111,13 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     generator = np.random.default_rng(0)
     hits = 0
     for seed in range(200):
-        low, high = scores.interval(generator.random(60) < 0.3, 400, seed=seed)
+        low, high = bootstrap.mean_interval(generator.random(60) < 0.3, 400, seed=seed)
         hits += low <= 0.3 <= high
     assert 0.88 <= hits / 200 <= 0.99
 
 
 def test_weighted_interval_of_a_constant() -> None:
-    assert scores.interval([2.0, 2.0, 2.0], 20, weights=[1, 5, 100]) == [2.0, 2.0]
+    assert bootstrap.mean_interval([2.0, 2.0, 2.0], 20, weights=[1, 5, 100]) == [2.0, 2.0]
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from rosa_ds.evaluation.scores import interval
+from rosa_ds.evaluation.bootstrap import mean_interval
 
 FEWEST_PAIRS = 3
 """Below these a p-value would only show how few they are."""
@@ -103,5 +103,5 @@ def compare_rows(values: Mapping[int, Sequence[float]], reference: Mapping[int, 
     mean = float(differences.mean())
     if len(differences) == 1:
         return RowInterval(1, len(seeds), mean, mean, mean)
-    low, high = interval(differences.tolist(), RESAMPLES)
+    low, high = mean_interval(differences.tolist(), RESAMPLES)
     return RowInterval(len(differences), len(seeds), mean, low, high)

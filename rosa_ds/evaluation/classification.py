@@ -14,31 +14,10 @@ from rosa_ds import distributed
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import prepare_labelled
-from rosa_ds.evaluation.scores import draws, ends
+from rosa_ds.evaluation.bootstrap import percentile_interval, resampled_rows
 from rosa_ds.models.task import classes_of, is_classifier, settle_padding, uses_types
 from rosa_ds.training.evaluate import visit_batches
 from rosa_ds.training.model import check_positions
-
-
-def scores(labels: NDArray[np.int64], predictions: NDArray[np.int64]) -> dict[str, float]:
-    """``accuracy``, Matthews correlation ``mcc`` (0 where only one class is there), and ``f1``, the mean F1 over the classes that
-    occur in either. By scikit-learn.
-
-    Shapes: both (rows,).
-    Raises: ValueError if scikit-learn is not installed.
-    """
-    try:
-        from sklearn import metrics
-    except ImportError:
-        raise ValueError(
-            "metrics of classification need the package scikit-learn: pip install 'rosa-ds[classification]'"
-        ) from None
-    several = len(np.union1d(labels, predictions)) > 1
-    return {
-        "accuracy": float(metrics.accuracy_score(labels, predictions)),
-        "mcc": float(metrics.matthews_corrcoef(labels, predictions)) if several else 0.0,
-        "f1": float(metrics.f1_score(labels, predictions, average="macro", zero_division=0.0)),
-    }
 
 
 def classify(
@@ -54,7 +33,6 @@ def classify(
     Args:
         model: a classifier whose ``config.id2label`` names the classes as the rows' labels do.
         source: as ``data.eval``; settings: columns, ``max_length`` and what to do with longer rows.
-
         resamples: of the bootstrap; 0: no intervals.
 
     Returns: ``accuracy``, ``mcc`` and ``f1`` as :func:`scores`, each with its 95 % ``_interval``, ``rows``, and ``samples``: of every
@@ -90,12 +68,28 @@ def classify(
         for index in range(len(data))
     ]
     figures: dict[str, Any] = {**scores(labels, predictions), "rows": len(data), "samples": samples}
-    return figures | _intervals(labels, predictions, resamples)
+    if resamples:
+        resampled = [scores(labels[rows], predictions[rows]) for rows in resampled_rows(len(labels), resamples, 0)]
+        figures |= {f"{name}_interval": percentile_interval([one[name] for one in resampled]) for name in resampled[0]}
+    return figures
 
 
-def _intervals(labels: NDArray[np.int64], predictions: NDArray[np.int64], resamples: int) -> dict[str, list[float]]:
-    """95 % percentile bootstrap intervals of :func:`scores` over the rows."""
-    if not resamples:
-        return {}
-    found = [scores(labels[rows], predictions[rows]) for rows in draws(len(labels), resamples, 0)]
-    return {f"{name}_interval": ends([one[name] for one in found]) for name in found[0]}
+def scores(labels: NDArray[np.int64], predictions: NDArray[np.int64]) -> dict[str, float]:
+    """``accuracy``, Matthews correlation ``mcc`` (0 where only one class is there), and ``f1``, the mean F1 over the classes that
+    occur in either. By scikit-learn.
+
+    Shapes: both (rows,).
+    Raises: ValueError if scikit-learn is not installed.
+    """
+    try:
+        from sklearn import metrics
+    except ImportError:
+        raise ValueError(
+            "metrics of classification need the package scikit-learn: pip install 'rosa-ds[classification]'"
+        ) from None
+    several = len(np.union1d(labels, predictions)) > 1
+    return {
+        "accuracy": float(metrics.accuracy_score(labels, predictions)),
+        "mcc": float(metrics.matthews_corrcoef(labels, predictions)) if several else 0.0,
+        "f1": float(metrics.f1_score(labels, predictions, average="macro", zero_division=0.0)),
+    }

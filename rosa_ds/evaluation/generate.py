@@ -42,34 +42,6 @@ class Generation:
             raise ValueError("--top-p has no meaning for greedy generation: give a --temperature above 0, too")
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a generation: the tokenizer's end of text and what the model's own configuration names."""
-    configured = model.generation_config.eos_token_id
-    named = [configured] if isinstance(configured, int) else list(configured or [])
-    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
-
-
-@contextlib.contextmanager
-def _plain(model: PreTrainedModel) -> Iterator[None]:
-    """Without the model's own wishes, such as a penalty for repetition, which transformers adds to what is asked for."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> None:
-    """Raise ValueError where a prompt and what follows it go beyond the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if positions is not None and longest + new > positions:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens, and with --max-new-tokens {new} that is more than the model's {positions} "
-            "positions: give fewer new tokens, or shorter rows"
-        )
-
-
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Generation
@@ -81,7 +53,13 @@ def generate(
 
     Raises: ValueError for a prompt beyond the model's positions.
     """
-    _check_room(model, prompts, how.max_new_tokens)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    most = max(map(len, prompts), default=0)
+    if positions is not None and most + how.max_new_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {most} tokens, and with --max-new-tokens {how.max_new_tokens} that is more than the model's "
+            f"{positions} positions: give fewer new tokens, or shorter rows"
+        )
     drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature else {}
     config = GenerationConfig(
         max_new_tokens=how.max_new_tokens,
@@ -103,7 +81,10 @@ def generate(
         for row, index in enumerate(chosen):
             ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
-        with torch.random.fork_rng([model.device.index] if model.device.type == "cuda" else []), _plain(model):
+        with (
+            torch.random.fork_rng([model.device.index] if model.device.type == "cuda" else []),
+            _default_generation_config(model),
+        ):
             torch.manual_seed(how.seed * 1_000_003 + number)
             output = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
@@ -112,3 +93,20 @@ def generate(
             mine[index] = tokenizer.decode(output[row, longest:], skip_special_tokens=True)
     texts = {index: text for part in distributed.gather_objects(mine) for index, text in part.items()}
     return [texts[index] for index in range(len(prompts))]
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a generation: the tokenizer's end of text and what the model's own configuration names."""
+    configured = model.generation_config.eos_token_id
+    named = [configured] if isinstance(configured, int) else list(configured or [])
+    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+
+
+@contextlib.contextmanager
+def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """In place of the model's own, whose wishes (a penalty for repetition) transformers would add to what is asked for."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -10,12 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def require_harness() -> None:
-    """Raise ValueError where lm-eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("--harness needs lm-eval: pip install 'rosa-ds[lm-eval]'")
-
-
 def harness_metrics(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,3 +44,9 @@ def harness_metrics(
         task: {key: value for key, value in found.items() if key != "alias"}
         for task, found in result["results"].items()
     }
+
+
+def require_harness() -> None:
+    """Raise ValueError where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--harness needs lm-eval: pip install 'rosa-ds[lm-eval]'")

@@ -25,6 +25,44 @@ OF_THE_RUN = ("max_length", "too_long", "separator")
 GENERATION = ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")
 
 
+def parse(arguments: Sequence[str], description: str = "") -> argparse.Namespace:
+    """Options, and of them ``how`` to generate and the settings of the ``rows``.
+
+    Args:
+        description: for ``--help``.
+
+    Raises:
+        ValueError: what cannot be done.
+        SystemExit: an unknown option, or ``--help``.
+    """
+    options = _parser(description).parse_args(arguments)
+    if options.data is None and not options.harness:
+        raise ValueError("there is nothing to evaluate: give --data, or --harness with a task of lm-eval")
+    if options.data is None and options.metric:
+        raise ValueError(f"--metric {options.metric[0]} needs --data")
+    if options.harness and distributed.planned_world_size() > 1:
+        raise ValueError("--harness runs in one process: start it with plain python")
+    if options.bootstrap < 0:
+        raise ValueError(f"--bootstrap is 0 or more, given {options.bootstrap}")
+    if options.output is not None and options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a folder: give a JSON file to write")
+    if options.output is not None:
+        check_place(options.output, "--output")
+    if options.harness:
+        require_harness()
+    check_available(options.metric or [])
+    options.how = Generation(**{name: getattr(options, name) for name in GENERATION})
+    config = run_folder(Path(options.model)) / "config.json"
+    data = read_json(config).get("data", {}) if config.is_file() else {}
+    of_run = {name: data[name] for name in OF_THE_RUN if name in data}
+    given = {name: value for name in (*COLUMNS, *OF_THE_RUN) if (value := getattr(options, name)) is not None}
+    try:
+        options.rows = DataSettings(**of_run | given)
+    except ValidationError as error:
+        raise ValueError(validation_message(error, "data", list(DataSettings.model_fields))) from None
+    return options
+
+
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eval.py", description=description)
     parser.add_argument("model", help="run, checkpoint or adapter folder, model folder, hub name, .gguf file or tiny")
@@ -53,44 +91,3 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--harness-limit", type=int, metavar="N", help="rows of each of lm-eval's tasks")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser
-
-
-def parse(arguments: Sequence[str], description: str = "") -> argparse.Namespace:
-    """Options, and of them ``how`` to generate and the settings of the ``rows``.
-
-    Args:
-        description: for ``--help``.
-
-    Raises:
-        ValueError: what cannot be done.
-        SystemExit: an unknown option, or ``--help``.
-    """
-    options = _parser(description).parse_args(arguments)
-    if options.data is None and not options.harness:
-        raise ValueError("there is nothing to evaluate: give --data, or --harness with a task of lm-eval")
-    if options.data is None and options.metric:
-        raise ValueError(f"--metric {options.metric[0]} needs --data")
-    if options.harness and distributed.planned_world_size() > 1:
-        raise ValueError("--harness runs in one process: start it with plain python")
-    if options.bootstrap < 0:
-        raise ValueError(f"--bootstrap is 0 or more, given {options.bootstrap}")
-    if options.output is not None and options.output.is_dir():
-        raise ValueError(f"--output {options.output} is a folder: give a JSON file to write")
-    if options.output is not None:
-        check_place(options.output, "--output")
-    if options.harness:
-        require_harness()
-    check_available(options.metric or [])
-    options.how = Generation(**{name: getattr(options, name) for name in GENERATION})
-    options.rows = _data_settings(options)
-    return options
-
-
-def _data_settings(options: argparse.Namespace) -> DataSettings:
-    given = {name: value for name in (*COLUMNS, *OF_THE_RUN) if (value := getattr(options, name)) is not None}
-    config = run_folder(Path(options.model)) / "config.json"
-    data = read_json(config).get("data", {}) if config.is_file() else {}
-    try:
-        return DataSettings(**{name: data[name] for name in OF_THE_RUN if name in data} | given)
-    except ValidationError as error:
-        raise ValueError(validation_message(error, "data", list(DataSettings.model_fields))) from None

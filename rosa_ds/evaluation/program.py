@@ -16,9 +16,9 @@ from rosa_ds import distributed, zero
 from rosa_ds.adapters.folder import CONFIG_FILE
 from rosa_ds.checkpoints.checkpoint import is_checkpoint
 from rosa_ds.config.schema import ModelSettings
+from rosa_ds.evaluation.causal_lm import perplexity, written_metrics
 from rosa_ds.evaluation.classification import classify
 from rosa_ds.evaluation.harness import harness_metrics
-from rosa_ds.evaluation.metrics import perplexity, written_metrics
 from rosa_ds.evaluation.scores import CLASSIFIED, GENERATED, check_available
 from rosa_ds.export.adapted import load_adapted, load_merged, run_tokenizer
 from rosa_ds.export.source import open_source
@@ -29,14 +29,43 @@ from rosa_ds.utils.files import write_json
 logger = logging.getLogger(__name__)
 
 
-def _is_ours(path: Path) -> bool:
-    ours = (path / "adapter", path / CONFIG_FILE, path / "metrics.jsonl")
-    return any(part.exists() for part in ours) or is_checkpoint(path)
+def evaluate(options: argparse.Namespace) -> None:
+    """Log the figures, and write them where an output is given.
+
+    Args:
+        options: as :func:`rosa_ds.evaluation.options.parse` makes them.
+    """
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    if distributed.planned_world_size() > 1:
+        zero.initialize()
+        distributed.use_threads()
+    with distributed.together(), distributed.main_first():
+        model, tokenizer = _load(options)
+    model.to(distributed.device()).eval()
+    start = time.monotonic()
+    figures: dict[str, Any] = {"model": options.model, "data": options.data, "dtype": options.dtype}
+    metrics, how, rows = _metrics(options, model), options.how, options.rows
+    check_available(metrics)
+    if written := [metric for metric in metrics if metric in GENERATED]:
+        figures |= written_metrics(model, tokenizer, options.data, rows, written, how, options.bootstrap)
+    if any(metric in CLASSIFIED for metric in metrics):
+        figures |= classify(model, tokenizer, options.data, rows, how.batch_size, options.bootstrap)
+    if "perplexity" in metrics:
+        figures |= perplexity(model, tokenizer, options.data, rows, how.batch_size, options.bootstrap)
+    if options.harness:
+        limit, folder = options.harness_limit, options.harness_tasks
+        figures["harness"] = harness_metrics(model, tokenizer, options.harness, folder, limit, how.batch_size)
+    shown = {name: value for name, value in figures.items() if name != "samples"}
+    logger.info("%s (%.1f s)", json.dumps(shown, indent=1), time.monotonic() - start)
+    if options.output and distributed.is_main():
+        write_json(options.output, figures)
 
 
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path, dtype = Path(options.model), getattr(torch, options.dtype)
-    if _is_ours(path):
+    ours = (path / "adapter", path / CONFIG_FILE, path / "metrics.jsonl")
+    if any(part.exists() for part in ours) or is_checkpoint(path):
         source = open_source(path)
         model = load_adapted(source, dtype) if options.unmerged else load_merged(source, dtype)
         return model, run_tokenizer(source)
@@ -57,43 +86,3 @@ def _metrics(options: argparse.Namespace, model: PreTrainedModel) -> list[str]:
             kind = "a classifier" if is_classifier(model) else "a language model"
             raise ValueError(f"--metric {metric}: {options.model} is {kind}, whose metrics are {', '.join(known)}")
     return metrics
-
-
-def _evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
-) -> dict[str, Any]:
-    figures: dict[str, Any] = {"model": options.model, "data": options.data, "dtype": options.dtype}
-    metrics, how, rows = _metrics(options, model), options.how, options.rows
-    check_available(metrics)
-    if written := [metric for metric in metrics if metric in GENERATED]:
-        figures |= written_metrics(model, tokenizer, options.data, rows, written, how, options.bootstrap)
-    if any(metric in CLASSIFIED for metric in metrics):
-        figures |= classify(model, tokenizer, options.data, rows, how.batch_size, options.bootstrap)
-    if "perplexity" in metrics:
-        figures |= perplexity(model, tokenizer, options.data, rows, how.batch_size, options.bootstrap)
-    if options.harness:
-        limit, folder = options.harness_limit, options.harness_tasks
-        figures["harness"] = harness_metrics(model, tokenizer, options.harness, folder, limit, how.batch_size)
-    return figures
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    """Log the figures, and write them where an output is given.
-
-    Args:
-        options: as :func:`rosa_ds.evaluation.options.parse` makes them.
-    """
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    if distributed.planned_world_size() > 1:
-        zero.initialize()
-        distributed.use_threads()
-    with distributed.together(), distributed.main_first():
-        model, tokenizer = _load(options)
-    model.to(distributed.device()).eval()
-    start = time.monotonic()
-    figures = _evaluate(model, tokenizer, options)
-    shown = {name: value for name, value in figures.items() if name != "samples"}
-    logger.info("%s (%.1f s)", json.dumps(shown, indent=1), time.monotonic() - start)
-    if options.output and distributed.is_main():
-        write_json(options.output, figures)

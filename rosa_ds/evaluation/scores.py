@@ -1,4 +1,4 @@
-"""How good a prediction is: by question, and BLEU and chrF over all of them, with 95 % intervals.
+"""How good a prediction is: by question, and BLEU and chrF over all of them.
 
 What is a library's is the library's: SQL is read by sqlglot, BLEU and chrF are sacrebleu's. Both are in the extra ``evaluation``.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from rosa_ds.evaluation.bootstrap import percentile_interval, resampled_rows
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -121,36 +122,10 @@ def over_all(
     if resamples:
         # sacrebleu's own bootstrap fails where a draw scores 0 (2.6: its mean of Python's and numpy's numbers)
         counts = np.asarray(computed._extract_corpus_statistics(list(predictions), columns))
-        drawn = draws(len(counts), resamples, 0)
+        drawn = resampled_rows(len(counts), resamples, 0)
         scores = [computed._compute_score_from_stats(list(counts[rows].sum(0))).score for rows in drawn]
-        found[f"{metric}_interval"] = ends(scores)
+        found[f"{metric}_interval"] = percentile_interval(scores)
     return found
-
-
-def interval(
-    values: Sequence[float], resamples: int, weights: Sequence[float] | None = None, seed: int = 0
-) -> list[float]:
-    """95 % percentile bootstrap interval of the (weighted) mean: low and high end.
-
-    Args:
-        values: one for each question, (n,).
-        weights: of each in the mean; by default all alike.
-    """
-    given = np.asarray(values, dtype=np.float64)
-    weight = np.ones_like(given) if weights is None else np.asarray(weights, dtype=np.float64)
-    drawn = draws(len(given), resamples, seed)
-    return ends([np.average(given[rows], weights=weight[rows]) for rows in drawn])
-
-
-def draws(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """As many of ``count`` rows as there are, with repetition, again and again."""
-    generator = np.random.default_rng(seed)
-    return (generator.integers(0, count, count) for _ in range(resamples))
-
-
-def ends(values: Sequence[float]) -> list[float]:
-    """Between them lie 95 % of the values."""
-    return [float(end) for end in np.percentile(values, [2.5, 97.5])]
 
 
 def _require(module: str, metric: str, package: str = "", extra: str = "evaluation") -> Any:

@@ -1,7 +1,8 @@
-"""Numbers that say how good a model is on rows of data, each with its 95 % bootstrap interval over the rows."""
+"""How good a causal language model is on rows of data: what it writes, and perplexity. Each figure with its 95 % interval."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rosa_ds import distributed
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import Batch
-from rosa_ds.data.prepare import prepare
+from rosa_ds.data.formats import parse_row
+from rosa_ds.data.prepare import columns_of, prepare
+from rosa_ds.data.sources import load_rows
+from rosa_ds.data.tokenise import prompt_and_reference
+from rosa_ds.evaluation.bootstrap import mean_interval
 from rosa_ds.evaluation.generate import Generation, generate
-from rosa_ds.evaluation.questions import load_questions
-from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, check_references, interval, over_all
+from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, check_references, over_all
 from rosa_ds.models.loss import losses_of
 from rosa_ds.training.evaluate import visit_batches
 from rosa_ds.training.model import check_positions
@@ -46,9 +50,9 @@ def written_metrics(
     check_available(metrics)
     with distributed.together(), distributed.main_first():
         questions = load_questions(source, tokenizer, settings)
-    check_references(metrics, [question.references for question in questions])
-    predictions = [text.strip() for text in generate(model, tokenizer, [q.prompt for q in questions], how)]
     references = [question.references for question in questions]
+    check_references(metrics, references)
+    predictions = [text.strip() for text in generate(model, tokenizer, [q.prompt for q in questions], how)]
     figures: dict[str, Any] = {}
     scores = {metric: by_question(metric, predictions, references) for metric in metrics}
     for metric in metrics:
@@ -57,7 +61,7 @@ def written_metrics(
             continue
         figures[metric] = sum(scores[metric]) / len(questions)
         if resamples:
-            figures[f"{metric}_interval"] = interval(scores[metric], resamples)
+            figures[f"{metric}_interval"] = mean_interval(scores[metric], resamples)
     samples = [
         {
             "prompt": tokenizer.decode(question.prompt),
@@ -96,6 +100,30 @@ def perplexity(
     loss = float(sums.sum()) / int(data.trained.sum())
     figures: dict[str, Any] = {"perplexity": math.exp(loss), "loss": loss, "examples": len(data)}
     if resamples:
-        ends = interval((sums.numpy() / data.trained).tolist(), resamples, weights=data.trained.tolist())
+        ends = mean_interval((sums.numpy() / data.trained).tolist(), resamples, weights=data.trained.tolist())
         figures["perplexity_interval"] = [math.exp(end) for end in ends]
     return {**figures, "trained_tokens": int(data.trained.sum())}
+
+
+def load_questions(source: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[Question]:
+    """The questions of a source, as ``data.train`` names one. Rows with the same prompt are one question.
+
+    Raises: ValueError for a row that has no prompt and answer, with its number.
+    """
+    rows = load_rows(source, "eval")
+    found: dict[tuple[int, ...], list[str]] = {}
+    for index, row in enumerate(rows):
+        try:
+            ids, reference = prompt_and_reference(parse_row(row, columns_of(settings)), tokenizer, settings.separator)
+        except ValueError as error:
+            raise ValueError(f"{rows.where(index)}: {error}") from None
+        found.setdefault(tuple(ids), []).append(reference.strip())
+    return [Question(list(prompt), tuple(references)) for prompt, references in found.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """``prompt`` as token ids, and its ``references`` without outer white space, in the order of the data."""
+
+    prompt: list[int]
+    references: tuple[str, ...]
