@@ -12,8 +12,8 @@ import shlex
 from pathlib import Path
 
 from rosa_ds.config.command_line import parse_command_line
-from rosa_ds.planning.report import choice_table, explain, term_table
 from rosa_ds.planning.search import GIB, Machine, Planner, best
+from rosa_ds.planning.tables import choice_table, explain, term_table
 from rosa_ds.utils.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.plan")

@@ -40,6 +40,48 @@ class Finding:
         return f"{self.what}: {self.found}" + (f"\n    → {self.advice}" if self.advice else "")
 
 
+def examine(output: Path) -> list[Finding]:
+    """All of this host and rank. ``output``: folder of runs, which need not exist."""
+    groups = (versions(), accelerators(), compilers(), kernels(), network(), memory_and_limits(), disks(output))
+    return [finding for group in groups for finding in group]
+
+
+def examine_ranks(size: int) -> list[Finding]:
+    """What only all ranks together show; collective. ``size``: bytes of the timed collectives."""
+    ranks = distributed.world_size()
+    mine = {
+        "host": socket.gethostname(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+    everyone = distributed.gather_objects(mine)
+    by_host = {
+        host: sum(other["host"] == host for other in everyone) for host in dict.fromkeys(o["host"] for o in everyone)
+    }
+    found = [Finding("ranks", f"{ranks}: " + ", ".join(f"{host} × {count}" for host, count in by_host.items()))]
+    for what in ("torch", "device"):
+        values = sorted({other[what] for other in everyone})
+        advice = f"the ranks differ in {what}: make them alike" if len(values) > 1 else ""
+        found.append(Finding(f"{what} of all ranks", ", ".join(values), advice))
+    if ranks == 1:
+        advice = "start it as the run will be: torchrun --nproc_per_node N launch/doctor.py"
+        return [*found, Finding("collectives", "one rank has none", advice)]
+    times = distributed.time_collectives(size)
+    slowest = {name: max(o[name] for o in distributed.gather_objects(times)) for name in times}
+    for name, seconds in slowest.items():
+        weight = 2 if "reduce" in name else 1
+        rate = weight * size * (ranks - 1) / ranks / seconds / 1e9
+        slow = "first" not in name and torch.cuda.is_available() and rate < 5
+        found.append(
+            Finding(
+                f"{name} of {size / 1e6:.0f} MB, {distributed.backend()}",
+                f"{1000 * seconds:.1f} ms on the slowest rank, {rate:.2f} GB/s a rank",
+                "NCCL_DEBUG=INFO says which way it takes; below 5 GB/s it is mostly sockets" if slow else "",
+            )
+        )
+    return found
+
+
 def versions() -> Iterator[Finding]:
     """Installed packages against what this project asks for."""
     yield Finding("python", sys.version.split()[0])
@@ -178,21 +220,6 @@ def memory_and_limits() -> Iterator[Finding]:
     yield Finding("host memory", f"{os.sysconf('SC_AVPHYS_PAGES') * pages / _GIB:.1f} GiB free")
 
 
-def _mount_of(path: Path) -> tuple[str, str]:
-    """Mount point and type of the file system that a path is on."""
-    best = ("/", "?")
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, where, kind, *_ = line.split()
-        if path.is_relative_to(where) and len(where) >= len(best[0]):
-            best = (where, kind)
-    return best
-
-
-def _existing(path: Path) -> Path:
-    path = path.expanduser().absolute()
-    return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
 def disks(output: Path) -> Iterator[Finding]:
     """Where caches and checkpoints are, and how fast the latter are written."""
     home = Path.home()
@@ -223,6 +250,21 @@ def disks(output: Path) -> Iterator[Finding]:
     yield _write_speed(_existing(output))
 
 
+def _mount_of(path: Path) -> tuple[str, str]:
+    """Mount point and type of the file system that a path is on."""
+    best = ("/", "?")
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, *_ = line.split()
+        if path.is_relative_to(where) and len(where) >= len(best[0]):
+            best = (where, kind)
+    return best
+
+
+def _existing(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
 def _write_speed(folder: Path, size: int = 64 * 2**20) -> Finding:
     path = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
     try:
@@ -240,45 +282,3 @@ def _write_speed(folder: Path, size: int = 64 * 2**20) -> Finding:
     return Finding(
         "write speed", f"{rate:.0f} MB/s, with fsync", "checkpoints wait for it: use a faster disk" if slow else ""
     )
-
-
-def examine(output: Path) -> list[Finding]:
-    """All of this host and rank. ``output``: folder of runs, which need not exist."""
-    groups = (versions(), accelerators(), compilers(), kernels(), network(), memory_and_limits(), disks(output))
-    return [finding for group in groups for finding in group]
-
-
-def examine_ranks(size: int) -> list[Finding]:
-    """What only all ranks together show; collective. ``size``: bytes of the timed collectives."""
-    ranks = distributed.world_size()
-    mine = {
-        "host": socket.gethostname(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-    }
-    everyone = distributed.gather_objects(mine)
-    by_host = {
-        host: sum(other["host"] == host for other in everyone) for host in dict.fromkeys(o["host"] for o in everyone)
-    }
-    found = [Finding("ranks", f"{ranks}: " + ", ".join(f"{host} × {count}" for host, count in by_host.items()))]
-    for what in ("torch", "device"):
-        values = sorted({other[what] for other in everyone})
-        advice = f"the ranks differ in {what}: make them alike" if len(values) > 1 else ""
-        found.append(Finding(f"{what} of all ranks", ", ".join(values), advice))
-    if ranks == 1:
-        advice = "start it as the run will be: torchrun --nproc_per_node N launch/doctor.py"
-        return [*found, Finding("collectives", "one rank has none", advice)]
-    times = distributed.time_collectives(size)
-    slowest = {name: max(o[name] for o in distributed.gather_objects(times)) for name in times}
-    for name, seconds in slowest.items():
-        weight = 2 if "reduce" in name else 1
-        rate = weight * size * (ranks - 1) / ranks / seconds / 1e9
-        slow = "first" not in name and torch.cuda.is_available() and rate < 5
-        found.append(
-            Finding(
-                f"{name} of {size / 1e6:.0f} MB, {distributed.backend()}",
-                f"{1000 * seconds:.1f} ms on the slowest rank, {rate:.2f} GB/s a rank",
-                "NCCL_DEBUG=INFO says which way it takes; below 5 GB/s it is mostly sockets" if slow else "",
-            )
-        )
-    return found

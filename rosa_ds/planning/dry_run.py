@@ -43,7 +43,13 @@ def dry_run(command: CommandLine, ranks: int) -> None:
         logger.warning("--dry-run looks at a new run: the checkpoint of --resume is not read")
     if settings.mask.load is not None:
         check_mask_file(Path(settings.mask.load), Path(settings.training.output_dir))
-    settings = _begun(settings, plan)
+    if (
+        settings.adapter.init_from is not None
+    ):  # it decides some settings; whether its base has the same weights is not looked at
+        model = build_on_meta(read_config(settings.model), settings.model, getattr(torch, plan.dtype))
+        settings, start = begin_from(settings, model, {"name_or_path": settings.model.name_or_path, "hash": None}, None)
+        if start is not None:
+            start.close()
     warn_of(settings)
     if command.config.model.dtype == "auto" and plan.dtype == "bfloat16":
         logger.info("model.dtype auto: bfloat16, as on GPUs; a run on CPUs computes in float32")
@@ -66,42 +72,6 @@ def dry_run(command: CommandLine, ranks: int) -> None:
     _show_plan(planner, plan, settings, ranks, shape)
     if problem is not None:
         raise problem
-
-
-def _begun(settings: RunConfig, plan: DeepSpeedPlan) -> RunConfig:
-    """With what the adapter of ``adapter.init_from`` decides; whether its base has the same weights is not looked at."""
-    if settings.adapter.init_from is None:
-        return settings
-    model = build_on_meta(read_config(settings.model), settings.model, getattr(torch, plan.dtype))
-    settings, start = begin_from(settings, model, {"name_or_path": settings.model.name_or_path, "hash": None}, None)
-    if start is not None:
-        start.close()
-    return settings
-
-
-def _show_plan(planner: Planner, plan: DeepSpeedPlan, settings: RunConfig, ranks: int, shape: Shape) -> None:
-    checkpointing = bool(settings.training.gradient_checkpointing)
-    account = planner.account(plan.stage, ranks, shape, checkpointing, plan.accumulation_steps)
-    traced = {again: planner.activations.measure(shape, again) for again in (False, True)}
-    account.memory |= activation_terms(traced[checkpointing])
-    logger.info("DeepSpeed's configuration:\n%s", json.dumps(plan.config, indent=2))
-    logger.info(
-        "a rank of %d at stage %d, micro-batches of %d × %d tokens, %d a step:\n%s",
-        ranks,
-        plan.stage,
-        shape.rows,
-        shape.length,
-        plan.accumulation_steps,
-        table(account, {}, {}),
-    )
-    for again, found in traced.items():
-        how = "with" if again else "without"
-        logger.info(
-            "activations %s checkpointing: %.3f GiB kept for backward, %.3f at the worst moment",
-            how,
-            found.saved / GIB,
-            found.peak / GIB,
-        )
 
 
 def targets(planner: Planner) -> str:
@@ -133,3 +103,28 @@ def phases(schedule: Schedule) -> str:
         shown = ", ".join(map(str, draws[:10])) + (f", ... ({len(draws)})" if len(draws) > 10 else "")
         lines.append(f"  draws before step {shown}")
     return "\n".join(lines)
+
+
+def _show_plan(planner: Planner, plan: DeepSpeedPlan, settings: RunConfig, ranks: int, shape: Shape) -> None:
+    checkpointing = bool(settings.training.gradient_checkpointing)
+    account = planner.account(plan.stage, ranks, shape, checkpointing, plan.accumulation_steps)
+    traced = {again: planner.activations.measure(shape, again) for again in (False, True)}
+    account.memory |= activation_terms(traced[checkpointing])
+    logger.info("DeepSpeed's configuration:\n%s", json.dumps(plan.config, indent=2))
+    logger.info(
+        "a rank of %d at stage %d, micro-batches of %d × %d tokens, %d a step:\n%s",
+        ranks,
+        plan.stage,
+        shape.rows,
+        shape.length,
+        plan.accumulation_steps,
+        table(account, {}, {}),
+    )
+    for again, found in traced.items():
+        how = "with" if again else "without"
+        logger.info(
+            "activations %s checkpointing: %.3f GiB kept for backward, %.3f at the worst moment",
+            how,
+            found.saved / GIB,
+            found.peak / GIB,
+        )

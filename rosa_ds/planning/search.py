@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rosa_ds.adapters.inject import InjectReport, adapter_parts
+from rosa_ds.adapters.inject import adapter_parts
 from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.memory.account import Account
@@ -81,10 +81,6 @@ class Planner:
         self.model, self.report = build_skeleton(config, settled, self.dtype)
         self.activations = ActivationPlan(config, settled, self.dtype)
         self.numbers = self.report.trained + self.report.frozen
-
-    @property
-    def counts(self) -> InjectReport:
-        return self.report
 
     def account(self, stage: int, ranks: int, shape: Shape, checkpointing: bool, accumulation: int = 1) -> Account:
         """Every term of one rank, for micro-batches of a shape."""

@@ -7,10 +7,6 @@ from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
 
 
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"
-
-
 def choice_table(choices: list[Choice]) -> str:
     """One line a choice, GiB of one GPU and seconds of one step."""
     lines = [
@@ -53,3 +49,7 @@ def explain(planner: Planner, machine: Machine, least: Choice) -> str:
         f"nothing fits: the least is {least.peak / GIB:.1f} GiB (stage {least.stage}, micro-batch {least.micro_batch}) of "
         f"{budget / GIB:.1f} a GPU; the largest terms are {held} GiB. Try, in this order: {'; '.join(advice)}"
     )
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
