@@ -52,24 +52,6 @@ class Children:
     def __exit__(self, *exception: object) -> None:
         self._handlers.close()
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        first = not self.stopped
-        self.stopped = signal.Signals(number).name
-        if not first:
-            self._send(signal.SIGKILL)
-            return
-        logger.info("%s: the runs save their state and end; once more kills them", self.stopped)
-        self._send(signal.SIGTERM)
-        timer = threading.Timer(self._grace, self._send, [signal.SIGKILL])
-        timer.daemon = True
-        timer.start()
-
-    def _send(self, number: signal.Signals) -> None:
-        with self._lock:
-            for pid in self._running:
-                # SIGTERM to the program itself, which ends its own children; a kill to all that it has started
-                (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
-
     def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Outcome:
         """Run a program to its end, its output added to a file. After a signal nothing is started any more: status 75.
 
@@ -100,3 +82,21 @@ class Children:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         return Outcome(process.returncode, time.monotonic() - begun, usage.ru_utime + usage.ru_stime)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        first = not self.stopped
+        self.stopped = signal.Signals(number).name
+        if not first:
+            self._send(signal.SIGKILL)
+            return
+        logger.info("%s: the runs save their state and end; once more kills them", self.stopped)
+        self._send(signal.SIGTERM)
+        timer = threading.Timer(self._grace, self._send, [signal.SIGKILL])
+        timer.daemon = True
+        timer.start()
+
+    def _send(self, number: signal.Signals) -> None:
+        with self._lock:
+            for pid in self._running:
+                # SIGTERM to the program itself, which ends its own children; a kill to all that it has started
+                (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rosa_ds.comparing.study import Settings, Study, digest_of
-from rosa_ds.config.command_line import CommandLine, parse_command_line
+from rosa_ds.config.command_line import parse_command_line
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.config.unused import settings_without_effect
 from rosa_ds.training.task import sources
@@ -41,46 +41,15 @@ class PlannedRun:
         return f"{self.variant}/{self.label}"
 
 
-def _text(value: Any) -> str:
-    """A setting's value as train.py's command line has it."""
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _resolve(study: Study, name: str, settings: Settings) -> CommandLine:
-    given = {} if study.validation is None else {"data.eval": study.validation}
-    arguments = [f"--{key}={_text(value)}" for key, value in (given | settings).items()]
-    try:
-        return parse_command_line([*([] if study.config is None else ["--config", study.config]), *arguments])
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _plan(study: Study, root: Path, variant: str, label: str, seed: int, own: Settings, choice: Settings) -> PlannedRun:
-    settings = study.settings | study.variants[variant] | own | choice | {"training.seed": seed}
-    command = _resolve(study, f"{variant}/{label}", settings)
-    unused = [entry for entry in settings_without_effect(command.config) if entry.split(" ")[0] in choice]
-    if unused:
-        raise ValueError(
-            f"tune: {unused[0]} changes nothing in variant {variant}: give it a grid of its own, tune.{variant}"
-        )
-    content = {**command.deepspeed, "rosa": command.config.model_dump(mode="json", exclude_unset=True)}
-    resolved = command.config.model_dump(mode="json")
-    resolved["training"].pop("output_dir")
-    digest = digest_of({"deepspeed": command.deepspeed, "rosa": resolved})
-    return PlannedRun(variant, label, seed, choice, root / "runs" / variant / label, content, command.config, digest)
-
-
 def plan_trials(study: Study, root: Path) -> list[PlannedRun]:
     """The trials of all variants: the first of each, then the second, and so on.
 
     Raises: ValueError for settings that train.py would refuse, or a grid that changes nothing.
     """
+    seed, own = study.seed_of_trials, study.tune_settings
     trials = [
-        _plan(study, root, variant, f"trial{number}-seed{study.seed_of_trials}", study.seed_of_trials, own, choice)
+        _plan(study, root, variant, f"trial{number}-seed{seed}", seed, own, choice)
         for variant in study.variants
-        for own in [study.tune_settings]
         for number, choice in enumerate(study.choices(variant), start=1)
     ]
     for run in trials:
@@ -114,3 +83,31 @@ def check_variants(study: Study, root: Path) -> None:
     for variant in study.variants:
         for choice in study.choices(variant) or [{}]:
             _plan(study, root, variant, "final", study.seeds[0], {}, choice)
+
+
+def _plan(study: Study, root: Path, variant: str, label: str, seed: int, own: Settings, choice: Settings) -> PlannedRun:
+    """A run whose settings are the study's, the variant's, its ``own``, the ``choice`` of the grid: the later ones win."""
+    given = {} if study.validation is None else {"data.eval": study.validation}
+    given |= study.settings | study.variants[variant] | own | choice | {"training.seed": seed}
+    arguments = [] if study.config is None else ["--config", study.config]
+    try:
+        command = parse_command_line([*arguments, *(f"--{name}={_text(value)}" for name, value in given.items())])
+    except ValueError as error:
+        raise ValueError(f"{variant}/{label}: {error}") from None
+    unused = [entry for entry in settings_without_effect(command.config) if entry.split(" ")[0] in choice]
+    if unused:
+        raise ValueError(
+            f"tune: {unused[0]} changes nothing in variant {variant}: give it a grid of its own, tune.{variant}"
+        )
+    content = {**command.deepspeed, "rosa": command.config.model_dump(mode="json", exclude_unset=True)}
+    resolved = command.config.model_dump(mode="json")
+    resolved["training"].pop("output_dir")
+    digest = digest_of({"deepspeed": command.deepspeed, "rosa": resolved})
+    return PlannedRun(variant, label, seed, choice, root / "runs" / variant / label, content, command.config, digest)
+
+
+def _text(value: Any) -> str:
+    """A setting's value as train.py's command line has it."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)

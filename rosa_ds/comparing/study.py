@@ -1,6 +1,6 @@
 """A study: one JSON file that says which variants are compared, how each is tuned, and on which rows they are judged.
 
-From it follow the runs, each with its resolved settings and a digest of them.
+Its runs, each with its resolved settings, are planned from it in ``planned.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,41 @@ RESERVED = {
     "training.output_dir": "compare.py gives every run its own",
     "training.seed": "give seeds (and tune_seed)",
 }
+
+
+def read_study(path: Path) -> Study:
+    """Read a study's file; ``config`` of what is returned is a path from here.
+
+    Raises: ValueError for anything that is wrong with it.
+    """
+    try:
+        content = json.loads(path.read_text(), object_pairs_hook=_unique_keys)
+    except FileNotFoundError:
+        raise ValueError(f"study {path}: no such file.{did_you_mean_path(path)}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"study {path}: not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"study {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"study {path}: a study is a JSON object, given {type(content).__name__}")
+    names = [*Study.model_fields, *(f"evaluate.{name}" for name in Evaluation.model_fields)]
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(validation_message(error, f"study {path}", names)) from None
+    if study.config is None:
+        return study
+    return study.model_copy(update={"config": str(path.parent / study.config)})
+
+
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's objects may name a key twice, and Python's reader takes the last."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"{key} stands twice in one object")
+        content[key] = value
+    return content
 
 
 class Evaluation(Section):
@@ -52,6 +87,10 @@ class Evaluation(Section):
         """For eval.py, without the model and the output."""
         options = [f"--{name}={value}" for name, value in self.options.items()]
         return [f"--data={self.data}", *(f"--metric={name}" for name in self.metric), *options]
+
+    @property
+    def digest(self) -> str:
+        return digest_of({"arguments": self.arguments()})
 
 
 class Study(Section):
@@ -88,7 +127,7 @@ class Study(Section):
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _check(self) -> Study:
+    def _check_names(self) -> Study:
         for name in self.variants:
             if not re.fullmatch(r"[\w+-][\w.+-]*", name):
                 raise ValueError(f"a variant's name is that of a folder: letters, digits and . _ + -, given {name!r}")
@@ -101,11 +140,10 @@ class Study(Section):
             raise ValueError(
                 f"evaluate and validation are both {self.validation}: rows that tune cannot judge, give others"
             )
-        self._check_settings()
-        self._check_grids()
         return self
 
-    def _check_settings(self) -> None:
+    @model_validator(mode="after")
+    def _check_settings(self) -> Study:
         places = {"settings": self.settings, "tune_settings": self.tune_settings}
         places |= {f"variants.{name}": own for name, own in self.variants.items()}
         places |= {f"tune of {name}": self.grid(name) for name in self.variants}
@@ -114,8 +152,10 @@ class Study(Section):
                 raise ValueError(f"{place}: {name} is not for a study to set: {RESERVED[name]}")
             if self.validation is not None and "data.eval" in settings:
                 raise ValueError(f"{place}: data.eval is what validation says: give one of them")
+        return self
 
-    def _check_grids(self) -> None:
+    @model_validator(mode="after")
+    def _check_grids(self) -> Study:
         for name, own in self.tune.items():
             if isinstance(own, dict) and name not in self.variants:
                 raise ValueError(f"tune: {name} is no variant.{did_you_mean(name, self.variants)}")
@@ -127,6 +167,7 @@ class Study(Section):
         if len(set(counts.values())) > 1:
             shown = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(f"tune: every variant needs the same number of trials, or none is tuned fairly: {shown}")
+        return self
 
     def grid(self, variant: str) -> dict[str, list[Any]]:
         """Setting -> values to try with a variant; empty if it is not tuned."""
@@ -143,41 +184,6 @@ class Study(Section):
     @property
     def seed_of_trials(self) -> int:
         return self.seeds[0] if self.tune_seed is None else self.tune_seed
-
-
-def _without_twice(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON's objects may name a key twice, and Python's reader takes the last."""
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"{key} stands twice in one object")
-        content[key] = value
-    return content
-
-
-def read_study(path: Path) -> Study:
-    """Read a study's file; ``config`` of what is returned is a path from here.
-
-    Raises: ValueError for anything that is wrong with it.
-    """
-    try:
-        content = json.loads(path.read_text(), object_pairs_hook=_without_twice)
-    except FileNotFoundError:
-        raise ValueError(f"study {path}: no such file.{did_you_mean_path(path)}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"study {path}: not JSON: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"study {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"study {path}: a study is a JSON object, given {type(content).__name__}")
-    names = [*Study.model_fields, *(f"evaluate.{name}" for name in Evaluation.model_fields)]
-    try:
-        study = Study.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(validation_message(error, f"study {path}", names)) from None
-    if study.config is None:
-        return study
-    return study.model_copy(update={"config": str(path.parent / study.config)})
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
