@@ -54,15 +54,15 @@ def main(arguments: list[str]) -> None:
     if options.jobs < 1:
         raise ValueError(f"--jobs is 1 or more, given {options.jobs}")
     from rosa_ds.checkpoints.folder_lock import hold_folder
-    from rosa_ds.comparing.compare import Options, compare
-    from rosa_ds.comparing.running import Programs
+    from rosa_ds.comparing.run_study import Options, run_study
+    from rosa_ds.comparing.runner import Programs
 
     if not options.report_only:
         hold_folder(options.output, "--output")
     check_evaluations(options.study)
     programs = Programs(*([sys.executable, str(LAUNCH / name)] for name in ("train.py", "eval.py")))
     command = shlex.join(["python", "launch/compare.py", *arguments])
-    compare(Options(**vars(options), command=command), programs)
+    run_study(Options(**vars(options), command=command), programs)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from launching import ROOT
 from rosa_ds.checkpoints import folder_lock
 from rosa_ds.comparing import children
 from rosa_ds.comparing.children import Children
-from rosa_ds.comparing.compare import Options, compare
 from rosa_ds.comparing.planned import plan_finals, plan_trials
-from rosa_ds.comparing.running import Programs, places
+from rosa_ds.comparing.run_study import Options, run_study
+from rosa_ds.comparing.runner import Programs, places
 from rosa_ds.comparing.study import read_study
 from rosa_ds.config.schema import AdapterConfig, ModelSettings
 from rosa_ds.models.load import identify, load_model
@@ -77,7 +77,7 @@ class Workshop:
         calls.unlink(missing_ok=True)
         program = [sys.executable, "-S", str(FAKE), str(self.fake)]
         try:
-            compare(Options(self.path, self.output, **options), Programs([*program, "train"], [*program, "evaluate"]))
+            run_study(Options(self.path, self.output, **options), Programs([*program, "train"], [*program, "evaluate"]))
         finally:
             self.calls = calls.read_text().splitlines() if calls.exists() else []
         return self.calls
@@ -99,8 +99,8 @@ def drawn(tmp_path: Path, robust_adapter: Path) -> Workshop:
 @pytest.fixture
 def workshop(drawn: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """Without pictures, which take most of the time here."""
-    monkeypatch.setattr("rosa_ds.comparing.compare._draw", lambda *arguments: {})
-    monkeypatch.setattr("rosa_ds.comparing.compare._read_changes", lambda results: ({}, []))
+    monkeypatch.setattr("rosa_ds.comparing.run_study.draw_plots", lambda *arguments: {})
+    monkeypatch.setattr("rosa_ds.comparing.run_study.read_updates", lambda results: ({}, []))
     return drawn
 
 

@@ -15,7 +15,7 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.comparing.planned import PlannedRun
 from rosa_ds.comparing.plots import lowest_by_value, mean_and_range, plot_losses, plot_masks, plot_metric
 from rosa_ds.comparing.report import number, spread, table
-from rosa_ds.comparing.results import Results, RunResult, choose
+from rosa_ds.comparing.results import Results, RunResult, choose_trials
 from rosa_ds.comparing.statistics import Summary, compare_rows, compare_seeds, summarise
 from rosa_ds.comparing.study import Study
 from rosa_ds.comparing.updates import Changes, LayerMask, cumulated_shares, middle_layers, read_changes
@@ -210,10 +210,10 @@ def test_the_mask_plot_shows_mask_and_curves() -> None:
 def test_a_trial_without_a_loss_is_never_chosen() -> None:
     results = _results()
     assert lowest_by_value(results.trials, LR) == [(0.1, 1.5), (0.2, 3.0)]
-    best = choose(results.study, "a", results.trials)
-    assert best.best is results.trials[1]
-    assert best.edges == [LR]
-    assert choose(results.study, "b", results.trials).best is None
+    tunings = choose_trials(results.study, results.trials)
+    assert tunings["a"].best is results.trials[1]
+    assert tunings["a"].edges == [LR]
+    assert tunings["b"].best is None
 
 
 def test_cells_of_tables() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,23 +16,43 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from rosa_ds.comparing.results import Results, RunResult
-from rosa_ds.comparing.updates import Changes, LayerMask, cumulated_shares
+from rosa_ds.comparing.updates import Changes, cumulated_shares
 
 DPI = 110
 SMALLEST_SHARE = 1e-8
 """Singular values below this part of the largest are rounding."""
 
 
-def _panels(rows: int, columns: int, width: float = 4.8, height: float = 3.8) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def draw_plots(results: Results, changes: Mapping[str, Changes], layers: Sequence[str], root: Path) -> dict[str, str]:
+    """Draw everything there is data for, in the folder ``plots`` of a study.
 
+    Args:
+        changes: variant -> what is drawn of its update and mask.
+        layers: of these.
 
-def colors_of(results: Results) -> dict[str, str]:
-    """Of each variant, one of its own."""
-    count = len(results.study.variants)
-    palette = colormaps["tab10" if count <= 10 else "tab20"] if count <= 20 else colormaps["turbo"].resampled(count)
-    return {variant: to_hex(palette(number)) for number, variant in enumerate(results.study.variants)}
+    Returns: what was drawn -> its file, relative to ``root``.
+    """
+    colors = colors_of(results)
+    figures = {metric: plot_metric(results, metric) for metric in results.metrics}
+    if any(result.training for result in results.finals):
+        figures["losses"] = plot_losses(results)
+    if results.trials and tuned_numbers(results):
+        figures["tuning"] = plot_tuning(results)
+    if layers and any(found.singular_values for found in changes.values()):
+        figures["singular values"] = plot_singular_values(changes, layers, colors)
+    masked = {variant: found for variant, found in changes.items() if found.masks}
+    if layers and masked:
+        figures["masks"] = plot_masks(masked, layers, colors)
+    folder = root / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for number, (name, figure) in enumerate(figures.items(), start=1):
+        file = f"{number}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
+        figure.savefig(folder / file, dpi=DPI)
+        files[name] = f"plots/{file}"
+    for old in set(folder.glob("*.png")) - {root / file for file in files.values()}:
+        old.unlink()
+    return files
 
 
 def plot_metric(results: Results, metric: str) -> Figure:
@@ -58,16 +80,6 @@ def plot_metric(results: Results, metric: str) -> Figure:
     return figure
 
 
-def mean_and_range(curves: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:
-    """Step, mean, least and largest value over runs, at the steps that all of them have. Shapes: (steps, 4)."""
-    found = [dict(curve) for curve in curves]
-    steps = sorted(set.intersection(*(set(curve) for curve in found))) if found else []
-    table = np.array([[curve[step] for curve in found] for step in steps], float).reshape(len(steps), len(found))
-    if not steps:
-        return np.empty((0, 4))
-    return np.column_stack([steps, table.mean(axis=1), table.min(axis=1), table.max(axis=1)])
-
-
 def plot_losses(results: Results) -> Figure:
     """Training and evaluation loss against steps: the mean over seeds, and their range."""
     figure, panels = _panels(1, 2, 6.0, 4.2)
@@ -83,13 +95,53 @@ def plot_losses(results: Results) -> Figure:
     return figure
 
 
-def _legend(panel: Axes) -> None:
-    """Where there is something to name; beside the panel if it would hide much of it."""
-    names = len(panel.get_legend_handles_labels()[0])
-    if names > 6:
-        panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
-    elif names:
-        panel.legend(fontsize="small")
+def mean_and_range(curves: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:
+    """Step, mean, least and largest value over runs, at the steps that all of them have. Shapes: (steps, 4)."""
+    found = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*(set(curve) for curve in found))) if found else []
+    table = np.array([[curve[step] for curve in found] for step in steps], float).reshape(len(steps), len(found))
+    if not steps:
+        return np.empty((0, 4))
+    return np.column_stack([steps, table.mean(axis=1), table.min(axis=1), table.max(axis=1)])
+
+
+def plot_tuning(results: Results) -> Figure:
+    """A panel for each setting that was tuned: the lowest validation loss of the trials with each value."""
+    settings = tuned_numbers(results)
+    figure, panels = _panels(1, len(settings))
+    for panel, setting in zip(panels[0], settings, strict=True):
+        for variant, color in colors_of(results).items():
+            points = lowest_by_value([trial for trial in results.trials if trial.run.variant == variant], setting)
+            if points:
+                x, y = np.array(points, float).T
+                panel.plot(x, y, "o-", color=color, label=variant, markersize=4)
+        values = [value for variant in results.study.variants for value in results.study.grid(variant).get(setting, [])]
+        panel.set(xlabel=setting, ylabel="validation loss", xscale="log" if min(values) > 0 else "linear")
+        _legend(panel)
+    return figure
+
+
+def tuned_numbers(results: Results) -> list[str]:
+    """Settings that were tuned over numbers."""
+    grids = [results.study.grid(variant) for variant in results.study.variants]
+    return list(
+        dict.fromkeys(
+            name
+            for grid in grids
+            for name, values in grid.items()
+            if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        )
+    )
+
+
+def lowest_by_value(trials: Sequence[RunResult], setting: str) -> list[tuple[float, float]]:
+    """Value of a setting -> the lowest validation loss of the trials that have it, sorted; none that did not end with a loss."""
+    lowest: dict[float, float] = {}
+    for trial in trials:
+        value = trial.run.choice.get(setting)
+        if isinstance(value, (int, float)) and math.isfinite(trial.validation_loss):
+            lowest[value] = min(lowest.get(value, math.inf), trial.validation_loss)
+    return sorted(lowest.items())
 
 
 def plot_singular_values(changes: Mapping[str, Changes], layers: Sequence[str], colors: Mapping[str, str]) -> Figure:
@@ -118,7 +170,12 @@ def plot_masks(changes: Mapping[str, Changes], layers: Sequence[str], colors: Ma
         weight = f"{layer}.weight"
         for panel, (variant, found) in zip(row, changes.items(), strict=False):
             if weight in found.masks:
-                _draw_mask(panel, found.masks[weight])
+                mask = found.masks[weight]
+                extent = (0, mask.shape[1], mask.shape[0], 0)
+                panel.imshow(mask.pooled().numpy(), cmap="Greys", interpolation="nearest", extent=extent)
+                empty_rows, empty_columns = mask.empty_shares
+                panel.set_xlabel(f"{empty_rows:.0%} of rows, {empty_columns:.0%} of columns empty", fontsize="x-small")
+                panel.tick_params(labelsize="x-small")
             panel.set_title(f"{variant}\n{layer}", fontsize="x-small")
         for number, (panel, kind) in enumerate(zip(row[-2:], ("rows", "columns"), strict=True)):
             for variant, found in changes.items():
@@ -134,48 +191,22 @@ def plot_masks(changes: Mapping[str, Changes], layers: Sequence[str], colors: Ma
     return figure
 
 
-def _draw_mask(panel: Axes, mask: LayerMask) -> None:
-    rows, columns = mask.shape
-    panel.imshow(mask.pooled().numpy(), cmap="Greys", interpolation="nearest", extent=(0, columns, rows, 0))
-    empty_rows, empty_columns = mask.empty_shares
-    panel.set_xlabel(f"{empty_rows:.0%} of rows, {empty_columns:.0%} of columns empty", fontsize="x-small")
-    panel.tick_params(labelsize="x-small")
+def colors_of(results: Results) -> dict[str, str]:
+    """Of each variant, one of its own."""
+    count = len(results.study.variants)
+    palette = colormaps["tab10" if count <= 10 else "tab20"] if count <= 20 else colormaps["turbo"].resampled(count)
+    return {variant: to_hex(palette(number)) for number, variant in enumerate(results.study.variants)}
 
 
-def lowest_by_value(trials: Sequence[RunResult], setting: str) -> list[tuple[float, float]]:
-    """Value of a setting -> the lowest validation loss of the trials that have it, sorted; none that did not end with a loss."""
-    lowest: dict[float, float] = {}
-    for trial in trials:
-        value = trial.run.choice.get(setting)
-        if isinstance(value, (int, float)) and math.isfinite(trial.validation_loss):
-            lowest[value] = min(lowest.get(value, math.inf), trial.validation_loss)
-    return sorted(lowest.items())
+def _panels(rows: int, columns: int, width: float = 4.8, height: float = 3.8) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def tuned_numbers(results: Results) -> list[str]:
-    """Settings that were tuned over numbers."""
-    grids = [results.study.grid(variant) for variant in results.study.variants]
-    return list(
-        dict.fromkeys(
-            name
-            for grid in grids
-            for name, values in grid.items()
-            if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-        )
-    )
-
-
-def plot_tuning(results: Results) -> Figure:
-    """A panel for each setting that was tuned: the lowest validation loss of the trials with each value."""
-    settings = tuned_numbers(results)
-    figure, panels = _panels(1, len(settings))
-    for panel, setting in zip(panels[0], settings, strict=True):
-        for variant, color in colors_of(results).items():
-            points = lowest_by_value([trial for trial in results.trials if trial.run.variant == variant], setting)
-            if points:
-                x, y = np.array(points, float).T
-                panel.plot(x, y, "o-", color=color, label=variant, markersize=4)
-        values = [value for variant in results.study.variants for value in results.study.grid(variant).get(setting, [])]
-        panel.set(xlabel=setting, ylabel="validation loss", xscale="log" if min(values) > 0 else "linear")
-        _legend(panel)
-    return figure
+def _legend(panel: Axes) -> None:
+    """Where there is something to name; beside the panel if it would hide much of it."""
+    names = len(panel.get_legend_handles_labels()[0])
+    if names > 6:
+        panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+    elif names:
+        panel.legend(fontsize="small")

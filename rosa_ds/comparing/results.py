@@ -13,7 +13,7 @@ from typing import Any
 
 from rosa_ds.adapters.folder import open_adapter
 from rosa_ds.comparing.planned import PlannedRun
-from rosa_ds.comparing.running import RECORD_FILE, Record, is_finished, is_trained, read_record
+from rosa_ds.comparing.runner import RECORD_FILE, is_finished, is_trained, read_record
 from rosa_ds.comparing.statistics import PairedSeeds, RowInterval, Summary, compare_rows, compare_seeds, summarise
 from rosa_ds.comparing.study import Evaluation, Study
 from rosa_ds.utils.files import TensorFiles
@@ -22,6 +22,37 @@ VALIDATION_LOSS = "validation loss"
 _NOT_FIGURES = frozenset({"seconds"})
 
 logger = logging.getLogger(__name__)
+
+
+def read_run(run: PlannedRun, evaluations: Sequence[Evaluation]) -> RunResult:
+    """What is there of a run with these settings."""
+    result, record = RunResult(run), read_record(run)
+    if record is None:
+        return result
+    result.attempts, result.problem = record.attempts, record.problem
+    if is_finished(run, evaluations):
+        result.state = "finished"
+    elif record.problem:
+        result.state = "failed"
+    if not is_trained(run, record):
+        return result
+    trained = open_adapter(run.folder / "run" / "adapter").trained
+    assert isinstance(trained, TensorFiles)
+    result.trained = sum(math.prod(trained.shape(name)) for name in trained)
+    for text in (run.folder / "run" / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if line.get("event") == "eval":
+            result.evaluation.append((line["step"], line["loss"]))
+        elif "event" not in line:
+            result.training.append((line["step"], line["loss"]))
+            result.peak_memory_bytes = line.get("peak_memory_bytes", result.peak_memory_bytes)
+    if result.evaluation:
+        result.figures[VALIDATION_LOSS] = result.evaluation[-1][1]
+    for evaluation in evaluations:
+        path = record.result(run.folder, evaluation)
+        if path is not None:
+            _take_figures(result, json.loads(path.read_text()), evaluation, alone=len(evaluations) == 1)
+    return result
 
 
 @dataclasses.dataclass
@@ -36,7 +67,7 @@ class RunResult:
         figures: title of a metric -> its value.
         rows: title of a metric -> the score of each row, where its value is their mean.
         prompts: title of a metric -> digest of the rows it was measured on.
-        attempts: as in :class:`rosa_ds.comparing.running.Record`.
+        attempts: as in :class:`rosa_ds.comparing.runner.Record`.
     """
 
     run: PlannedRun
@@ -66,68 +97,50 @@ class RunResult:
         return sum(attempt["seconds"] for attempt in self.attempts)
 
 
-def read_run(run: PlannedRun, evaluations: Sequence[Evaluation]) -> RunResult:
-    """What is there of a run with these settings."""
-    result, record = RunResult(run), read_record(run)
-    if record is None:
-        return result
-    result.attempts, result.problem = record.attempts, record.problem
-    if is_finished(run, evaluations):
-        result.state = "finished"
-    elif record.problem:
-        result.state = "failed"
-    if is_trained(run, record):
-        _read_metrics(result)
-        _read_evaluations(result, record, evaluations)
-        trained = open_adapter(run.folder / "run" / "adapter").trained
-        assert isinstance(trained, TensorFiles)
-        result.trained = sum(math.prod(trained.shape(name)) for name in trained)
-    return result
+def _take_figures(result: RunResult, content: dict[str, Any], evaluation: Evaluation, alone: bool) -> None:
+    """From what eval.py has written. Where there are several evaluations, the title of a figure says which it is of."""
+    figures = {
+        name: float(value)
+        for name, value in content.items()
+        if name in evaluation.metric or (isinstance(value, float) and name not in _NOT_FIGURES)
+    }
+    samples = content.get("samples", [])
+    for name, value in figures.items():
+        title = name if alone else f"{name}, {evaluation.title}"
+        result.figures[title] = value
+        scores = [float(sample["scores"][name]) for sample in samples if name in sample["scores"]]
+        # of a figure that is the mean of its rows' (BLEU of a corpus is not)
+        if scores and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12):
+            result.rows[title] = scores
+            result.prompts[title] = [str(sample["prompt"]) for sample in samples]
 
 
-def _read_metrics(result: RunResult) -> None:
-    for text in (result.run.folder / "run" / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        if line.get("event") == "eval":
-            result.evaluation.append((line["step"], line["loss"]))
-        elif "event" not in line:
-            result.training.append((line["step"], line["loss"]))
-            result.peak_memory_bytes = line.get("peak_memory_bytes", result.peak_memory_bytes)
-    if result.evaluation:
-        result.figures[VALIDATION_LOSS] = result.evaluation[-1][1]
-
-
-def _read_evaluations(result: RunResult, record: Record, evaluations: Sequence[Evaluation]) -> None:
-    for evaluation in evaluations:
-        path = record.result(result.run.folder, evaluation)
-        if path is None:
+def choose_trials(study: Study, trials: Sequence[RunResult]) -> dict[str, Tuning]:
+    """Of each variant that is tuned, the trial with the lowest validation loss; of equal ones the first."""
+    found = {}
+    for variant in study.variants:
+        grid = study.grid(variant)
+        if not grid:
             continue
-        content = json.loads(path.read_text())
-        figures = {
-            name: float(value)
-            for name, value in content.items()
-            if name in evaluation.metric or (isinstance(value, float) and name not in _NOT_FIGURES)
-        }
-        samples = content.get("samples", [])
-        for name, value in figures.items():
-            title = name if len(evaluations) == 1 else f"{name}, {evaluation.title}"
-            result.figures[title] = value
-            scores = [float(sample["scores"][name]) for sample in samples if name in sample["scores"]]
-            # of a figure that is the mean of its rows' (BLEU of a corpus is not)
-            if scores and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12):
-                result.rows[title] = scores
-                result.prompts[title] = [str(sample["prompt"]) for sample in samples]
+        own = [trial for trial in trials if trial.run.variant == variant and math.isfinite(trial.validation_loss)]
+        best = min(own, key=lambda trial: trial.validation_loss, default=None)
+        edges = []
+        for name, values in grid.items():
+            numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+            ranged = len(numbers) == len(values) > 1
+            if best is not None and ranged and best.run.choice[name] in (min(numbers), max(numbers)):
+                edges.append(name)
+        found[variant] = Tuning(best, edges)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A variant beside a reference in one metric. ``rows`` is ``None`` where the metric has no value for each row."""
+class Tuning:
+    """What tuning a variant has shown. ``best`` is ``None`` if no trial has ended with a loss; ``edges``: settings whose best value
+    is the least or largest that was tried."""
 
-    variant: str
-    reference: str
-    metric: str
-    seeds: PairedSeeds
-    rows: RowInterval | None
+    best: RunResult | None
+    edges: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,34 +206,14 @@ class Results:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """What tuning a variant has shown. ``best`` is ``None`` if no trial has ended with a loss; ``edges``: settings whose best value
-    is the least or largest that was tried."""
+class Comparison:
+    """A variant beside a reference in one metric. ``rows`` is ``None`` where the metric has no value for each row."""
 
-    best: RunResult | None
-    edges: list[str]
-
-
-def choose(study: Study, variant: str, trials: Sequence[RunResult]) -> Choice:
-    """The trial of a variant with the lowest validation loss; of equal ones the first."""
-    own = [trial for trial in trials if trial.run.variant == variant and math.isfinite(trial.validation_loss)]
-    if not own:
-        return Choice(None, [])
-    best = min(own, key=lambda trial: trial.validation_loss)
-    edges = []
-    for name, values in study.grid(variant).items():
-        numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-        if len(numbers) == len(values) > 1 and best.run.choice[name] in (min(numbers), max(numbers)):
-            edges.append(name)
-    return Choice(best, edges)
-
-
-def machines(results: Sequence[RunResult]) -> list[str]:
-    """The machines that the runs were done on, each once."""
-    found = [attempt["machine"] for result in results for attempt in result.attempts]
-    return list(
-        dict.fromkeys(", ".join(f"{key} {value}" for key, value in machine.items() if value) for machine in found)
-    )
+    variant: str
+    reference: str
+    metric: str
+    seeds: PairedSeeds
+    rows: RowInterval | None
 
 
 def as_json(results: Results, folder: Path) -> dict[str, Any]:
@@ -247,3 +240,11 @@ def as_json(results: Results, folder: Path) -> dict[str, Any]:
         "summaries": summaries,
         "comparisons": [dataclasses.asdict(comparison) for comparison in results.comparisons],
     }
+
+
+def machines(results: Sequence[RunResult]) -> list[str]:
+    """The machines that the runs were done on, each once."""
+    found = [attempt["machine"] for result in results for attempt in result.attempts]
+    return list(
+        dict.fromkeys(", ".join(f"{key} {value}" for key, value in machine.items() if value) for machine in found)
+    )

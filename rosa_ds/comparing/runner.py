@@ -1,4 +1,4 @@
-"""Doing the runs of a study, each one once: what is finished stays, what was interrupted goes on, what failed is told."""
+"""Runs the planned runs of a study, each one once: finished ones stay, interrupted ones go on, failed ones are reported."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import torch
 
 from rosa_ds.checkpoints import checkpoint
 from rosa_ds.checkpoints.folder_lock import holder
-from rosa_ds.comparing.children import Children, Outcome
+from rosa_ds.comparing.children import Children
 from rosa_ds.comparing.planned import PlannedRun
-from rosa_ds.comparing.study import Evaluation, digest_of
+from rosa_ds.comparing.study import Evaluation
 from rosa_ds.utils.errors import INTERRUPTED_STATUS
 from rosa_ds.utils.files import move_aside, write_json
 
@@ -37,76 +37,6 @@ class Programs:
 
     train: Sequence[str]
     evaluate: Sequence[str]
-
-
-@dataclasses.dataclass
-class Record:
-    """What is known of a run: ``result.json`` in its folder.
-
-    Attributes:
-        digest: of the settings that it has been begun with.
-        trained: whether training has ended well.
-        evaluations: digest of an evaluation -> its file, of those that have ended well.
-        attempts: every program that was started: ``what``, ``status``, ``seconds``, ``cpu_seconds``, ``machine``.
-        problem: what failed first when it was last tried, with the last lines of its output; empty if nothing did.
-    """
-
-    digest: str
-    trained: bool = False
-    evaluations: dict[str, str] = dataclasses.field(default_factory=dict)
-    attempts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    problem: str = ""
-
-    def lacks(self, folder: Path, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-        """The evaluations whose results are not there."""
-        return [entry for entry in evaluations if self.result(folder, entry) is None]
-
-    def result(self, folder: Path, evaluation: Evaluation) -> Path | None:
-        """The file of an evaluation that has ended well."""
-        name = self.evaluations.get(digest_of({"arguments": evaluation.arguments()}))
-        return folder / name if name is not None and (folder / name).is_file() else None
-
-
-def machine() -> dict[str, Any]:
-    """What a run's time depends on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.processor() or platform.machine(),
-        "gpu": gpu,
-    } | versions
-
-
-def read_record(run: PlannedRun) -> Record | None:
-    """Of a run with just these settings; ``None`` where there is none, or it is damaged."""
-    path = run.folder / RECORD_FILE
-    try:
-        record = Record(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        logger.warning("%s is damaged (%s): the run is done again", path, error)
-        return None
-    return record if record.digest == run.digest else None
-
-
-def is_finished(run: PlannedRun, evaluations: Sequence[Evaluation]) -> bool:
-    record = read_record(run)
-    return record is not None and is_trained(run, record) and not record.lacks(run.folder, evaluations)
-
-
-def is_trained(run: PlannedRun, record: Record) -> bool:
-    """Whether training has ended well, and what came of it is still there."""
-    return record.trained and (run.folder / "run" / "adapter" / "manifest.json").is_file()
-
-
-def places(jobs: int) -> list[dict[str, str]]:
-    """Environment variables of each of the runs that are done at once: a GPU of its own, or by turns if there are fewer."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = torch.cuda.device_count()
-    gpus = visible.split(",")[:found] if visible else [str(index) for index in range(found)]
-    return [{"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {} for job in range(jobs)]
 
 
 class Runner:
@@ -147,11 +77,10 @@ class Runner:
             _write(run, record)
             _delete_checkpoints(run.folder / "run")
         for evaluation in record.lacks(run.folder, evaluations):
-            digest = digest_of({"arguments": evaluation.arguments()})
-            file = f"evaluation-{digest}.json"
+            file = f"evaluation-{evaluation.digest}.json"
             arguments = [str(run.folder / "run"), *evaluation.arguments(), f"--output={run.folder / file}"]
             if self._attempt(run, record, f"evaluate {evaluation.title}", [*self.programs.evaluate, *arguments]):
-                record.evaluations[digest] = file
+                record.evaluations[evaluation.digest] = file
                 _write(run, record)
 
     def _wait_for(self, run: PlannedRun) -> None:
@@ -170,7 +99,13 @@ class Runner:
         finally:
             self._places.put(place)
         record.attempts.append({"what": what, **dataclasses.asdict(outcome), "machine": machine()})
-        problem = "" if outcome.status == 0 else _describe(what, outcome, log)
+        if outcome.status == 0:
+            problem = ""
+        elif outcome.status == INTERRUPTED_STATUS:
+            problem = f"{what} was interrupted and goes on when the study is started again"
+        else:
+            lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+            problem = f"{what} ended with status {outcome.status}:\n" + "\n".join(lines)
         if outcome.status != INTERRUPTED_STATUS and not self.children.stopped:  # which goes on when it is started again
             record.problem = record.problem or problem  # what failed first
         _write(run, record)
@@ -181,21 +116,23 @@ class Runner:
         return outcome.status == 0
 
 
-def _delete_checkpoints(folder: Path) -> None:
-    """They are of no use any more; the adapter stays."""
-    for path in (folder / "checkpoints", folder / "deepspeed"):
-        try:
-            if path.exists():
-                shutil.rmtree(path)
-        except OSError as error:
-            logger.warning("%s cannot be deleted: %s", path, error)
+def places(jobs: int) -> list[dict[str, str]]:
+    """Environment variables of each of the runs that are done at once: a GPU of its own, or by turns if there are fewer."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = torch.cuda.device_count()
+    gpus = visible.split(",")[:found] if visible else [str(index) for index in range(found)]
+    return [{"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {} for job in range(jobs)]
 
 
-def _describe(what: str, outcome: Outcome, log: Path) -> str:
-    if outcome.status == INTERRUPTED_STATUS:
-        return f"{what} was interrupted and goes on when the study is started again"
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return f"{what} ended with status {outcome.status}:\n" + "\n".join(lines)
+def machine() -> dict[str, Any]:
+    """What a run's time depends on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": gpu,
+    } | versions
 
 
 def _begin(run: PlannedRun) -> Record:
@@ -212,6 +149,67 @@ def _begin(run: PlannedRun) -> Record:
     record = Record(run.digest)
     _write(run, record)
     return record
+
+
+def _delete_checkpoints(folder: Path) -> None:
+    """They are of no use any more; the adapter stays."""
+    for path in (folder / "checkpoints", folder / "deepspeed"):
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+        except OSError as error:
+            logger.warning("%s cannot be deleted: %s", path, error)
+
+
+@dataclasses.dataclass
+class Record:
+    """What is known of a run: ``result.json`` in its folder.
+
+    Attributes:
+        digest: of the settings that it has been begun with.
+        trained: whether training has ended well.
+        evaluations: digest of an evaluation -> its file, of those that have ended well.
+        attempts: every program that was started: ``what``, ``status``, ``seconds``, ``cpu_seconds``, ``machine``.
+        problem: what failed first when it was last tried, with the last lines of its output; empty if nothing did.
+    """
+
+    digest: str
+    trained: bool = False
+    evaluations: dict[str, str] = dataclasses.field(default_factory=dict)
+    attempts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    problem: str = ""
+
+    def lacks(self, folder: Path, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """The evaluations whose results are not there."""
+        return [entry for entry in evaluations if self.result(folder, entry) is None]
+
+    def result(self, folder: Path, evaluation: Evaluation) -> Path | None:
+        """The file of an evaluation that has ended well."""
+        name = self.evaluations.get(evaluation.digest)
+        return folder / name if name is not None and (folder / name).is_file() else None
+
+
+def read_record(run: PlannedRun) -> Record | None:
+    """Of a run with just these settings; ``None`` where there is none, or it is damaged."""
+    path = run.folder / RECORD_FILE
+    try:
+        record = Record(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        logger.warning("%s is damaged (%s): the run is done again", path, error)
+        return None
+    return record if record.digest == run.digest else None
+
+
+def is_finished(run: PlannedRun, evaluations: Sequence[Evaluation]) -> bool:
+    record = read_record(run)
+    return record is not None and is_trained(run, record) and not record.lacks(run.folder, evaluations)
+
+
+def is_trained(run: PlannedRun, record: Record) -> bool:
+    """Whether training has ended well, and what came of it is still there."""
+    return record.trained and (run.folder / "run" / "adapter" / "manifest.json").is_file()
 
 
 def _write(run: PlannedRun, record: Record) -> None:
