@@ -1,4 +1,4 @@
-"""The pictures of a study, as PNG. Each function gives a figure, so that what it shows can be looked at without a file."""
+"""The pictures of a study, as PNG. Each ``plot_`` function gives a figure, so that what it shows can be looked at without a file."""
 
 from __future__ import annotations
 

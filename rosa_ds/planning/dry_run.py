@@ -43,9 +43,8 @@ def dry_run(command: CommandLine, ranks: int) -> None:
         logger.warning("--dry-run looks at a new run: the checkpoint of --resume is not read")
     if settings.mask.load is not None:
         check_mask_file(Path(settings.mask.load), Path(settings.training.output_dir))
-    if (
-        settings.adapter.init_from is not None
-    ):  # it decides some settings; whether its base has the same weights is not looked at
+    if settings.adapter.init_from is not None:
+        # that adapter decides some settings; whether its base has the same weights is not looked at
         model = build_on_meta(read_config(settings.model), settings.model, getattr(torch, plan.dtype))
         settings, start = begin_from(settings, model, {"name_or_path": settings.model.name_or_path, "hash": None}, None)
         if start is not None:
