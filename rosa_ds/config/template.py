@@ -39,11 +39,6 @@ class Template:
         return "".join(text + (text_of(row, name) if name is not None else "") for text, name, _, _ in parts)
 
 
-def quoted(columns: Iterable[str]) -> str:
-    """Names as they are written on a command line: a blank at the end of one shows."""
-    return ", ".join(repr(column) for column in sorted(columns))
-
-
 def text_of(row: Mapping[str, Any], column: str) -> str:
     """A row's text in a column, a number as it is written. Raises: ValueError for a column that is not there or has no text."""
     if column not in row:
@@ -54,3 +49,8 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column!r} is a text that is not empty, given {value!r}")
     return value
+
+
+def quoted(columns: Iterable[str]) -> str:
+    """Names as they are written on a command line: a blank at the end of one shows."""
+    return ", ".join(repr(column) for column in sorted(columns))

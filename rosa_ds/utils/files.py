@@ -1,4 +1,4 @@
-"""Writing folders so that a reader finds all of one or nothing of it."""
+"""Folders that a reader finds whole or not at all, the manifest that says so, and safetensors files."""
 
 from __future__ import annotations
 
@@ -20,24 +20,8 @@ from torch import Tensor
 MANIFEST = "manifest.json"
 HASHES_AT_ONCE = 8
 
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_files(paths: Iterable[Path]) -> None:
-    """Bring files, or folders' lists of their files, to the disk."""
-    for path in paths:
-        _fsync(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder and its files to the disk."""
-    sync_files([*sorted(folder.rglob("*")), folder])
+Entries = dict[str, dict[str, Any]]
+"""File name -> its ``bytes`` and ``sha256``."""
 
 
 @contextlib.contextmanager
@@ -74,6 +58,25 @@ def written_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring a folder and its files to the disk."""
+    sync_files([*sorted(folder.rglob("*")), folder])
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Bring files, or folders' lists of their files, to the disk."""
+    for path in paths:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file in one step: a reader sees the old content or the new, never half of it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -92,6 +95,28 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def write_manifest(folder: Path, entries: Entries | None = None) -> None:
+    """Record size and hash of every file in ``folder`` (or what ``entries`` say of them), signed against damage of itself."""
+    if entries is None:
+        entries = describe_files(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    write_json(folder / MANIFEST, {"files": entries, "sha256": _signature(entries)})
+
+
+def describe_files(paths: Iterable[Path]) -> Entries:
+    """What a manifest says of these files, read from the disk."""
+    files = sorted(paths)
+    hashes = file_hashes(files)
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": found} for path, found in zip(files, hashes, strict=True)
+    }
+
+
+def file_hashes(paths: Sequence[Path]) -> list[str]:
+    """:func:`file_hash` of each, several at once: hashing releases the interpreter's lock. Raises: OSError of the first."""
+    with ThreadPoolExecutor(min(HASHES_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(file_hash, paths))
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal. Raises: OSError with the file's name."""
     digest = hashlib.sha256()
@@ -104,34 +129,8 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_hashes(paths: Sequence[Path]) -> list[str]:
-    """:func:`file_hash` of each, several at once: hashing releases the interpreter's lock. Raises: OSError of the first."""
-    with ThreadPoolExecutor(min(HASHES_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(file_hash, paths))
-
-
-Entries = dict[str, dict[str, Any]]
-"""File name -> its ``bytes`` and ``sha256``."""
-
-
-def describe_files(paths: Iterable[Path]) -> Entries:
-    """What a manifest says of these files, read from the disk."""
-    files = sorted(paths)
-    hashes = file_hashes(files)
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": found} for path, found in zip(files, hashes, strict=True)
-    }
-
-
 def _signature(entries: Entries) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-
-
-def write_manifest(folder: Path, entries: Entries | None = None) -> None:
-    """Record size and hash of every file in ``folder`` (or what ``entries`` say of them), signed against damage of itself."""
-    if entries is None:
-        entries = describe_files(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    write_json(folder / MANIFEST, {"files": entries, "sha256": _signature(entries)})
 
 
 def read_manifest(folder: Path) -> Entries:

@@ -13,35 +13,9 @@ from collections.abc import Mapping, MutableMapping
 FIRST_PORT, PORTS = 12000, 20000
 
 
-def number_in(name: str, default: int, environ: Mapping[str, str] = os.environ) -> int:
-    """A launcher's variable that is a number. Raises: ValueError if it is none."""
-    value = environ.get(name)
-    if value is None:
-        return default
-    if not value.isdigit():
-        raise ValueError(f"{name} in the environment is a whole number, given {value!r}: correct it, or unset it")
-    return int(value)
-
-
-def check_ranks(environ: Mapping[str, str] = os.environ) -> None:
-    """Raise ValueError unless the variables of ``torch.distributed`` are all there and agree, or RANK and WORLD_SIZE say nothing.
-
-    With WORLD_SIZE alone each process would be a run of its own, and all write to one folder.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if "RANK" not in environ and number_in("WORLD_SIZE", 1, environ) == 1:
-        return
-    rank, size, _ = (number_in(name, 0, environ) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    if missing := [name for name in names if not environ.get(name)]:
-        there = ", ".join(f"{name}={environ[name]}" for name in names if environ.get(name))
-        raise ValueError(
-            f"the environment has {there}, and not {', '.join(missing)}: start several ranks with torchrun, deepspeed or srun, "
-            "which set all of them, or unset them for a single process"
-        )
-    if rank >= size:
-        raise ValueError(
-            f"RANK {rank} of WORLD_SIZE {size}: ranks count from 0 to {size - 1}; start them with torchrun"
-        )
+def join_slurm_step(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set what :func:`slurm_ranks` says. To be called before anything asks which rank this is."""
+    environ.update(slurm_ranks(environ))
 
 
 def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
@@ -75,9 +49,15 @@ def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     return ranks
 
 
-def join_slurm_step(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what :func:`slurm_ranks` says. To be called before anything asks which rank this is."""
-    environ.update(slurm_ranks(environ))
+def tasks_per_node(counts: str) -> list[int]:
+    """Tasks of each node, from SLURM's short form: ``4(x2),1`` -> ``[4, 4, 1]``."""
+    tasks: list[int] = []
+    for part in counts.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE {counts!r} cannot be read, e.g. 4(x2),1 is expected")
+        tasks += [int(found[1])] * int(found[2] or 1)
+    return tasks
 
 
 def first_host(nodes: str) -> str:
@@ -88,15 +68,42 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
 
-def tasks_per_node(counts: str) -> list[int]:
-    """Tasks of each node, from SLURM's short form: ``4(x2),1`` -> ``[4, 4, 1]``."""
-    tasks: list[int] = []
-    for part in counts.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
-            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE {counts!r} cannot be read, e.g. 4(x2),1 is expected")
-        tasks += [int(found[1])] * int(found[2] or 1)
-    return tasks
+def check_ranks(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError unless the variables of ``torch.distributed`` are all there and agree, or RANK and WORLD_SIZE say nothing.
+
+    With WORLD_SIZE alone each process would be a run of its own, and all write to one folder.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in environ and number_in("WORLD_SIZE", 1, environ) == 1:
+        return
+    rank, size, _ = (number_in(name, 0, environ) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if missing := [name for name in names if not environ.get(name)]:
+        there = ", ".join(f"{name}={environ[name]}" for name in names if environ.get(name))
+        raise ValueError(
+            f"the environment has {there}, and not {', '.join(missing)}: start several ranks with torchrun, deepspeed or srun, "
+            "which set all of them, or unset them for a single process"
+        )
+    if rank >= size:
+        raise ValueError(
+            f"RANK {rank} of WORLD_SIZE {size}: ranks count from 0 to {size - 1}; start them with torchrun"
+        )
+
+
+def number_in(name: str, default: int, environ: Mapping[str, str] = os.environ) -> int:
+    """A launcher's variable that is a number. Raises: ValueError if it is none."""
+    value = environ.get(name)
+    if value is None:
+        return default
+    if not value.isdigit():
+        raise ValueError(f"{name} in the environment is a whole number, given {value!r}: correct it, or unset it")
+    return int(value)
+
+
+def choose_gloo_interface(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let gloo use the interface that leads to rank 0's host, unless GLOO_SOCKET_IFNAME names one."""
+    name = interface_to(environ["MASTER_ADDR"])
+    if name is not None and name != "lo":
+        environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def interface_to(host: str) -> str | None:
@@ -119,10 +126,3 @@ def interface_to(host: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == own:
                 return name
     return None
-
-
-def choose_gloo_interface(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let gloo use the interface that leads to rank 0's host, unless GLOO_SOCKET_IFNAME names one."""
-    name = interface_to(environ["MASTER_ADDR"])
-    if name is not None and name != "lo":
-        environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -7,24 +7,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def nearest(given: str, allowed: Iterable[str], count: int = 3, cutoff: float = 0.75) -> list[str]:
-    """Up to ``count`` of the ``allowed`` names that resemble ``given``, best first.
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """``" Did you mean a or b?"`` (with the leading blank), best first, or nothing where no name resembles ``given``.
 
     A name whose last dotted part equals that of ``given`` counts as near, so ``rank`` finds ``adapter.rank``.
     """
     allowed = sorted(set(allowed))
     tail = given.rsplit(".", 1)[-1]
     same_tail = [name for name in allowed if name.rsplit(".", 1)[-1] == tail]
-    close = difflib.get_close_matches(given, allowed, n=count, cutoff=cutoff)
+    close = difflib.get_close_matches(given, allowed, cutoff=0.75)
     by_tail = {name.rsplit(".", 1)[-1]: name for name in allowed}
-    close_tails = [by_tail[part] for part in difflib.get_close_matches(tail, by_tail, n=count, cutoff=0.75)]
-    return list(dict.fromkeys(same_tail + close + close_tails))[:count]
-
-
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """``" Did you mean a or b?"`` (with the leading blank), or nothing where nothing is near."""
+    close_tails = [by_tail[part] for part in difflib.get_close_matches(tail, by_tail, cutoff=0.75)]
+    nearest = list(dict.fromkeys(same_tail + close + close_tails))[:3]
     # a blank at the end of a name (a table's column) would not be seen
-    names = [name if name == name.strip() else repr(name) for name in nearest(given, allowed)]
+    names = [name if name == name.strip() else repr(name) for name in nearest]
     return f" Did you mean {' or '.join(names)}?" if names else ""
 
 
