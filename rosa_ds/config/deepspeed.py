@@ -1,7 +1,8 @@
 """Turn a user's DeepSpeed JSON into one that ``deepspeed.initialize`` takes and that agrees with our settings.
 
-Resolves ``"auto"``, works out the batch sizes for the number of ranks, and takes over what this system does
-itself (learning-rate schedule, optimizer groups). The original dictionary is never changed.
+Refuses what cannot work by the name of its key, before data and model are loaded; resolves ``"auto"``, works out the batch sizes
+for the number of ranks, and takes over what this system does itself (learning-rate schedule, optimizer groups). The original
+dictionary is never changed.
 """
 
 from __future__ import annotations
@@ -11,24 +12,79 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from rosa_ds.config.deepspeed_checks import (
-    BATCH_KEYS,
-    check_enabled,
-    check_keys,
-    check_optimizer,
-    number_of,
-    section_of,
-)
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.utils.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
-
 DEFAULT_TRAIN_BATCH_SIZE = 16
 MAX_AUTO_MICRO_BATCH_SIZE = 8
 SUPPORTED_STAGES = (0, 1, 2, 3)
+BITSANDBYTES = frozenset({"Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"})
+_OPTIMIZERS = ("Adam", "AdamW", *sorted(BITSANDBYTES), "DeepSpeedCPUAdam")
+_SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# DeepSpeed ignores top-level keys that it does not know; one that nearly matches these is a typing error.
+# Source: https://www.deepspeed.ai/docs/config-json/
+_TOP_LEVEL_KEYS = (
+    *BATCH_KEYS,
+    "optimizer",
+    "scheduler",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "fp16",
+    "bf16",
+    "amp",
+    "torch_autocast",
+    "gradient_clipping",
+    "zero_optimization",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "activation_checkpointing",
+    "sparse_attention",
+    "data_efficiency",
+    "curriculum_learning",
+    "tensorboard",
+    "wandb",
+    "comet",
+    "csv_monitor",
+    "elasticity",
+    "autotuning",
+    "aio",
+    "checkpoint",
+    "data_types",
+    "compression_training",
+    "nebula",
+    "compile",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "seed",
+    "disable_allgather",
+    "hybrid_engine",
+    "memory_breakdown",
+    "dataloader_drop_last",
+    "use_data_before_expert_parallelism",
+    "tensor_parallel",
+    "pipeline",
+)
+# Parts of DeepSpeed that want its own data loader, another division of the model, or casts inside the layers.
+_REFUSED_KEYS = (
+    "data_efficiency",
+    "curriculum_learning",
+    "elasticity",
+    "tensor_parallel",
+    "pipeline",
+    "amp",
+    "torch_autocast",
+)
 # Other ways to divide or store parameters than masks, checkpoints and draws can read.
 _REFUSED_ZERO_KEYS = (
     "zero_quantized_weights",
@@ -39,17 +95,6 @@ _REFUSED_ZERO_KEYS = (
     "cpu_offload",
     "cpu_offload_param",
 )
-BITSANDBYTES = frozenset({"Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"})
-_OPTIMIZERS = ("Adam", "AdamW", *sorted(BITSANDBYTES), "DeepSpeedCPUAdam")
-_SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerChoice:
-    """The optimizer's name and arguments without the learning rate, e.g. ``("AdamW", {"eps": 1e-8})``."""
-
-    name: str
-    arguments: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +133,219 @@ class DeepSpeedPlan:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class OptimizerChoice:
+    """The optimizer's name and arguments without the learning rate, e.g. ``("AdamW", {"eps": 1e-8})``."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def plan_deepspeed(
+    config: dict[str, Any], settings: RunConfig, world_size: int, gpu_has_bfloat16: bool
+) -> tuple[DeepSpeedPlan, RunConfig]:
+    """Resolve a DeepSpeed configuration for this run.
+
+    Args:
+        config: the user's DeepSpeed JSON, without the section ``"rosa"``.
+        settings: our settings; the returned copy has what the file says of schedule, learning rate and weight decay, and
+            the resolved ``model.dtype``.
+        world_size: number of ranks.
+        gpu_has_bfloat16: whether ``model.dtype auto`` may choose bfloat16.
+
+    Raises:
+        ValueError: what cannot work, with what to change.
+    """
+    config = copy.deepcopy(config)
+    _check_keys(config)
+    zero = config["zero_optimization"] = _section(config, "zero_optimization", '{"stage": 2}')
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in SUPPORTED_STAGES:
+        raise ValueError(
+            f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2"
+        )
+    _check_zero(config, zero, stage)
+    optimizer, settings = _take_optimizer(config, _take_scheduler(config, settings))
+    if optimizer.name in BITSANDBYTES:
+        config["zero_allow_untested_optimizer"] = True  # tested here
+        if settings.checkpoint.format == "deepspeed":
+            raise ValueError(
+                f"checkpoint.format deepspeed keeps the moments of {optimizer.name} in a form that nothing reads back: use rosa"
+            )
+    dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)
+    if dtype == "float16" and stage == 0:  # DeepSpeed 0.19.8: gradients 65,536 times too small (its pull request 8393)
+        raise ValueError(
+            "float16 at stage 0: DeepSpeed divides its gradients by a loss scale that it has not multiplied the loss with; use "
+            "--ds.zero_optimization.stage 1, or --model.dtype bfloat16"
+        )
+    total, micro, steps = resolve_batch(config, world_size)
+    config |= _batch_section(micro, steps, world_size)
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
+    _check_number(config, "gradient_clipping", "")
+    if config.get("gradient_clipping") == "auto":
+        config["gradient_clipping"] = 1.0
+    config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did
+    _drop_auto(config, "")
+    return DeepSpeedPlan(config, optimizer, total, micro, steps, dtype, stage), settings
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a top-level key that is misspelt, not supported, or a setting of ours."""
+    for key in config:
+        if key in RunConfig.model_fields and key not in _TOP_LEVEL_KEYS:
+            raise ValueError(f'{key!r} in the DeepSpeed file is a setting of ours: put it into the section "rosa"')
+        if key not in _TOP_LEVEL_KEYS and (hint := did_you_mean(key, _TOP_LEVEL_KEYS)):
+            raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
+    for key in _REFUSED_KEYS:
+        section = config.get(key)
+        if section and (not isinstance(section, dict) or section.get("enabled", True)):
+            raise ValueError(f"{key!r} of the DeepSpeed file is not supported here: remove it")
+
+
+def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:
+    """Offloading, and what else a ZeRO section may hold. Raises: ValueError for what cannot work."""
+    for key in _REFUSED_ZERO_KEYS:
+        if zero.get(key) not in (None, False, "auto", 1 if key == "zero_hpz_partition_size" else -1):
+            raise ValueError(f"zero_optimization.{key} {zero[key]!r} is not supported: remove it")
+    for key in ("offload_optimizer", "offload_param"):
+        device = _section(zero, key, '{"device": "cpu"}', "zero_optimization.").get("device") or "none"
+        if device == "none":
+            continue
+        if stage != 3 or device != "cpu":
+            raise ValueError(
+                f"zero_optimization.{key} to {device!r} at stage {stage}: only stage 3 offloads, and only to cpu; remove it "
+                "(adapters have a small optimizer state) or use ds_configs/zero3_offload.json"
+            )
+        # DeepSpeed's own CPU optimizer must be compiled and knows no parameter groups of ours by name.
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
+    """DeepSpeed's warm-up schedulers become ours (a pure function of the step)."""
+    section = _section(config, "scheduler", '{"type": "WarmupLR"}')
+    if config.pop("scheduler", None) is None:
+        return settings
+    name = section.get("type")
+    if name not in _SCHEDULERS:
+        raise ValueError(
+            f"scheduler {name!r} of the DeepSpeed file is not one of {', '.join(_SCHEDULERS)}: remove the section and "
+            "use training.scheduler and training.warmup_steps"
+        )
+    given: dict[str, Any] = {"scheduler": _SCHEDULERS[name]}
+    params = _section(section, "params", '{"warmup_num_steps": 100}', "scheduler.")
+    _check_number(params, "warmup_num_steps", "scheduler.params.", whole=True)
+    for key, value in params.items():
+        if value == "auto":
+            continue
+        if key == "warmup_num_steps":
+            given["warmup_steps"] = int(value)
+        else:
+            logger.warning(
+                "setting without effect: scheduler.params.%s of the DeepSpeed file (the schedule is ours)", key
+            )
+    return _merge_training(settings, given, "scheduler")
+
+
+def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> tuple[OptimizerChoice, RunConfig]:
+    """The optimizer section, taken out: it is built here with one parameter group per learning rate of ours.
+
+    The section's ``lr`` is ``training.learning_rate`` and its ``weight_decay`` ``training.weight_decay``.
+    """
+    section = _section(config, "optimizer", '{"type": "AdamW"}') or {"type": "AdamW"}
+    config.pop("optimizer", None)
+    given = section.get("type")
+    names = {name.lower(): name for name in _OPTIMIZERS}
+    if str(given).lower() not in names:
+        raise ValueError(
+            f"optimizer type {given!r} of the DeepSpeed file is not supported: {', '.join(_OPTIMIZERS[:-1])} and {_OPTIMIZERS[-1]} are."
+            f"{did_you_mean(str(given), _OPTIMIZERS)}"
+        )
+    name = names[section["type"].lower()]
+    params = _section(section, "params", '{"betas": [0.9, 0.999]}', "optimizer.")
+    _check_optimizer(params)
+    arguments = {key: value for key, value in params.items() if value != "auto"}
+    ours = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+    given = {name: float(arguments.pop(key)) for key, name in ours.items() if key in arguments}
+    settings = _merge_training(settings, given, "optimizer.params")
+    # DeepSpeed reads Adam as AdamW unless adam_w_mode is false, and torch_adam chooses what is used here anyway.
+    decoupled = arguments.pop("adam_w_mode", True) or "AdamW" in name
+    arguments.pop("torch_adam", None)
+    known = ("betas", "eps", "amsgrad") if name in ("Adam", "AdamW") else ("betas", "eps")
+    if unknown := sorted(set(arguments) - set(known)):
+        raise ValueError(
+            f"optimizer.params.{unknown[0]} of the DeepSpeed file is not known: {name} has {', '.join(known)}"
+        )
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])
+    arguments["weight_decay"] = settings.training.weight_decay
+    if name == "DeepSpeedCPUAdam":
+        arguments["adamw_mode"] = decoupled
+    elif name in BITSANDBYTES:
+        if not decoupled and settings.training.weight_decay:
+            raise ValueError(f"optimizer {name} decays weights as AdamW does: leave adam_w_mode out, or use Adam")
+    else:
+        name = "AdamW" if decoupled else "Adam"
+    return OptimizerChoice(name, arguments), settings
+
+
+def _check_optimizer(params: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of Adam that are no numbers, or outside of what it computes with."""
+    path = "optimizer.params."
+    for key in ("lr", "weight_decay", "eps"):
+        _check_number(params, key, path)
+    betas = params.get("betas", "auto")
+    if betas == "auto":
+        return
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise ValueError(
+            f"{path}betas of the DeepSpeed file is a list of two numbers such as [0.9, 0.999], given {betas!r}"
+        )
+    for number, beta in enumerate(betas):
+        _check_number({f"betas[{number}]": beta}, f"betas[{number}]", path, below=1.0)
+
+
+def _merge_training(settings: RunConfig, given: dict[str, Any], source: str) -> RunConfig:
+    """Settings with what the DeepSpeed file says of ``training``; a setting of ours that says otherwise is an error."""
+    training = settings.training
+    for name, value in given.items():
+        if name in training.model_fields_set and getattr(training, name) != value:
+            raise ValueError(
+                f"{source} of the DeepSpeed file says {value!r}, training.{name} {getattr(training, name)!r}: remove one of the two"
+            )
+    return settings.model_copy(update={"training": training.model_copy(update=given)})
+
+
+def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) -> str:
+    """Compute type from ``model.dtype`` and the file's ``bf16``/``fp16``; writes both sections."""
+    sections = {
+        name: (key, _section(config, key, '{"enabled": true}'))
+        for key, name in (("bf16", "bfloat16"), ("fp16", "float16"))
+    }
+    enabled = {name: section.get("enabled", "auto") for name, (_, section) in sections.items()}
+    for name, value in enabled.items():
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError(
+                f'{sections[name][0]}.enabled of the DeepSpeed file is true, false or "auto", given {value!r}'
+            )
+    on = [name for name, value in enabled.items() if value is True]
+    if len(on) == 2:
+        raise ValueError("bf16.enabled and fp16.enabled are both true in the DeepSpeed file: choose one")
+    if on and wanted not in ("auto", on[0]):
+        raise ValueError(f"model.dtype {wanted} but the DeepSpeed file enables {on[0]}: change one of the two")
+    if wanted == "auto":
+        refused = enabled["bfloat16"] is False
+        wanted = on[0] if on else ("bfloat16" if gpu_has_bfloat16 and not refused else "float32")
+    elif enabled.get(wanted) is False and not on:
+        raise ValueError(
+            f"model.dtype {wanted} but the DeepSpeed file sets it to enabled: false: change one of the two"
+        )
+    for name, (key, section) in sections.items():
+        config.pop(key, None)
+        if name == wanted:
+            config[key] = {**section, "enabled": True}
+    return wanted
+
+
 def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, int]:
     """Examples of a step, micro-batch and accumulation steps, with ``examples <= micro · accumulation · world``.
 
@@ -120,141 +378,8 @@ def resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int, in
     return total, micro, -(-share // micro)
 
 
-def keep_batch(plan: DeepSpeedPlan, given: dict[str, Any], batch_size: int) -> DeepSpeedPlan:
-    """The plan of a resumed run: where only the number of ranks decided how many examples a step has, as many as before.
-
-    Args:
-        given: the user's DeepSpeed JSON.
-        batch_size: examples of a step, of the checkpoint.
-    """
-    asked = any(given.get(key, "auto") != "auto" for key in ("train_batch_size", "gradient_accumulation_steps"))
-    if asked or batch_size == plan.batch_size:
-        return plan
-    total, micro, steps = resolve_batch({**given, "train_batch_size": batch_size}, plan.ranks)
-    config = {**plan.config, **_batch_section(micro, steps, plan.ranks)}
-    kept = dataclasses.replace(plan, config=config, batch_size=total, micro_batch_size=micro, accumulation_steps=steps)
-    logger.info("train_batch_size as in the checkpoint; %s", kept.step())
-    return kept
-
-
 def _batch_section(micro: int, steps: int, world_size: int) -> dict[str, int]:
     return dict(zip(BATCH_KEYS, (micro * steps * world_size, micro, steps), strict=True))
-
-
-def _resolve_dtype(config: dict[str, Any], wanted: str, gpu_has_bfloat16: bool) -> str:
-    """Compute type from ``model.dtype`` and the file's ``bf16``/``fp16``; writes both sections."""
-    sections = {
-        name: (key, section_of(config, key, '{"enabled": true}'))
-        for key, name in (("bf16", "bfloat16"), ("fp16", "float16"))
-    }
-    for key, section in sections.values():
-        check_enabled(section, key)
-    enabled = {name: section.get("enabled", "auto") for name, (_, section) in sections.items()}
-    on = [name for name, value in enabled.items() if value is True]
-    if len(on) == 2:
-        raise ValueError("bf16.enabled and fp16.enabled are both true in the DeepSpeed file: choose one")
-    if on and wanted not in ("auto", on[0]):
-        raise ValueError(f"model.dtype {wanted} but the DeepSpeed file enables {on[0]}: change one of the two")
-    if wanted == "auto":
-        refused = enabled["bfloat16"] is False
-        wanted = on[0] if on else ("bfloat16" if gpu_has_bfloat16 and not refused else "float32")
-    elif enabled.get(wanted) is False and not on:
-        raise ValueError(
-            f"model.dtype {wanted} but the DeepSpeed file sets it to enabled: false: change one of the two"
-        )
-    for name, (key, section) in sections.items():
-        config.pop(key, None)
-        if name == wanted:
-            config[key] = {**section, "enabled": True}
-    return wanted
-
-
-def _check_float16(dtype: str, stage: int) -> None:
-    """Stage 0 of DeepSpeed 0.19.8 trains with gradients 65,536 times too small (its pull request 8393)."""
-    if dtype == "float16" and stage == 0:
-        raise ValueError(
-            "float16 at stage 0: DeepSpeed divides its gradients by a loss scale that it has not multiplied the loss with; use "
-            "--ds.zero_optimization.stage 1, or --model.dtype bfloat16"
-        )
-
-
-def _merge_training(settings: RunConfig, given: dict[str, Any], source: str) -> RunConfig:
-    """Settings with what the DeepSpeed file says of ``training``; a setting of ours that says otherwise is an error."""
-    training = settings.training
-    for name, value in given.items():
-        if name in training.model_fields_set and getattr(training, name) != value:
-            raise ValueError(
-                f"{source} of the DeepSpeed file says {value!r}, training.{name} {getattr(training, name)!r}: remove one of the two"
-            )
-    return settings.model_copy(update={"training": training.model_copy(update=given)})
-
-
-def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> tuple[OptimizerChoice, RunConfig]:
-    """The optimizer section, taken out: it is built here with one parameter group per learning rate of ours.
-
-    The section's ``lr`` is ``training.learning_rate`` and its ``weight_decay`` ``training.weight_decay``.
-    """
-    section = section_of(config, "optimizer", '{"type": "AdamW"}') or {"type": "AdamW"}
-    config.pop("optimizer", None)
-    given = section.get("type")
-    names = {name.lower(): name for name in _OPTIMIZERS}
-    if str(given).lower() not in names:
-        raise ValueError(
-            f"optimizer type {given!r} of the DeepSpeed file is not supported: {', '.join(_OPTIMIZERS[:-1])} and {_OPTIMIZERS[-1]} are."
-            f"{did_you_mean(str(given), _OPTIMIZERS)}"
-        )
-    name = names[section["type"].lower()]
-    params = section_of(section, "params", '{"betas": [0.9, 0.999]}', "optimizer.")
-    check_optimizer(params)
-    arguments = {key: value for key, value in params.items() if value != "auto"}
-    ours = {"lr": "learning_rate", "weight_decay": "weight_decay"}
-    given = {name: float(arguments.pop(key)) for key, name in ours.items() if key in arguments}
-    settings = _merge_training(settings, given, "optimizer.params")
-    # DeepSpeed reads Adam as AdamW unless adam_w_mode is false, and torch_adam chooses what is used here anyway.
-    decoupled = arguments.pop("adam_w_mode", True) or "AdamW" in name
-    arguments.pop("torch_adam", None)
-    known = ("betas", "eps", "amsgrad") if name in ("Adam", "AdamW") else ("betas", "eps")
-    if unknown := sorted(set(arguments) - set(known)):
-        raise ValueError(
-            f"optimizer.params.{unknown[0]} of the DeepSpeed file is not known: {name} has {', '.join(known)}"
-        )
-    if "betas" in arguments:
-        arguments["betas"] = tuple(arguments["betas"])
-    arguments["weight_decay"] = settings.training.weight_decay
-    if name == "DeepSpeedCPUAdam":
-        arguments["adamw_mode"] = decoupled
-    elif name in BITSANDBYTES:
-        if not decoupled and settings.training.weight_decay:
-            raise ValueError(f"optimizer {name} decays weights as AdamW does: leave adam_w_mode out, or use Adam")
-    else:
-        name = "AdamW" if decoupled else "Adam"
-    return OptimizerChoice(name, arguments), settings
-
-
-def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
-    """DeepSpeed's warm-up schedulers become ours (a pure function of the step)."""
-    section = section_of(config, "scheduler", '{"type": "WarmupLR"}')
-    if config.pop("scheduler", None) is None:
-        return settings
-    name = section.get("type")
-    if name not in _SCHEDULERS:
-        raise ValueError(
-            f"scheduler {name!r} of the DeepSpeed file is not one of {', '.join(_SCHEDULERS)}: remove the section and "
-            "use training.scheduler and training.warmup_steps"
-        )
-    given: dict[str, Any] = {"scheduler": _SCHEDULERS[name]}
-    params = section_of(section, "params", '{"warmup_num_steps": 100}', "scheduler.")
-    number_of(params, "warmup_num_steps", "scheduler.params.", whole=True)
-    for key, value in params.items():
-        if value == "auto":
-            continue
-        if key == "warmup_num_steps":
-            given["warmup_steps"] = int(value)
-        else:
-            logger.warning(
-                "setting without effect: scheduler.params.%s of the DeepSpeed file (the schedule is ours)", key
-            )
-    return _merge_training(settings, given, "scheduler")
 
 
 def _drop_auto(section: dict[str, Any], path: str) -> None:
@@ -270,66 +395,45 @@ def _drop_auto(section: dict[str, Any], path: str) -> None:
             del section[key]
 
 
-def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:
-    """Offloading, and what else a ZeRO section may hold. Raises: ValueError for what cannot work."""
-    for key in _REFUSED_ZERO_KEYS:
-        if zero.get(key) not in (None, False, "auto", 1 if key == "zero_hpz_partition_size" else -1):
-            raise ValueError(f"zero_optimization.{key} {zero[key]!r} is not supported: remove it")
-    for key in ("offload_optimizer", "offload_param"):
-        device = section_of(zero, key, '{"device": "cpu"}', "zero_optimization.").get("device") or "none"
-        if device == "none":
-            continue
-        if stage != 3 or device != "cpu":
-            raise ValueError(
-                f"zero_optimization.{key} to {device!r} at stage {stage}: only stage 3 offloads, and only to cpu; remove it "
-                "(adapters have a small optimizer state) or use ds_configs/zero3_offload.json"
-            )
-        # DeepSpeed's own CPU optimizer must be compiled and knows no parameter groups of ours by name.
-        config.setdefault("zero_force_ds_cpu_optimizer", False)
+def _section(config: Mapping[str, Any], key: str, example: str, path: str = "") -> dict[str, Any]:
+    """A section of the file; nothing where it has none. Raises: ValueError for anything but an object."""
+    section = config.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}{key} of the DeepSpeed file is a section such as {example}, given {section!r}")
+    return section
 
 
-def plan_deepspeed(
-    config: dict[str, Any], settings: RunConfig, world_size: int, gpu_has_bfloat16: bool
-) -> tuple[DeepSpeedPlan, RunConfig]:
-    """Resolve a DeepSpeed configuration for this run.
+def _check_number(
+    section: Mapping[str, Any], key: str, path: str, least: float = 0.0, below: float = math.inf, whole: bool = False
+) -> None:
+    """Raise ValueError unless a key is missing, "auto", or a number in [least, below)."""
+    value = section.get(key, "auto")
+    if value == "auto":
+        return
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < below:
+        kind = "a whole number" if whole else "a number"
+        end = "" if below == math.inf else f" and below {below:g}"
+        raise ValueError(f"{path}{key} of the DeepSpeed file is {kind}, {least:g} or more{end}, given {value!r}")
+
+
+def keep_batch(plan: DeepSpeedPlan, given: dict[str, Any], batch_size: int) -> DeepSpeedPlan:
+    """The plan of a resumed run: where only the number of ranks decided how many examples a step has, as many as before.
 
     Args:
-        config: the user's DeepSpeed JSON, without the section ``"rosa"``.
-        settings: our settings; the returned copy has what the file says of schedule, learning rate and weight decay, and
-            the resolved ``model.dtype``.
-        world_size: number of ranks.
-        gpu_has_bfloat16: whether ``model.dtype auto`` may choose bfloat16.
-
-    Raises:
-        ValueError: what cannot work, with what to change.
+        given: the user's DeepSpeed JSON.
+        batch_size: examples of a step, of the checkpoint.
     """
-    config = copy.deepcopy(config)
-    check_keys(config, list(RunConfig.model_fields))
-    zero = config["zero_optimization"] = section_of(config, "zero_optimization", '{"stage": 2}')
-    stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage not in SUPPORTED_STAGES:
-        raise ValueError(
-            f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2"
-        )
-    _check_zero(config, zero, stage)
-    optimizer, settings = _take_optimizer(config, _take_scheduler(config, settings))
-    if optimizer.name in BITSANDBYTES:
-        config["zero_allow_untested_optimizer"] = True  # tested here
-        if settings.checkpoint.format == "deepspeed":
-            raise ValueError(
-                f"checkpoint.format deepspeed keeps the moments of {optimizer.name} in a form that nothing reads back: use rosa"
-            )
-    dtype = _resolve_dtype(config, settings.model.dtype, gpu_has_bfloat16)
-    _check_float16(dtype, stage)
-    total, micro, steps = resolve_batch(config, world_size)
-    config |= _batch_section(micro, steps, world_size)
-    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
-    number_of(config, "gradient_clipping", "")
-    if config.get("gradient_clipping") == "auto":
-        config["gradient_clipping"] = 1.0
-    config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did
-    _drop_auto(config, "")
-    return DeepSpeedPlan(config, optimizer, total, micro, steps, dtype, stage), settings
+    asked = any(given.get(key, "auto") != "auto" for key in ("train_batch_size", "gradient_accumulation_steps"))
+    if asked or batch_size == plan.batch_size:
+        return plan
+    total, micro, steps = resolve_batch({**given, "train_batch_size": batch_size}, plan.ranks)
+    config = {**plan.config, **_batch_section(micro, steps, plan.ranks)}
+    kept = dataclasses.replace(plan, config=config, batch_size=total, micro_batch_size=micro, accumulation_steps=steps)
+    logger.info("train_batch_size as in the checkpoint; %s", kept.step())
+    return kept
 
 
 def check_packages(plan: DeepSpeedPlan, tensorboard: bool) -> None:
