@@ -40,23 +40,34 @@ class CommandLine:
     gpus: int | None = None
 
 
-class _CliConfig(RunConfig, BaseSettings):
-    """:class:`RunConfig` read from keyword arguments and a command line; never from the environment."""
+def parse_command_line(arguments: Sequence[str]) -> CommandLine:
+    """Read a command line of ``launch/train.py`` (without the program's name).
 
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, cli_parse_none_str="none", cli_use_class_docs_for_groups=True
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
+    Raises:
+        ValueError: anything that is wrong with it, in one message.
+        SystemExit: after ``--help`` was printed.
+    """
+    split = _split(arguments)
+    if split.help:
+        print(USAGE, flush=True)
+        build_config({}, ["--help"])
+    deepspeed = _read_json(split.config) if split.config else {}
+    section = deepspeed.pop("rosa", {})
+    if not isinstance(section, dict):
+        raise ValueError(f'--config {split.config}: the section "rosa" is a JSON object, given {section!r}')
+    for dotted, text in split.deepspeed.items():
+        if dotted.split(".")[0] == "rosa":
+            raise ValueError(f"--ds.{dotted}: our own settings are given without it: --{dotted.removeprefix('rosa.')}")
+        _override(deepspeed, dotted, text)
+    source = f"--config {split.config}{' and the command line' if split.ours else ''}" if section else "settings"
+    config = build_config(section, split.ours, source)
+    if split.gpus is not None:
+        if not split.dry_run:
+            raise ValueError("--gpus plans with --dry-run alone: the launcher decides how many ranks a run has")
+        if not split.gpus.isdigit() or int(split.gpus) < 1:
+            raise ValueError(f"--gpus is a whole number of 1 or more, given {split.gpus!r}")
+    gpus = None if split.gpus is None else int(split.gpus)
+    return CommandLine(config, deepspeed, split.resume, split.dry_run, gpus)
 
 
 @dataclasses.dataclass
@@ -169,35 +180,20 @@ def build_config(section: Mapping[str, Any], arguments: Sequence[str] = (), sour
     return RunConfig.model_validate(parsed.model_dump(exclude_unset=True))
 
 
-def parse_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Read a command line of ``launch/train.py`` (without the program's name).
+class _CliConfig(RunConfig, BaseSettings):
+    """:class:`RunConfig` read from keyword arguments and a command line; never from the environment."""
 
-    Raises:
-        ValueError: anything that is wrong with it, in one message.
-        SystemExit: after ``--help`` was printed.
-    """
-    split = _split(arguments)
-    if split.help:
-        print(USAGE, flush=True)
-        build_config({}, ["--help"])
-    deepspeed = _read_json(split.config) if split.config else {}
-    section = deepspeed.pop("rosa", {})
-    if not isinstance(section, dict):
-        raise ValueError(f'--config {split.config}: the section "rosa" is a JSON object, given {section!r}')
-    for dotted, text in split.deepspeed.items():
-        if dotted.split(".")[0] == "rosa":
-            raise ValueError(f"--ds.{dotted}: our own settings are given without it: --{dotted.removeprefix('rosa.')}")
-        _override(deepspeed, dotted, text)
-    source = f"--config {split.config}{' and the command line' if split.ours else ''}" if section else "settings"
-    config = build_config(section, split.ours, source)
-    return CommandLine(config, deepspeed, split.resume, split.dry_run, _ranks(split))
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, cli_parse_none_str="none", cli_use_class_docs_for_groups=True
+    )
 
-
-def _ranks(split: _SplitArguments) -> int | None:
-    if split.gpus is None:
-        return None
-    if not split.dry_run:
-        raise ValueError("--gpus plans with --dry-run alone: the launcher decides how many ranks a run has")
-    if not split.gpus.isdigit() or int(split.gpus) < 1:
-        raise ValueError(f"--gpus is a whole number of 1 or more, given {split.gpus!r}")
-    return int(split.gpus)
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)

@@ -301,7 +301,14 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> RunConfig:
         self.adapter_config()
-        self._check_columns()
+        data, other_task = self.data, ["text_column", "pair_column", "label_column"]
+        if self.model.task == "classification":
+            other_task = ["prompt_column", "prompt_template", "completion_column"]
+        for name in other_task:
+            if getattr(data, name) is not None:
+                raise ValueError(f"data.{name} has no meaning with model.task {self.model.task}: remove it")
+        if data.pair_column is not None and data.text_column is None:
+            raise ValueError("data.pair_column is the second text of a pair: give data.text_column, too")
         if self.parts.everything and self.model.quantization != "none":
             raise ValueError(
                 f"method full trains the base itself, which model.quantization {self.model.quantization} freezes: set it to none, "
@@ -315,17 +322,6 @@ class RunConfig(Section):
                 "checkpoints have all of it"
             )
         return self
-
-    def _check_columns(self) -> None:
-        """Raise ValueError for columns of another task."""
-        data, other = self.data, ["text_column", "pair_column", "label_column"]
-        if self.model.task == "classification":
-            other = ["prompt_column", "prompt_template", "completion_column"]
-        for name in other:
-            if getattr(data, name) is not None:
-                raise ValueError(f"data.{name} has no meaning with model.task {self.model.task}: remove it")
-        if data.pair_column is not None and data.text_column is None:
-            raise ValueError("data.pair_column is the second text of a pair: give data.text_column, too")
 
     def adapter_config(self) -> AdapterConfig:
         """The adapter section together with the method."""
