@@ -30,13 +30,6 @@ _VOWELS = ("a", "e", "i", "o", "u", "ai", "ea")
 _CODAS = ("", "", "l", "n", "r", "s", "t", "m", "nd", "rk")
 
 
-def invent_word(rng: random.Random, capital: bool = True) -> str:
-    """A pronounceable word of one to three syllables that nothing can have memorised, e.g. ``Tralond``."""
-    syllables = rng.choice((1, 2, 2, 3))
-    word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
-    return word.capitalize() if capital else word
-
-
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A table's name, what one of its rows is called, and its columns in order of definition."""
@@ -78,3 +71,10 @@ def draw_table(rng: random.Random) -> Table:
     columns = chosen_texts + chosen_numbers
     rng.shuffle(columns)
     return Table(name, row, tuple(columns), frozenset(chosen_numbers))
+
+
+def invent_word(rng: random.Random, capital: bool = True) -> str:
+    """A pronounceable word of one to three syllables that nothing can have memorised, e.g. ``Tralond``."""
+    syllables = rng.choice((1, 2, 2, 3))
+    word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
+    return word.capitalize() if capital else word

@@ -7,7 +7,6 @@ adapter has something to learn that the base cannot do: exact match of the base 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 from rosa_ds.data.lexicon import Table, draw_table
 
@@ -15,8 +14,20 @@ AGGREGATES = {"average": "AVG", "highest": "MAX", "lowest": "MIN", "total": "SUM
 INSTRUCTION = "Answer with SQL."
 
 
-def _quote(table: Table, column: str, value: str) -> str:
-    return value if column in table.numbers else f"'{value}'"
+def generate_pairs(count: int, seed: int) -> list[dict[str, list[dict[str, str]]]]:
+    """``count`` conversations, each ``{"messages": [user, assistant]}``: the same for the same seed.
+
+    Row *i* depends on ``(seed, i)`` alone, so a longer list begins with the shorter one.
+    """
+    forms = (_select_where, _aggregate, _count, _order)
+    rows = []
+    for index in range(count):
+        rng = random.Random(f"sql-{seed}-{index}")
+        table = draw_table(rng)
+        question, query = rng.choice(forms)(rng, table)
+        prompt = f"{INSTRUCTION}\ntable: {table.schema()}\nquestion: {question}"
+        rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": query}]})
+    return rows
 
 
 def _select_where(rng: random.Random, table: Table) -> tuple[str, str]:
@@ -62,19 +73,5 @@ def _order(rng: random.Random, table: Table) -> tuple[str, str]:
     return question, f"SELECT {wanted} FROM {table.name} ORDER BY {number}{direction} LIMIT 1"
 
 
-_FORMS: tuple[Callable[[random.Random, Table], tuple[str, str]], ...] = (_select_where, _aggregate, _count, _order)
-
-
-def generate_pairs(count: int, seed: int) -> list[dict[str, list[dict[str, str]]]]:
-    """``count`` conversations, each ``{"messages": [user, assistant]}``: the same for the same seed.
-
-    Row *i* depends on ``(seed, i)`` alone, so a longer list begins with the shorter one.
-    """
-    rows = []
-    for index in range(count):
-        rng = random.Random(f"sql-{seed}-{index}")
-        table = draw_table(rng)
-        question, query = rng.choice(_FORMS)(rng, table)
-        prompt = f"{INSTRUCTION}\ntable: {table.schema()}\nquestion: {question}"
-        rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": query}]})
-    return rows
+def _quote(table: Table, column: str, value: str) -> str:
+    return value if column in table.numbers else f"'{value}'"

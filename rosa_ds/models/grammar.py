@@ -8,11 +8,20 @@ It contains no query: words such as ``select`` occur only alone, to be written i
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rosa_ds.data.lexicon import Table, draw_table
 
 Pair = tuple[str, str]
+
+
+def generate_conversations(seed: int) -> Iterator[list[dict[str, str]]]:
+    """An endless stream of two-message conversations, the same for the same seed."""
+    forms = (_facts, _find_parts, _find_parts, _compare, _columns, _notation)
+    rng = random.Random(f"grammar-{seed}")
+    while True:
+        prompt, answer = rng.choice(forms)(rng, draw_table(rng))
+        yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def _facts(rng: random.Random, table: Table) -> Pair:
@@ -73,6 +82,20 @@ def _compare(rng: random.Random, table: Table) -> Pair:
     return f"Say what is asked and what is known.\ntable: {table.schema()}\nquestion: {question}", answer
 
 
+def _columns(rng: random.Random, table: Table) -> Pair:
+    """Questions about the schema itself."""
+    kind = rng.choice(("number", "text"))
+    matching = table.number_columns if kind == "number" else table.texts
+    task, answer = rng.choice(
+        (
+            (f"List the {kind} columns.", ", ".join(matching)),
+            ("List the columns.", ", ".join(table.columns)),
+            ("Name the table.", table.name),
+        )
+    )
+    return f"{task}\ntable: {table.schema()}", answer
+
+
 def _notation(rng: random.Random, table: Table) -> Pair:
     """Capitals, quotes, brackets and signs, each used by a rule that the task states."""
     column = rng.choice(table.columns)
@@ -90,35 +113,3 @@ def _notation(rng: random.Random, table: Table) -> Pair:
         )
     )
     return task, answer
-
-
-def _columns(rng: random.Random, table: Table) -> Pair:
-    """Questions about the schema itself."""
-    kind = rng.choice(("number", "text"))
-    matching = table.number_columns if kind == "number" else table.texts
-    task, answer = rng.choice(
-        (
-            (f"List the {kind} columns.", ", ".join(matching)),
-            ("List the columns.", ", ".join(table.columns)),
-            ("Name the table.", table.name),
-        )
-    )
-    return f"{task}\ntable: {table.schema()}", answer
-
-
-_FORMS: tuple[Callable[[random.Random, Table], Pair], ...] = (
-    _facts,
-    _find_parts,
-    _find_parts,
-    _compare,
-    _columns,
-    _notation,
-)
-
-
-def generate_conversations(seed: int) -> Iterator[list[dict[str, str]]]:
-    """An endless stream of two-message conversations, the same for the same seed."""
-    rng = random.Random(f"grammar-{seed}")
-    while True:
-        prompt, answer = rng.choice(_FORMS)(rng, draw_table(rng))
-        yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
