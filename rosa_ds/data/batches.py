@@ -20,12 +20,6 @@ IGNORE = -100
 PADDING_ROW = -1
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of ``count`` examples that depends on seed and epoch alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count).astype(np.int64)
-
-
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
     """Divides each optimizer step's examples into micro-batches for all ranks.
@@ -65,6 +59,12 @@ class BatchPlan:
         places = np.full(-(-self.batch_size // at_once) * at_once, PADDING_ROW, dtype=np.int64)
         places[: self.batch_size] = self.step_indices(step)
         return places.reshape(-1, self.world_size, self.micro_batch_size)[:, rank]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of ``count`` examples that depends on seed and epoch alone."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)

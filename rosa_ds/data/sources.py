@@ -21,6 +21,8 @@ FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 BUILTIN = "builtin:sql"
 BUILTIN_TRAIN_ROWS, BUILTIN_EVAL_ROWS = 1600, 200
 _NAME = re.compile(r"(?P<name>.+?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>\w+))?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
+"""What datasets says of a file without rows; the second of parquet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +88,6 @@ def load_rows(source: str, purpose: str) -> Rows:
     return Rows(data if whole else data.select(range(start, stop)), name, start)
 
 
-@functools.cache
-def _builtin_rows(purpose: str) -> list[dict[str, Any]]:
-    """The generated training rows, or held-out ones, none of which is a training row."""
-    train = generate_pairs(BUILTIN_TRAIN_ROWS, seed=1)
-    if purpose == "train":
-        return train
-    candidates = generate_pairs(2 * BUILTIN_EVAL_ROWS, seed=2)
-    return [row for row in candidates if row not in train][:BUILTIN_EVAL_ROWS]
-
-
 def _load_whole(name: str, config: str | None, split: str | None, purpose: str) -> datasets.Dataset:
     if name == BUILTIN:
         return datasets.Dataset.from_list(_builtin_rows(purpose))
@@ -110,7 +102,9 @@ def _load_whole(name: str, config: str | None, split: str | None, purpose: str) 
     except Exception as error:  # the hub client raises many types; all mean that there is nothing to train on
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if path.is_dir():
-            text = f"it holds {_listing(path)}, and no {', '.join(FILE_TYPES)} file that can be read ({text})"
+            names = sorted(entry.name for entry in path.iterdir())
+            there = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "nothing"
+            text = f"it holds {there}, and no {', '.join(FILE_TYPES)} file that can be read ({text})"
         raise ValueError(f"data source {name!r} could not be loaded from this folder or the hub: {text}") from error
     wanted = split or ("train" if purpose == "train" else "validation")
     if wanted not in loaded:
@@ -118,6 +112,16 @@ def _load_whole(name: str, config: str | None, split: str | None, purpose: str) 
             f"data source {name} has no split {wanted!r}: write {name}:SPLIT with one of {', '.join(loaded)}"
         )
     return loaded[wanted]
+
+
+@functools.cache
+def _builtin_rows(purpose: str) -> list[dict[str, Any]]:
+    """The generated training rows, or held-out ones, none of which is a training row."""
+    train = generate_pairs(BUILTIN_TRAIN_ROWS, seed=1)
+    if purpose == "train":
+        return train
+    candidates = generate_pairs(2 * BUILTIN_EVAL_ROWS, seed=2)
+    return [row for row in candidates if row not in train][:BUILTIN_EVAL_ROWS]
 
 
 def _load_file(path: Path) -> datasets.Dataset:
@@ -143,43 +147,6 @@ def _load_file(path: Path) -> datasets.Dataset:
         raise ValueError(f"data source {path} cannot be read as {path.suffix}: {cause}") from error
 
 
-def _separator(path: Path) -> str:
-    """What stands between the columns of a CSV file's first line: a comma, or where it has none a semicolon or a tab, which
-    spreadsheets write in countries with a decimal comma.
-    """
-    with path.open(encoding="utf-8-sig", errors="replace") as stream:
-        header = stream.readline()
-    return next((mark for mark in ",;\t" if mark in header), ",")
-
-
-_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
-"""What datasets says of a file without rows; the second of parquet."""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What datasets logs of an error stands in ours."""
-    level = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.utils.logging.set_verbosity(level)
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "nothing"
-
-
-def _not_text(where: str, error: UnicodeDecodeError) -> ValueError:
-    byte = error.object[error.start]
-    return ValueError(
-        f"{where} is not UTF-8 text (byte 0x{byte:02x} at {error.start}): save the file as UTF-8, not packed "
-        "(Excel: 'CSV UTF-8'; iconv -f cp1252 -t utf-8)"
-    )
-
-
 def _check_text(path: Path) -> None:
     """Raise ValueError for a file that begins as no UTF-8 text does: in UTF-16, packed, or binary."""
     with path.open("rb") as stream:
@@ -191,6 +158,26 @@ def _check_text(path: Path) -> None:
             raise _not_text(f"data source {path}", error) from None
     if b"\0" in begin:
         raise ValueError(f"data source {path} is not UTF-8 text (byte 0x00 at {begin.index(0)}): is it a binary file?")
+
+
+def _separator(path: Path) -> str:
+    """What stands between the columns of a CSV file's first line: a comma, or where it has none a semicolon or a tab, which
+    spreadsheets write in countries with a decimal comma.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace") as stream:
+        header = stream.readline()
+    return next((mark for mark in ",;\t" if mark in header), ",")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What datasets logs of an error stands in ours."""
+    level = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(level)
 
 
 def _find_bad_line(path: Path, is_json: bool) -> None:
@@ -208,3 +195,11 @@ def _find_bad_line(path: Path, is_json: bool) -> None:
                 ) from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, row {number} is not a JSON object but {type(row).__name__}")
+
+
+def _not_text(where: str, error: UnicodeDecodeError) -> ValueError:
+    byte = error.object[error.start]
+    return ValueError(
+        f"{where} is not UTF-8 text (byte 0x{byte:02x} at {error.start}): save the file as UTF-8, not packed "
+        "(Excel: 'CSV UTF-8'; iconv -f cp1252 -t utf-8)"
+    )

@@ -20,26 +20,6 @@ class Tokens:
     trained: list[bool]
 
 
-def as_messages(example: Example) -> list[dict[str, Any]]:
-    """The example as chat messages."""
-    if isinstance(example, Conversation):
-        return [dict(message) for message in example.messages]
-    assert isinstance(example, Pair)
-    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
-
-
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the row holds chat messages, but the model's tokenizer has no chat template: use an instruct model, or rows "
-            "with prompt and completion"
-        )
-
-
 def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, separator: str) -> Tokens:
     """Token ids and loss mask of one example.
 
@@ -57,21 +37,18 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, separator: st
         text = example.prompt + separator + example.completion
         return _with_end(tokenizer, _encode(tokenizer, text, [(start, len(text), 0)], special=True))
     _require_template(tokenizer)
+    assert isinstance(tokenizer.chat_template, str), "it was required"
+    messages = as_messages(example)
     try:
-        return _tokenise_messages(as_messages(example), tokenizer)
+        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            trained = [bool(flag) for flag in encoded["assistant_masks"]]
+            return _with_end_of_turn(tokenizer, Tokens(list(encoded["input_ids"]), trained))
+        text = _render(tokenizer, messages)
+        spans = assistant_spans(tokenizer, messages, text)
     except TemplateError as error:
         raise ValueError(f"the chat template of the model's tokenizer fails here: {error}") from None
-
-
-def _tokenise_messages(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    assert isinstance(tokenizer.chat_template, str), "it was required"
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return _with_end_of_turn(
-            tokenizer, Tokens(list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]])
-        )
-    text = _render(tokenizer, messages)
-    return _encode(tokenizer, text, assistant_spans(tokenizer, messages, text), special=False)
+    return _encode(tokenizer, text, spans, special=False)
 
 
 def assistant_spans(
@@ -101,10 +78,6 @@ def assistant_spans(
     return spans
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int, int]], special: bool) -> Tokens:
     """Token ids of ``text``; of each span (begin, end of content, end of turn) its content is trained, and what follows
     up to the first special token (the end-of-turn token), inside the turn or right behind the content."""
@@ -113,7 +86,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     trained = [False] * len(ids)
-    specials = _special_ids(tokenizer)
+    specials = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     for begin, end, turn_end in spans:
         for i, (a, b) in enumerate(offsets):
             if b <= begin or a == b:
@@ -160,6 +133,26 @@ def prompt_and_reference(example: Example, tokenizer: PreTrainedTokenizerBase, s
     messages = as_messages(example)
     text = _render(tokenizer, messages[:-1], prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]), str(messages[-1]["content"])
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the row holds chat messages, but the model's tokenizer has no chat template: use an instruct model, or rows "
+            "with prompt and completion"
+        )
+
+
+def as_messages(example: Example) -> list[dict[str, Any]]:
+    """The example as chat messages."""
+    if isinstance(example, Conversation):
+        return [dict(message) for message in example.messages]
+    assert isinstance(example, Pair)
+    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
 
 
 def show_sample(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
