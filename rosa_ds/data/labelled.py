@@ -34,23 +34,6 @@ LABEL = "label"
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
-    """Where a text, the second one of a pair, and the class stand."""
-
-    text: str
-    pair: str | None
-    label: str
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledTokens(Tokens):
-    """An example: ``types`` are 0 and 1 for a pair's tokens where the model tells them apart, else empty."""
-
-    types: list[int]
-    label: int
-
-
-@dataclasses.dataclass(frozen=True)
 class LabelledSet(TokenSet):
     """Tokenised examples with a class each: ``trained`` is 1 for all, ``classes`` are their names."""
 
@@ -93,6 +76,123 @@ class LabelledSet(TokenSet):
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> str:
         first = self.tokens(0)
         return f"an example of class {self.classes[first.label]}:\n{tokenizer.decode(first.ids)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledTokens(Tokens):
+    """An example: ``types`` are 0 and 1 for a pair's tokens where the model tells them apart, else empty."""
+
+    types: list[int]
+    label: int
+
+
+def find_classes(source: str, settings: DataSettings, known: Sequence[str] = ()) -> list[str]:
+    """The classes of training data, in order: those of its ClassLabel, or all that occur, numbers and texts sorted.
+
+    Args:
+        known: of a base that is a classifier: its order, where it has the same ones.
+
+    Raises: ValueError for fewer than two, for labels that are no classes, or if none are there.
+    """
+    rows = load_rows(source, "train")
+    column = find_columns(rows, settings).label
+    read = _class_names(rows, column)
+    feature = rows.data.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        classes = list(feature.names)
+    else:
+        found = {value: read(value) for value in rows.data.unique(column)}
+        whole = feature.dtype.startswith(("int", "uint"))
+        order = sorted(
+            (value for value, name in found.items() if name), key=lambda value: value if whole else found[value]
+        )
+        classes = list(dict.fromkeys(found[value] for value in order))
+    if len(classes) < 2:
+        raise ValueError(
+            f"{rows.name}: {column!r} has {'one class, ' + classes[0] if classes else 'no class'}: a classifier tells two or more "
+            "apart; name those that do not occur with model.labels"
+        )
+    return list(known) if set(known) == set(classes) else classes
+
+
+def prepare_labelled(
+    source: str,
+    purpose: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    classes: Sequence[str],
+    types: bool = False,
+) -> LabelledSet:
+    """Load and tokenise rows with a class. A second call with the same arguments finds the result on disk.
+
+    Args:
+        types: the model tells a pair's texts apart by type ids.
+
+    Raises:
+        ValueError: a text or a class is not there or none of ``classes``, a row is too long (``data.too_long error``), or none is
+            left.
+    """
+    rows = load_rows(source, purpose)
+    columns = find_columns(rows, settings)
+    read = _class_names(rows, columns.label)
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def encode(text: str, pair: str | None, **cut: Any) -> Mapping[str, list[int]]:
+        if pair is not None and tokenizer.sep_token is None:  # nothing to part the two with: they are one text
+            text, pair = text + settings.separator + pair, None
+        made: Mapping[str, list[int]] = tokenizer(text, pair, return_token_type_ids=types, verbose=False, **cut)
+        return made
+
+    def encode_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            pair = None if columns.pair is None else _read_text(row, columns.pair)
+            texts = _read_text(row, columns.text), pair
+            name = read(row[columns.label])
+            if not name:
+                raise ValueError(f"{columns.label!r} is a class, given {row[columns.label]!r}")
+            if name not in numbers:
+                raise ValueError(
+                    f"{columns.label!r} is {name!r}, which is none of the classes {', '.join(numbers)} that data.train or model.labels "
+                    f"have.{did_you_mean(name, numbers)}"
+                )
+            encoded = encode(*texts)
+            full = len(encoded["input_ids"])
+            if full > settings.max_length and settings.too_long == "truncate":
+                encoded = encode(*texts, truncation=True, max_length=settings.max_length)
+            if not full:
+                raise ValueError(f"{columns.text!r} {texts[0]!r} has no token")
+        except ValueError as error:
+            raise rows.refused(index, error) from None
+        ids = list(encoded["input_ids"])
+        parts = list(encoded["token_type_ids"]) if types else []
+        return {"ids": ids, "types": parts, "class": numbers[name], "length": len(ids), "full_length": full}
+
+    probe = (encode("a", None)["input_ids"], encode("a", "b")["input_ids"])  # special tokens are not in the vocabulary
+    encoded = rows.data.map(
+        encode_row,
+        with_indices=True,
+        remove_columns=rows.data.column_names,
+        new_fingerprint=fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe),
+        desc=f"tokenising {rows.name}",
+    )
+    reasons = check_lengths(encoded, rows, settings)
+    lengths = np.asarray(encoded["length"], dtype=np.int64)
+    keep = lengths <= settings.max_length
+    if not keep.any():
+        raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
+    if not keep.all():
+        encoded = encoded.select(np.flatnonzero(keep))
+    lengths = lengths[keep]
+    return LabelledSet(encoded, lengths, np.ones_like(lengths), ", ".join(reasons), tuple(classes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where a text, the second one of a pair, and the class stand."""
+
+    text: str
+    pair: str | None
+    label: str
 
 
 def find_columns(rows: Rows, settings: DataSettings) -> Columns:
@@ -139,46 +239,6 @@ def _class_names(rows: Rows, column: str) -> Callable[[Any], str]:
     return lambda value: "" if value is None else str(value).strip()
 
 
-def _label_of(name: str, value: Any, numbers: Mapping[str, int], column: str) -> int:
-    if not name:
-        raise ValueError(f"{column!r} is a class, given {value!r}")
-    if name not in numbers:
-        raise ValueError(
-            f"{column!r} is {name!r}, which is none of the classes {', '.join(numbers)} that data.train or model.labels have."
-            f"{did_you_mean(name, numbers)}"
-        )
-    return numbers[name]
-
-
-def find_classes(source: str, settings: DataSettings, known: Sequence[str] = ()) -> list[str]:
-    """The classes of training data, in order: those of its ClassLabel, or all that occur, numbers and texts sorted.
-
-    Args:
-        known: of a base that is a classifier: its order, where it has the same ones.
-
-    Raises: ValueError for fewer than two, for labels that are no classes, or if none are there.
-    """
-    rows = load_rows(source, "train")
-    column = find_columns(rows, settings).label
-    read = _class_names(rows, column)
-    feature = rows.data.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        classes = list(feature.names)
-    else:
-        found = {value: read(value) for value in rows.data.unique(column)}
-        whole = feature.dtype.startswith(("int", "uint"))
-        order = sorted(
-            (value for value, name in found.items() if name), key=lambda value: value if whole else found[value]
-        )
-        classes = list(dict.fromkeys(found[value] for value in order))
-    if len(classes) < 2:
-        raise ValueError(
-            f"{rows.name}: {column!r} has {'one class, ' + classes[0] if classes else 'no class'}: a classifier tells two or more "
-            "apart; name those that do not occur with model.labels"
-        )
-    return list(known) if set(known) == set(classes) else classes
-
-
 def _read_text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
@@ -186,73 +246,3 @@ def _read_text(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{column!r} is a text, given {value!r}")
     return value
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase, separator: str, types: bool) -> Callable[..., Mapping[str, list[int]]]:
-    """Texts to ids. A tokenizer that has no token to part a pair's texts gets them as one text."""
-
-    def encode(text: str, pair: str | None, **cut: Any) -> Mapping[str, list[int]]:
-        if pair is not None and tokenizer.sep_token is None:
-            text, pair = text + separator + pair, None
-        made: Mapping[str, list[int]] = tokenizer(text, pair, return_token_type_ids=types, verbose=False, **cut)
-        return made
-
-    return encode
-
-
-def prepare_labelled(
-    source: str,
-    purpose: str,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: DataSettings,
-    classes: Sequence[str],
-    types: bool = False,
-) -> LabelledSet:
-    """Load and tokenise rows with a class. A second call with the same arguments finds the result on disk.
-
-    Args:
-        types: the model tells a pair's texts apart by type ids.
-
-    Raises:
-        ValueError: a text or a class is not there or none of ``classes``, a row is too long (``data.too_long error``), or none is
-            left.
-    """
-    rows = load_rows(source, purpose)
-    columns = find_columns(rows, settings)
-    read, encode = _class_names(rows, columns.label), _encoder(tokenizer, settings.separator, types)
-    numbers = {name: number for number, name in enumerate(classes)}
-
-    def encode_row(row: dict[str, Any], index: int) -> dict[str, Any]:
-        try:
-            pair = None if columns.pair is None else _read_text(row, columns.pair)
-            texts = _read_text(row, columns.text), pair
-            label = _label_of(read(row[columns.label]), row[columns.label], numbers, columns.label)
-            encoded = encode(*texts)
-            full = len(encoded["input_ids"])
-            if full > settings.max_length and settings.too_long == "truncate":
-                encoded = encode(*texts, truncation=True, max_length=settings.max_length)
-            if not full:
-                raise ValueError(f"{columns.text!r} {texts[0]!r} has no token")
-        except ValueError as error:
-            raise rows.refused(index, error) from None
-        ids = list(encoded["input_ids"])
-        parts = list(encoded["token_type_ids"]) if types else []
-        return {"ids": ids, "types": parts, "class": label, "length": len(ids), "full_length": full}
-
-    probe = (encode("a", None)["input_ids"], encode("a", "b")["input_ids"])  # special tokens are not in the vocabulary
-    encoded = rows.data.map(
-        encode_row,
-        with_indices=True,
-        remove_columns=rows.data.column_names,
-        new_fingerprint=fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe),
-        desc=f"tokenising {rows.name}",
-    )
-    reasons = check_lengths(encoded, rows, settings)
-    lengths = np.asarray(encoded["length"], dtype=np.int64)
-    keep = lengths <= settings.max_length
-    if not keep.any():
-        raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
-    if not keep.all():
-        encoded = encoded.select(np.flatnonzero(keep))
-    lengths = lengths[keep]
-    return LabelledSet(encoded, lengths, np.ones_like(lengths), ", ".join(reasons), tuple(classes))

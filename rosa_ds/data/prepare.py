@@ -75,35 +75,6 @@ class TokenSet:
         return f"an example, trained between ⟦ and ⟧:\n{show_sample(self.tokens(0), tokenizer)}"
 
 
-def columns_of(settings: DataSettings) -> tuple[str | Template, str] | None:
-    """The named prompt (or its template) and completion column, for :func:`rosa_ds.data.formats.parse_row`."""
-    if settings.completion_column is None:
-        return None
-    if settings.prompt_template is not None:
-        return Template(settings.prompt_template), settings.completion_column
-    assert settings.prompt_column is not None, "they belong together"
-    return settings.prompt_column, settings.completion_column
-
-
-def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *more: object) -> str:
-    """A name for what these rows become with this tokenizer and these settings, and what else decides it."""
-    rules = hashlib.sha256(_rules_of(tokenizer).encode()).hexdigest()
-    relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate")
-    key = (rows.data._fingerprint, rows.name, rows.first, rules, tokenizer.chat_template, relevant, "v2")
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
-
-
-def _rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides which tokens a text becomes: vocabulary, merges, and which special tokens are put around it."""
-    special = repr(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return repr(sorted(tokenizer.get_vocab().items())) + special
-    content = json.loads(backend.to_str())
-    # what the last call asked for
-    return json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")}) + special
-
-
 def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> TokenSet:
     """Load and tokenise a source. A second call (or another rank's) with the same arguments finds the result on disk.
 
@@ -147,7 +118,47 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
         cache_file_name=place,
         desc=f"tokenising {rows.name}",
     )
-    return _select(encoded, rows, settings)
+    lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))
+    reasons = check_lengths(encoded, rows, settings)
+    if trained.sum() == 0:
+        raise ValueError(f"{rows.name}: no token is trained: the completions are empty, or cut off by data.max_length")
+    if not any(encoded["plain"]) and trained.sum() >= (lengths - 1).sum():
+        raise ValueError(
+            f"{rows.name}: every token is trained, so no prompt was found: check columns and chat template"
+        )
+    keep = (lengths <= settings.max_length) & (trained > 0)
+    if untrained := int(((lengths <= settings.max_length) & (trained == 0)).sum()):
+        reasons.append(f"{untrained} dropped, no trained token")
+    if not keep.any():
+        raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
+    if not keep.all():
+        encoded = encoded.select(np.flatnonzero(keep))
+    return TokenSet(encoded, lengths[keep], trained[keep], ", ".join(reasons))
+
+
+def columns_of(settings: DataSettings) -> tuple[str | Template, str] | None:
+    """The named prompt (or its template) and completion column, for :func:`rosa_ds.data.formats.parse_row`."""
+    if settings.completion_column is None:
+        return None
+    if settings.prompt_template is not None:
+        return Template(settings.prompt_template), settings.completion_column
+    assert settings.prompt_column is not None, "they belong together"
+    return settings.prompt_column, settings.completion_column
+
+
+def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *more: object) -> str:
+    """A name for what these rows become with this tokenizer and these settings, and what else decides it."""
+    special = repr(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        vocabulary = repr(sorted(tokenizer.get_vocab().items()))
+    else:  # vocabulary, merges and the special tokens around a text, without what the last call asked for
+        content = json.loads(backend.to_str())
+        vocabulary = json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
+    rules = hashlib.sha256((vocabulary + special).encode()).hexdigest()
+    relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate")
+    key = (rows.data._fingerprint, rows.name, rows.first, rules, tokenizer.chat_template, relevant, "v2")
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 
 def check_lengths(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> list[str]:
@@ -166,22 +177,3 @@ def check_lengths(encoded: datasets.Dataset, rows: Rows, settings: DataSettings)
     if len(long):
         reasons.append(f"{len(long)} dropped, longer than {settings.max_length} tokens")
     return reasons
-
-
-def _select(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> TokenSet:
-    lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))
-    reasons = check_lengths(encoded, rows, settings)
-    if trained.sum() == 0:
-        raise ValueError(f"{rows.name}: no token is trained: the completions are empty, or cut off by data.max_length")
-    if not any(encoded["plain"]) and trained.sum() >= (lengths - 1).sum():
-        raise ValueError(
-            f"{rows.name}: every token is trained, so no prompt was found: check columns and chat template"
-        )
-    keep = (lengths <= settings.max_length) & (trained > 0)
-    if untrained := int(((lengths <= settings.max_length) & (trained == 0)).sum()):
-        reasons.append(f"{untrained} dropped, no trained token")
-    if not keep.any():
-        raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
-    if not keep.all():
-        encoded = encoded.select(np.flatnonzero(keep))
-    return TokenSet(encoded, lengths[keep], trained[keep], ", ".join(reasons))
