@@ -7,82 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from rosa_ds.config.schema import ModelSettings
-from rosa_ds.models.checks import (
-    BROKEN,
-    WEIGHT_SUFFIXES,
-    check_complete,
-    check_folder,
-    check_numbers,
-    damaged_files,
-    refused,
-)
+from rosa_ds.models.checks import is_finite, not_finite
 from rosa_ds.models.task import auto_class, classes_of, configure, describe_task, mark_new, new_numbers, new_parameters
-from rosa_ds.models.weights import find_safetensors, hash_files, weight_files
+from rosa_ds.models.weights import WEIGHT_SUFFIXES, find_safetensors, hash_files, weight_files
 from rosa_ds.utils.suggest import did_you_mean_path
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "tiny"
-
-
-def resolve(name_or_path: str) -> tuple[str, dict[str, str]]:
-    """What ``from_pretrained`` takes for a name: its first argument and further ones.
-
-    Raises:
-        ValueError: a path that does not exist.
-    """
-    if name_or_path == TINY:
-        return str(TINY_FOLDER), {}
-    path = Path(name_or_path).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model.name_or_path {name_or_path}: no such file.{did_you_mean_path(path)}")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_file():
-        raise ValueError(f"model.name_or_path {name_or_path} is a file: give the model's folder, or a .gguf file")
-    if path.is_dir():
-        check_folder(name_or_path, path)
-    if not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
-        raise ValueError(f"model.name_or_path {name_or_path}: no such folder.{did_you_mean_path(path)}")
-    return (str(path), {}) if path.is_dir() else (name_or_path, {})
-
-
-def download(settings: ModelSettings) -> None:
-    """Bring a hub model's safetensors files into the cache; nothing to do for a folder. Raises: OSError if that fails."""
-    name, _ = resolve(settings.name_or_path)
-    if Path(name).is_dir():
-        return
-    find_safetensors(name, settings.revision or "main")
-
-
-def _stored_config(settings: ModelSettings) -> Any:
-    name, arguments = resolve(settings.name_or_path)
-    try:
-        return AutoConfig.from_pretrained(
-            name, revision=settings.revision or "main", trust_remote_code=False, **arguments
-        )
-    except BROKEN as error:
-        raise refused(settings, error) from error
-
-
-def read_config(settings: ModelSettings) -> Any:
-    """A base's config, for which its folder or hub entry need hold nothing else. Raises: ValueError if it cannot be read."""
-    return configure(_stored_config(settings), settings)
-
-
-def base_classes(settings: ModelSettings) -> list[str]:
-    """The classes of a base that is a classifier already, in its order; none of another."""
-    return classes_of(_stored_config(settings))
-
-
-def keeps_head(settings: ModelSettings) -> bool:
-    """Whether training goes on with the base's own head: one for just these classes, or for any where none are given."""
-    classes = base_classes(settings) if settings.task == "classification" else []
-    return bool(classes) and settings.labels in ([], classes)
+_BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ImportError, RuntimeError)
+"""What transformers raises of files that it cannot read or make sense of; RuntimeError of tensors and .bin files."""
+_LONGEST = 600
+"""Characters of a message of transformers that are shown; some list every class that there is."""
 
 
 def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> PreTrainedModel:
@@ -113,11 +53,11 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
         )
     except SafetensorError as error:
         raise ValueError(
-            f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {damaged_files(Path(name)) or 'its safetensors'}: "
+            f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {_damaged_files(Path(name)) or 'its safetensors'}: "
             f"{error}; copy or download it again"
         ) from error
-    except BROKEN as error:
-        raise refused(settings, error) from error
+    except _BROKEN as error:
+        raise _refused(settings, error) from error
     if "gguf_file" not in arguments and getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r} is stored quantised: give the dense model, and model.quantization nf4 or int8"
@@ -125,8 +65,11 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
     if settings.task == "classification":
         _begin_head(model, report, settings, seed)
     else:
-        check_complete(report, settings)
-    check_numbers(model, settings)
+        _check_complete(report, settings)
+    with torch.no_grad():  # nothing could be trained with such a base, and nothing compared
+        for key, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not is_finite(parameter):
+                raise not_finite(key, settings.name_or_path)
     if "gguf_file" in arguments:
         # The weights are dense now; forget the quantised file so that the model can be trained and saved.
         model.config.__dict__.pop("quantization_config", None)
@@ -141,6 +84,59 @@ def check_language_model(settings: ModelSettings) -> None:
             f"model.name_or_path {settings.name_or_path!r} is a classifier ({', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''}): "
             "give --model.task classification, or a language model"
         )
+
+
+def base_classes(settings: ModelSettings) -> list[str]:
+    """The classes of a base that is a classifier already, in its order; none of another."""
+    return classes_of(_stored_config(settings))
+
+
+def keeps_head(settings: ModelSettings) -> bool:
+    """Whether training goes on with the base's own head: one for just these classes, or for any where none are given."""
+    classes = base_classes(settings) if settings.task == "classification" else []
+    return bool(classes) and settings.labels in ([], classes)
+
+
+def read_config(settings: ModelSettings) -> Any:
+    """A base's config, for which its folder or hub entry need hold nothing else. Raises: ValueError if it cannot be read."""
+    return configure(_stored_config(settings), settings)
+
+
+def _stored_config(settings: ModelSettings) -> Any:
+    name, arguments = resolve(settings.name_or_path)
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=settings.revision or "main", trust_remote_code=False, **arguments
+        )
+    except _BROKEN as error:
+        raise _refused(settings, error) from error
+
+
+def _refused(settings: ModelSettings, error: Exception, what: str = "model.name_or_path") -> ValueError:
+    """One message for what transformers says, which may be pages."""
+    said = str(error).strip() or type(error).__name__
+    if isinstance(error, (TypeError, KeyError, AttributeError, ArithmeticError)):
+        said = f"its files make no sense to transformers ({type(error).__name__}: {said}): are they whole?"
+    if "trust_remote_code" in said:
+        said = "it needs code of its own, which is never run here: use a model of an architecture that transformers has"
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
+    name = settings.name_or_path
+    hint = "" if Path(name).expanduser().exists() else did_you_mean_path(Path(name))
+    if settings.attn_implementation is not None and "attn_implementation" in said:
+        hint = f" Given is model.attn_implementation {settings.attn_implementation}."
+    return ValueError(f"{what} {name!r} cannot be loaded: {said}{hint}")
+
+
+def _damaged_files(folder: Path) -> str:
+    """Names of the safetensors files of a folder that are not whole."""
+    damaged = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            damaged.append(path.name)
+    return ", ".join(damaged)
 
 
 @torch.no_grad()
@@ -159,6 +155,21 @@ def _begin_head(model: PreTrainedModel, report: Mapping[str, Any], settings: Mod
     mark_new(model, new)
 
 
+def _check_complete(report: Mapping[str, Any], settings: ModelSettings) -> None:
+    """Raise ValueError for parameters that the base's files lack or have in another shape, which would begin as noise."""
+    if wrong := sorted(report["mismatched_keys"]):
+        name, found, wanted = wrong[0]
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r} cannot be loaded: size mismatch: {name} is {tuple(found)} in its files and "
+            f"{tuple(wanted)} by its config.json ({len(wrong)} such): are both of one model?"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r} cannot be loaded: its files have no tensor for {missing[0]} "
+            f"({len(missing)} parameters): is it whole, and a base of this architecture?"
+        )
+
+
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
     name, arguments = resolve(settings.name_or_path)
@@ -173,10 +184,59 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
                 f"the tokenizer of {settings.name_or_path!r} cannot be loaded: its folder has no tokenizer.json; copy the tokenizer's "
                 "files of the model there"
             ) from error
-        raise refused(settings, error, "the tokenizer of") from error
+        raise _refused(settings, error, "the tokenizer of") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def resolve(name_or_path: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes for a name: its first argument and further ones.
+
+    Raises:
+        ValueError: a path that does not exist.
+    """
+    if name_or_path == TINY:
+        return str(TINY_FOLDER), {}
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model.name_or_path {name_or_path}: no such file.{did_you_mean_path(path)}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ValueError(f"model.name_or_path {name_or_path} is a file: give the model's folder, or a .gguf file")
+    if path.is_dir():
+        _check_folder(name_or_path, path)
+    if not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise ValueError(f"model.name_or_path {name_or_path}: no such folder.{did_you_mean_path(path)}")
+    return (str(path), {}) if path.is_dir() else (name_or_path, {})
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """Raise ValueError for a folder that is something else than a model."""
+    weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.name != "mask.safetensors"]
+    if not weights and ((folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()):
+        raise ValueError(
+            f"model.name_or_path {name} is a run: export it first (launch/export.py {name} OUT) and give OUT, or go on with --resume"
+        )
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.name_or_path {name} is an adapter: give its base here, and this folder as adapter.init_from; or merge the two"
+        )
+    raise ValueError(
+        f"model.name_or_path {name!r} cannot be loaded: it has no config.json; a model's folder holds that, weights "
+        f"({', '.join(WEIGHT_SUFFIXES)}) and a tokenizer"
+    )
+
+
+def download(settings: ModelSettings) -> None:
+    """Bring a hub model's safetensors files into the cache; nothing to do for a folder. Raises: OSError if that fails."""
+    name, _ = resolve(settings.name_or_path)
+    if Path(name).is_dir():
+        return
+    find_safetensors(name, settings.revision or "main")
 
 
 def stored_dtype(settings: ModelSettings) -> torch.dtype:
@@ -191,8 +251,7 @@ def stored_dtype(settings: ModelSettings) -> torch.dtype:
 def identify(settings: ModelSettings) -> dict[str, Any]:
     """Name, revision, a hash of the weight files, how they are quantised, and the classes: what an adapter or a checkpoint belongs to.
 
-    Of a hub model the files that were downloaded count, so
-    it is loaded first.
+    Of a hub model the files that were downloaded count, so it is loaded first.
     """
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:

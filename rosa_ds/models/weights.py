@@ -16,12 +16,12 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from rosa_ds.models.checks import WEIGHT_SUFFIXES
 from rosa_ds.utils.files import file_hash
 from rosa_ds.utils.json_files import read_json
 
 SINGLE, INDEX = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 """Of a model in safetensors: its one file, or the list of its shards."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**30, 4096, 2**16
 
 
@@ -48,14 +48,6 @@ def find_safetensors(name: str, revision: str) -> tuple[Path | None, dict[str, P
     return None, {tensor: by_file[Path(file).name] for tensor, file in shards.items()}
 
 
-def _shards(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of an index. Raises: ValueError if it lists none."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index} lists no tensors (weight_map): copy or download it again")
-    return shards
-
-
 def weight_files(folder: Path) -> Sequence[Path]:
     """What transformers would load from a folder; not what else lies there, such as training_args.bin."""
     for name in (SINGLE, INDEX, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
@@ -64,6 +56,20 @@ def weight_files(folder: Path) -> Sequence[Path]:
             is_index = path.suffix == ".json"
             return [folder / shard for shard in sorted(set(_shards(path).values()))] if is_index else [path]
     return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of an index. Raises: ValueError if it lists none."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index} lists no tensors (weight_map): copy or download it again")
+    return shards
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """SHA-256 over the files' hashes, in their order. Files beyond 1 GiB are sampled, so that it takes seconds for any model."""
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter to others
+        return hashlib.sha256("".join(pool.map(_content_hash, files)).encode()).hexdigest()
 
 
 def _content_hash(path: Path) -> str:
@@ -77,9 +83,3 @@ def _content_hash(path: Path) -> str:
             stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
             digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def hash_files(files: Sequence[Path]) -> str:
-    """SHA-256 over the files' hashes, in their order. Files beyond 1 GiB are sampled, so that it takes seconds for any model."""
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter to others
-        return hashlib.sha256("".join(pool.map(_content_hash, files)).encode()).hexdigest()
