@@ -29,6 +29,49 @@ CHAT_TEMPLATE = (
 )
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("out_dir", type=Path, help="folder to write")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--batch-size", type=int, default=16, help="blocks a step")
+    parser.add_argument("--length", type=int, default=384, help="tokens (bytes) a block")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time")
+    parser.add_argument("--seed", type=int, default=0)
+    pretrain(**vars(parser.parse_args()))
+
+
+def pretrain(
+    out_dir: Path, steps: int, batch_size: int, length: int, learning_rate: float, minutes: float, seed: int
+) -> None:
+    """Train for ``steps`` steps, or until ``minutes`` have passed (the schedule follows whichever is nearer)."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    blocks = token_blocks(tokenizer, seed, length)
+    start = time.monotonic()
+    for step in itertools.count():
+        progress = max(step / steps, (time.monotonic() - start) / (60 * minutes))
+        if progress >= 1:
+            break
+        factor = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * factor
+        ids = torch.tensor(list(itertools.islice(blocks, batch_size)))
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            print(f"step {step} loss {loss.item():.4f} seconds {time.monotonic() - start:.0f}", flush=True)
+    model.to(torch.bfloat16).save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    print(f"wrote {out_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, {step} steps")
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """256 bytes and five special tokens; every text round-trips."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -77,49 +120,6 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, seed: int, length: int) -> 
             block = []
         if len(ids) <= length:
             block = block + ids
-
-
-def pretrain(
-    out_dir: Path, steps: int, batch_size: int, length: int, learning_rate: float, minutes: float, seed: int
-) -> None:
-    """Train for ``steps`` steps, or until ``minutes`` have passed (the schedule follows whichever is nearer)."""
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    blocks = token_blocks(tokenizer, seed, length)
-    start = time.monotonic()
-    for step in itertools.count():
-        progress = max(step / steps, (time.monotonic() - start) / (60 * minutes))
-        if progress >= 1:
-            break
-        factor = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * factor
-        ids = torch.tensor(list(itertools.islice(blocks, batch_size)))
-        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            print(f"step {step} loss {loss.item():.4f} seconds {time.monotonic() - start:.0f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
-    print(f"wrote {out_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, {step} steps")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("out_dir", type=Path, help="folder to write")
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--batch-size", type=int, default=16, help="blocks a step")
-    parser.add_argument("--length", type=int, default=384, help="tokens (bytes) a block")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time")
-    parser.add_argument("--seed", type=int, default=0)
-    pretrain(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -22,24 +22,6 @@ ROWS_AT_ONCE = 2**23  # numbers that an int8 weight's float32 form is made of at
 PACKED, SCALES = "weight", "weight_scales"
 
 
-@functools.cache
-def _scale_code(device: torch.device) -> Tensor:
-    """The 256 numbers of the 8-bit type that scales are kept in. Source: Dettmers et al., arXiv 2110.02861."""
-    import bitsandbytes.functional as bnb
-
-    return bnb.create_dynamic_map().to(device)
-
-
-def _bytes(*tensors: Tensor) -> Tensor:
-    """One after another, (n, 1) uint8."""
-    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])[:, None]
-
-
-def _floats(content: Tensor, start: int, count: int) -> Tensor:
-    """``count`` float32 numbers of an array of bytes. Cloned: gathered by ZeRO-3 it may begin at any address."""
-    return content.reshape(-1)[start : start + 4 * count].clone().view(torch.float32)
-
-
 @dataclasses.dataclass(frozen=True)
 class Form:
     """How a matrix is kept.
@@ -116,6 +98,24 @@ class Form:
         shape = (self._blocks, BLOCK) if self.numel % BLOCK == 0 else (self.numel,)
         state = bnb.QuantState(absmax, torch.Size(shape), blocksize=BLOCK, quant_type="nf4", dtype=dtype)
         return bnb.dequantize_4bit(packed.reshape(-1, 1), state).reshape(self.shape)
+
+
+def _bytes(*tensors: Tensor) -> Tensor:
+    """One after another, (n, 1) uint8."""
+    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])[:, None]
+
+
+def _floats(content: Tensor, start: int, count: int) -> Tensor:
+    """``count`` float32 numbers of an array of bytes. Cloned: gathered by ZeRO-3 it may begin at any address."""
+    return content.reshape(-1)[start : start + 4 * count].clone().view(torch.float32)
+
+
+@functools.cache
+def _scale_code(device: torch.device) -> Tensor:
+    """The 256 numbers of the 8-bit type that scales are kept in. Source: Dettmers et al., arXiv 2110.02861."""
+    import bitsandbytes.functional as bnb
+
+    return bnb.create_dynamic_map().to(device)
 
 
 class QuantizedLinear(nn.Module):

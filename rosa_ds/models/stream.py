@@ -26,54 +26,54 @@ from rosa_ds.models.weights import SINGLE, find_safetensors
 logger = logging.getLogger(__name__)
 
 
-class NotStreamableError(Exception):
-    """Why a checkpoint cannot be read tensor by tensor."""
+def open_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tuple[PreTrainedModel, Base | None]:
+    """A base model whose parameters are on the meta device, and where their numbers are.
 
-
-class Base:
-    """The tensors of a checkpoint by parameter name of the model, opened as they are needed.
+    A checkpoint that is not safetensors, or whose tensors transformers renames or converts, is loaded whole on every
+    rank, with a warning; there is then nothing left to read.
 
     Args:
-        files: tensor name in the checkpoint -> its file.
-        names: parameter or buffer name in the model -> tensor name.
-        new: numbers of parameters that the checkpoint has not, such as those of a classifier's head.
+        seed: of a classifier's head, as in :func:`rosa_ds.models.load.load_model`.
+
+    Raises: ValueError as :func:`rosa_ds.models.load.load_model`.
     """
+    try:
+        return stream_base(settings, dtype, seed)
+    except NotStreamableError as reason:
+        return load_whole(settings, dtype, reason, seed), None
 
-    def __init__(self, files: dict[str, Path], names: dict[str, str], new: dict[str, Tensor] | None = None) -> None:
-        self.files, self.names, self.new = files, names, new or {}
-        self._path: Path | None = None
-        self._open: Any = None
 
-    def _reader(self, name: str) -> Any:
-        """The file of a tensor. One is open at a time: the pages of a mapped file count as this process's memory."""
-        path = self.files[self.names[name]]
-        if path != self._path:
-            self.close()
-            self._path, self._open = path, safe_open(path, framework="pt")
-        return self._open
+def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tuple[PreTrainedModel, Base]:
+    """As :func:`open_base`, but NotStreamableError for a checkpoint that cannot be read tensor by tensor."""
+    name, arguments = resolve(settings.name_or_path)
+    if "gguf_file" in arguments:
+        raise NotStreamableError("it is a .gguf file")
+    if settings.task == "causal-lm":
+        check_language_model(settings)
+    config = read_config(settings)
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamableError("its weights are quantised")
+    if getattr(config, "transformers_weights", None) is not None:
+        raise NotStreamableError("its config names other weight files")
+    model, revision = build_on_meta(config, settings, dtype), settings.revision or "main"
+    base = _match(model, _tensor_files(name, revision), seed, keeps_head(settings))
+    model.name_or_path = name
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # a base without one uses its config's
+            model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+    return model.eval(), base
 
-    def shape(self, name: str) -> torch.Size:
-        if name in self.new:
-            return self.new[name].shape
-        return torch.Size(self._reader(name).get_slice(self.names[name]).get_shape())
 
-    def rows(self, name: str, rows: slice) -> Tensor:
-        """Rows of a tensor, or all of one without dimensions."""
-        if name in self.new:
-            return self.new[name][rows]
-        reader, key = self._reader(name), self.names[name]
-        part: Tensor = reader.get_slice(key)[rows] if self.shape(name) else reader.get_tensor(key)
-        return part
-
-    def fill(self, name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
-        """See :data:`rosa_ds.zero.sharded.Fill`."""
-        part = self.rows(name, rows)
-        if part.is_floating_point() and not is_finite(part):
-            raise not_finite(name, str(self._path))
-        (target[rows] if target.ndim else target).copy_(part)
-
-    def close(self) -> None:
-        self._path = self._open = None
+def build_on_meta(config: Any, settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config with its parameters on the meta device. Raises: ValueError if there is no such model."""
+    more = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    try:
+        with parameters_on_meta():
+            model = auto_class(settings.task).from_config(config, dtype=dtype, trust_remote_code=False, **more)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    model.tie_weights()
+    return model
 
 
 @contextlib.contextmanager
@@ -154,33 +154,50 @@ def _check_tied(model: PreTrainedModel, base: Base) -> None:
                 raise NotStreamableError(f"{first} and {name} are tied by its config and not equal")
 
 
-def build_on_meta(config: Any, settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config with its parameters on the meta device. Raises: ValueError if there is no such model."""
-    more = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
-    try:
-        with parameters_on_meta():
-            model = auto_class(settings.task).from_config(config, dtype=dtype, trust_remote_code=False, **more)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
-    model.tie_weights()
-    return model
-
-
-def open_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tuple[PreTrainedModel, Base | None]:
-    """A base model whose parameters are on the meta device, and where their numbers are.
-
-    A checkpoint that is not safetensors, or whose tensors transformers renames or converts, is loaded whole on every
-    rank, with a warning; there is then nothing left to read.
+class Base:
+    """The tensors of a checkpoint by parameter name of the model, opened as they are needed.
 
     Args:
-        seed: of a classifier's head, as in :func:`rosa_ds.models.load.load_model`.
-
-    Raises: ValueError as :func:`rosa_ds.models.load.load_model`.
+        files: tensor name in the checkpoint -> its file.
+        names: parameter or buffer name in the model -> tensor name.
+        new: numbers of parameters that the checkpoint has not, such as those of a classifier's head.
     """
-    try:
-        return stream_base(settings, dtype, seed)
-    except NotStreamableError as reason:
-        return load_whole(settings, dtype, reason, seed), None
+
+    def __init__(self, files: dict[str, Path], names: dict[str, str], new: dict[str, Tensor] | None = None) -> None:
+        self.files, self.names, self.new = files, names, new or {}
+        self._path: Path | None = None
+        self._open: Any = None
+
+    def _reader(self, name: str) -> Any:
+        """The file of a tensor. One is open at a time: the pages of a mapped file count as this process's memory."""
+        path = self.files[self.names[name]]
+        if path != self._path:
+            self.close()
+            self._path, self._open = path, safe_open(path, framework="pt")
+        return self._open
+
+    def shape(self, name: str) -> torch.Size:
+        if name in self.new:
+            return self.new[name].shape
+        return torch.Size(self._reader(name).get_slice(self.names[name]).get_shape())
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of a tensor, or all of one without dimensions."""
+        if name in self.new:
+            return self.new[name][rows]
+        reader, key = self._reader(name), self.names[name]
+        part: Tensor = reader.get_slice(key)[rows] if self.shape(name) else reader.get_tensor(key)
+        return part
+
+    def fill(self, name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
+        """See :data:`rosa_ds.zero.sharded.Fill`."""
+        part = self.rows(name, rows)
+        if part.is_floating_point() and not is_finite(part):
+            raise not_finite(name, str(self._path))
+        (target[rows] if target.ndim else target).copy_(part)
+
+    def close(self) -> None:
+        self._path = self._open = None
 
 
 def load_whole(
@@ -199,25 +216,8 @@ def load_whole(
     return model
 
 
-def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tuple[PreTrainedModel, Base]:
-    """As :func:`open_base`, but NotStreamableError for a checkpoint that cannot be read tensor by tensor."""
-    name, arguments = resolve(settings.name_or_path)
-    if "gguf_file" in arguments:
-        raise NotStreamableError("it is a .gguf file")
-    if settings.task == "causal-lm":
-        check_language_model(settings)
-    config = read_config(settings)
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotStreamableError("its weights are quantised")
-    if getattr(config, "transformers_weights", None) is not None:
-        raise NotStreamableError("its config names other weight files")
-    model, revision = build_on_meta(config, settings, dtype), settings.revision or "main"
-    base = _match(model, _tensor_files(name, revision), seed, keeps_head(settings))
-    model.name_or_path = name
-    if model.can_generate():
-        with contextlib.suppress(OSError):  # a base without one uses its config's
-            model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
-    return model.eval(), base
+class NotStreamableError(Exception):
+    """Why a checkpoint cannot be read tensor by tensor."""
 
 
 @torch.no_grad()

@@ -65,16 +65,11 @@ def head_modules(model: nn.Module) -> list[str]:
 
 def whole_modules(model: nn.Module) -> list[str]:
     """Modules of a classifier that are trained whole: its head, and a pooler that its files did not have."""
-    return [*head_modules(model), *dict.fromkeys(map(_pooler_of, _new_poolers(getattr(model, "rosa_new", ()))))]
-
-
-def _new_poolers(names: Iterable[str]) -> list[str]:
-    return [name for name in names if _POOLER in name.split(".")[1:-1]]
-
-
-def _pooler_of(name: str) -> str:
-    parts = name.split(".")
-    return ".".join(parts[: parts.index(_POOLER, 1) + 1])
+    poolers: list[str] = []
+    for name in _new_poolers(getattr(model, "rosa_new", ())):
+        parts = name.split(".")
+        poolers.append(".".join(parts[: parts.index(_POOLER, 1) + 1]))
+    return [*head_modules(model), *dict.fromkeys(poolers)]
 
 
 def is_pooler(name: str) -> bool:
@@ -95,6 +90,10 @@ def new_parameters(model: nn.Module, missing: Collection[str], keeps_head: bool)
     fresh = {*poolers, *(() if keeps_head and not set(head) & set(missing) else head)}
     new = [name for name, _ in model.named_parameters() if name in fresh]
     return new, [name for name in missing if name not in fresh]
+
+
+def _new_poolers(names: Iterable[str]) -> list[str]:
+    return [name for name in names if _POOLER in name.split(".")[1:-1]]
 
 
 def new_numbers(model: Any, names: Iterable[str], seed: int) -> dict[str, Tensor]:
