@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import rosa_ds
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rosa_ds", "kernels", "launch", "benchmarks")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -63,6 +65,15 @@ def test_help_and_wrong_settings_do_not_wait_for_torch() -> None:
 def test_every_public_name_is_there() -> None:
     script = "import rosa_ds; [getattr(rosa_ds, name) for name in rosa_ds.__all__]; print(set(rosa_ds.__all__) - set(dir(rosa_ds)))"
     assert python("-c", script, cwd=ROOT) == "set()"
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    tree = ast.parse((ROOT / "rosa_ds" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == rosa_ds._PLACES
 
 
 def test_launch_scripts_shadow_no_package() -> None:
