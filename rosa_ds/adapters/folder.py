@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import nn
 
-from rosa_ds.adapters.peft_folder import is_peft, read_peft
+from rosa_ds.adapters.peft_format import is_peft, read_peft
 from rosa_ds.adapters.stored import AdapterDescription, StoredAdapter
 from rosa_ds.config.schema import AdapterConfig
 from rosa_ds.config.validation import validation_message

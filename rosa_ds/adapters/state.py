@@ -15,7 +15,7 @@ from rosa_ds.adapters.folder import open_adapter, write_adapter
 from rosa_ds.adapters.inject import adapted_layers, changed_parameters, check_without_engine, inject, set_submodule
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import set_mask
-from rosa_ds.adapters.peft_folder import is_peft
+from rosa_ds.adapters.peft_format import is_peft
 from rosa_ds.adapters.registry import DEFAULT, adapter_names, adapters_of, check_enabled
 from rosa_ds.adapters.stored import AdapterDescription, StoredAdapter
 from rosa_ds.adapters.switch import park, remove_adapter, set_adapter
