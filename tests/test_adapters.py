@@ -234,9 +234,9 @@ def test_loading_rejects_what_does_not_fit(llama: PreTrainedModel, tmp_path: Pat
     rosa_ds.inject(other, AdapterConfig(method="robust", rank=3, density=0.05, dropout=0.0, alpha=64))
     with pytest.raises(ValueError, match=r"in the model \(alpha 16.0, not 64.0\): load it"):
         rosa_ds.load_adapter(other, tmp_path / "adapter")
-    content = load_file(tmp_path / "adapter" / "adapter.safetensors")
-    content.pop("trained.model.layers.0.mlp.up_proj.values")
-    save_file(content, tmp_path / "adapter" / "adapter.safetensors")
+    content = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    content.pop("base_model.model.model.layers.0.mlp.up_proj.supertuning_values")
+    save_file(content, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="up_proj.values is not in the adapter"):
         rosa_ds.load_adapter(type(llama)(llama.config).double(), tmp_path / "adapter")
     with pytest.raises(ValueError, match="has no adapter"):

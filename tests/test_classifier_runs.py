@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import rosa_ds
 from classifiers import make_base, make_rows, make_tokenizer, write_rows
 from launching import ROOT, losses, metrics, run
+from rosa_ds.adapters.folder import open_adapter
 from rosa_ds.export.adapted import load_adapted
 from rosa_ds.export.merge import export_adapter, export_merged, export_peft
 from rosa_ds.export.source import open_source
@@ -89,11 +90,11 @@ def test_it_learns(runs: Path) -> None:
     step = next(line for line in metrics(runs / "learnt") if line["step"] == 1 and "event" not in line)
     assert step["trained_tokens"] == 16
     assert step["lr"].keys() == {"low_rank", "sparse", "whole"}
-    saved = load_file(runs / "learnt" / "adapter" / "adapter.safetensors")
-    assert {name for name in saved if ".classifier." in name} == {
-        f"trained.classifier.{part}" for part in ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
+    saved = open_adapter(runs / "learnt" / "adapter").trained
+    assert {name for name in saved if name.startswith("classifier.")} == {
+        f"classifier.{part}" for part in ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
     }
-    config = json.loads((runs / "learnt" / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((runs / "learnt" / "adapter" / "rosa_adapter.json").read_text())
     assert (config["base"]["task"], config["base"]["labels"]) == ("classification", ["bad", "good"])
     assert config["config"]["modules_to_save"] == ["classifier"]
     account = json.loads((runs / "learnt" / "accounting.json").read_text())
@@ -107,9 +108,9 @@ def test_resume_is_bit_equal(runs: Path) -> None:
     later = [entry for entry in losses(runs / "pairs") if entry[0] > 5]
     assert len(later) == 4
     assert losses(runs / "resumed") == later
-    files = [(runs / name / "adapter" / "adapter.safetensors").read_bytes() for name in ("pairs", "resumed")]
+    files = [(runs / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("pairs", "resumed")]
     assert files[0] == files[1]
-    changed = load_file(runs / "pairs" / "adapter" / "adapter.safetensors")["trained.bert.pooler.dense.weight"]
+    changed = open_adapter(runs / "pairs" / "adapter").trained["bert.pooler.dense.weight"]
     first = load_file(runs / "pairs" / "checkpoints" / "step-000001" / "trained-00000.safetensors")
     assert not torch.equal(changed, first["bert.pooler.dense.weight"])
 

@@ -42,7 +42,7 @@ def test_slurm_stops_requeues_and_resumes_on_the_node_that_is_left(slurm: Cluste
     assert 12 <= saved[-1] < len(expected)
     assert found[: len(on_two_nodes)] == on_two_nodes, said
     assert slurm_cluster.largest_difference(found, expected) < 1e-5, said
-    assert (tmp_path / "stopped" / "adapter" / "adapter.safetensors").is_file()
+    assert (tmp_path / "stopped" / "adapter" / "rosa_adapter.json").is_file()
 
     out = tmp_path / "out"
     job = slurm.submit("export.sbatch", str(tmp_path / "stopped"), str(out), options=("--cpus-per-task=2",))

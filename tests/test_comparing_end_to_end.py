@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from safetensors import safe_open
 
 import launching
+from rosa_ds.adapters.folder import open_adapter
 from rosa_ds.checkpoints import folder_lock
 
 COMPARE = str(launching.ROOT / "launch" / "compare.py")
@@ -86,9 +86,7 @@ def _validation_loss(folder: Path) -> float:
 
 
 def _trained(folder: Path) -> int:
-    with safe_open(folder / "run/adapter/adapter.safetensors", framework="pt") as reader:
-        shapes = [reader.get_slice(name).get_shape() for name in reader.keys() if name.startswith("trained.")]  # noqa: SIM118
-    return sum(math.prod(shape) for shape in shapes)
+    return sum(tensor.numel() for tensor in open_adapter(folder / "run/adapter").trained.values())
 
 
 def test_what_cannot_work_is_found_before_anything_is_run(tmp_path: Path, main: Callable[[list[str]], None]) -> None:

@@ -231,7 +231,7 @@ PEFT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"method": "lora", "rank_pattern": {"k_proj": 2, r"0\.mlp": 5}, "modules_to_save": ["lm_head", "norm"]},
     ),
     "lora on Conv1D": ("gpt2", {"method": "lora", "alpha": 5.0}),
-    "robust": ("llama", {"method": "robust", "alpha": 7.0, "density": 0.0123}),
+    "robust": ("llama", {"method": "robust", "alpha": 7.0, "density": 0.0128}),
     "sparse": ("llama", {"method": "sparse", "density": 0.031}),
     "subspace": ("gpt2", {"method": "subspace"}),
 }

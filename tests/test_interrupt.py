@@ -70,7 +70,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(
     faults.finish(tmp_path)
     assert losses(folder) == expected
     assert not (folder / "interrupted.json").exists()
-    assert (folder / "adapter" / "adapter.safetensors").is_file()
+    assert (folder / "adapter" / "rosa_adapter.json").is_file()
 
 
 def test_one_process_ends_with_the_status_for_requeueing(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Adapters that PEFT has written, against PEFT itself: loaded, and as the beginning of a run."""
+"""Adapters that PEFT has written, against PEFT itself: loaded, and as the beginning of a run; and ours, which PEFT loads."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 import os
@@ -15,14 +17,16 @@ from peft import LoraConfig, PeftConfig, PeftModel, ShiraConfig, SupertuningConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 import rosa_ds
 from launching import ROOT, TRAIN, metrics, run
+from rosa_ds.adapters.folder import open_adapter
 from rosa_ds.config.schema import AdapterConfig, DataSettings, ModelSettings, RunConfig
 from rosa_ds.data.prepare import prepare
 from rosa_ds.models.load import TINY_FOLDER, load_tokenizer
 from rosa_ds.training.init_adapter import adopt, begin_from
+from rosa_ds.utils.files import TensorFiles
 from rosa_kernels.testing import relative_rms
 
 pytestmark = [
@@ -112,7 +116,7 @@ def test_what_we_export_comes_back(llama: LlamaForCausalLM, tmp_path: Path, batc
     llama.float().save_pretrained(tmp_path / "base")
     load_tokenizer(ModelSettings()).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    rosa_ds.inject(model, AdapterConfig(method="robust", rank=3, alpha=7.0, density=0.0123, dropout=0.0))
+    rosa_ds.inject(model, AdapterConfig(method="robust", rank=3, alpha=7.0, density=0.0128, dropout=0.0))
     rosa_ds.set_mask(model, rosa_ds.compute_mask(model, [], score="random"))
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -136,6 +140,145 @@ def test_entries_that_stand_twice_are_added(llama: LlamaForCausalLM, tmp_path: P
     rosa_ds.load_adapter(ours, tmp_path / "peft")
     assert relative_rms(ours(**batch).logits, theirs.eval()(**batch).logits) < 1e-6
     assert next(iter(rosa_ds.adapted_layers(ours).values())).entries == int(32 * 32 * 0.1) - 4
+
+
+OURS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "lora": ("llama", {"method": "lora", "alpha": 7.0, "modules_to_save": ["norm"]}, "LORA"),
+    "lora with patterns": (
+        "llama",
+        {"method": "lora", "rank_pattern": {"k_proj": 2, "up_proj": 0}, "alpha_pattern": {r"0\.self_attn.q": 5.0}},
+        "LORA",
+    ),
+    "lora on Conv1D": ("gpt2", {"method": "lora", "target_modules": ["c_attn"]}, "LORA"),
+    "robust": ("llama", {"method": "robust", "density": 0.0128, "modules_to_save": ["lm_head"]}, "SUPERTUNING"),
+    "sparse": ("llama", {"method": "sparse", "density": 0.0128}, "SUPERTUNING"),
+    "robust on Conv1D": ("gpt2", {"method": "robust"}, "a model with Conv1D layers"),
+    "robust with patterns": ("llama", {"method": "robust", "density_pattern": {"q_proj": 0.1}}, "density_pattern"),
+    "robust, few entries": ("llama", {"method": "robust", "density": 0.0005}, "k_proj, whose density gives it no"),
+    "lora with half a module": ("gpt2", {"method": "lora", "modules_to_save": ["wte"]}, "is tied to lm_head.weight"),
+    "subspace": ("llama", {"method": "subspace"}, ""),
+    "full": ("llama", {"method": "full"}, ""),
+}
+
+
+def saved(base: Path, settings: dict[str, Any], folder: Path) -> PreTrainedModel:
+    """Our model, no number of the adapter zero, and its folder."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    rosa_ds.inject(model, AdapterConfig(**({"rank": 3, "density": 0.05, "dropout": 0.0} | settings)), seed=11)
+    if any(layer.entries for layer in rosa_ds.adapted_layers(model).values()):
+        rosa_ds.set_mask(model, rosa_ds.compute_mask(model, [], score="random"))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    rosa_ds.save_adapter(model, folder)
+    return model
+
+
+@pytest.mark.parametrize(("base", "settings", "form"), OURS.values(), indirect=["base"], ids=OURS)
+def test_what_we_save_is_pefts(
+    base: Path,
+    settings: dict[str, Any],
+    form: str,
+    batch: dict[str, Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where PEFT has a format for it; and comes back to us bit for bit, whatever the format."""
+    with caplog.at_level("INFO", "rosa_ds"):
+        model = saved(base, settings, tmp_path / "ours")
+    names = {path.name for path in (tmp_path / "ours").iterdir()} - {"manifest.json", "rosa_adapter.json"}
+    if form in ("LORA", "SUPERTUNING"):
+        assert names == {"adapter_config.json", "adapter_model.safetensors"}
+        assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["peft_type"] == form
+        tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} <= {torch.float32, torch.int32}
+        plain, expected = AutoModelForCausalLM.from_pretrained(base), model(**batch).logits
+        assert relative_rms(plain(**batch).logits, expected) > 1e-2
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "ours")
+        assert relative_rms(theirs.eval()(**batch).logits, expected) < 2e-6
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        plain.load_adapter(str(tmp_path / "ours"))
+        assert relative_rms(plain(**batch).logits, expected) < 2e-6
+        assert "PEFT" not in caplog.text
+    else:
+        assert names <= {"adapter.safetensors", "base-00000.safetensors"}
+        assert f"PEFT does not load {tmp_path / 'ours'}" in caplog.text if form else "PEFT" not in caplog.text
+        assert form in caplog.text
+    back = AutoModelForCausalLM.from_pretrained(base)
+    description = rosa_ds.load_adapter(back, tmp_path / "ours")
+    assert (description.seed, description.base["name_or_path"]) == (11, str(base))
+    assert description.config == AdapterConfig(**({"rank": 3, "density": 0.05, "dropout": 0.0} | settings))
+    own, theirs = dict(model.named_parameters()), dict(back.named_parameters())
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+    assert [own[name].requires_grad for name in own] == [theirs[name].requires_grad for name in own]
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_what_peft_makes_longer_is_cut_when_it_is_read(base: Path, tmp_path: Path) -> None:
+    """Also by name alone, one tensor at a time, as exports and beginning runs read it."""
+    model = saved(base, {"method": "robust", "density": 0.0128}, tmp_path / "ours")
+    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    longer = 0
+    with contextlib.closing(open_adapter(tmp_path / "ours")) as stored:
+        assert isinstance(stored.trained, TensorFiles)
+        assert stored.trained.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+        for name, layer in rosa_ds.adapted_layers(model).items():
+            longer += len(tensors[f"base_model.model.{name}.supertuning_values"]) - layer.entries
+            assert stored.trained.shape(f"{name}.values") == (layer.entries,)
+            assert torch.equal(stored.trained[f"{name}.values"], layer.values)
+            assert torch.equal(stored.positions[f"{name}.weight"], layer.positions)
+    assert longer > 0
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_what_another_program_has_saved_over_ours(base: Path, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    saved(base, {"method": "lora"}, tmp_path / "ours")
+    path = tmp_path / "ours" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": f"{base}/."}))
+    rosa_ds.load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours", is_trainable=True)
+    with torch.no_grad():
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):
+            parameter += 0.1
+    theirs.save_pretrained(tmp_path / "ours")
+    ours = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ValueError, match=r"saved again with PEFT\? Remove rosa_adapter.json"):
+        rosa_ds.load_adapter(ours, tmp_path / "ours")
+    (tmp_path / "ours" / "rosa_adapter.json").unlink()
+    rosa_ds.load_adapter(ours, tmp_path / "ours")
+    assert relative_rms(ours(**batch).logits, theirs.eval()(**batch).logits) < 2e-6
+
+
+def test_a_classifier_whose_head_is_not_trained(
+    llama: LlamaForCausalLM, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    plain = LlamaForSequenceClassification(llama.config).eval()
+    plain.config.pad_token_id = 0
+    model, ids = copy.deepcopy(plain), batch["input_ids"]
+    rosa_ds.inject(model, AdapterConfig(method="lora", rank=2, dropout=0.0))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += 0.1
+    rosa_ds.save_adapter(model, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
+    assert relative_rms(theirs(ids).logits, model(ids).logits) < 2e-6
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_a_frozen_adapter_is_saved_and_half_of_one_is_not(base: Path, tmp_path: Path) -> None:
+    model = saved(base, {"method": "robust", "modules_to_save": ["norm"]}, tmp_path / "ours")
+    tensors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.requires_grad_(False)
+    rosa_ds.save_adapter(model, tmp_path / "frozen")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("ours", "frozen")]
+    assert files[0] == files[1]
+    tensors.popitem()
+    with pytest.raises(ValueError, match="model.norm.weight is not in the adapter"):
+        rosa_ds.save_adapter(model, tmp_path / "half", tensors=tensors)
+    assert not (tmp_path / "half").exists()
 
 
 REFUSED: dict[str, tuple[PeftConfig, dict[str, Any], str]] = {

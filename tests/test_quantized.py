@@ -236,8 +236,8 @@ def test_an_adapter_says_how_its_base_is_quantised(stored: Path, tmp_path: Path,
             rosa_ds.quantize(AutoModelForCausalLM.from_pretrained(stored), "nf4"), tmp_path / method
         )
         assert (description.base["quantization"], description.base["double_quantization"]) == ("nf4", False)
-    text = (tmp_path / "subspace" / "adapter_config.json").read_text()
-    (tmp_path / "subspace" / "adapter_config.json").write_text(
+    text = (tmp_path / "subspace" / "rosa_adapter.json").read_text()
+    (tmp_path / "subspace" / "rosa_adapter.json").write_text(
         text.replace('"quantization": "nf4"', '"quantization": "none"')
     )
     write_manifest(tmp_path / "subspace")

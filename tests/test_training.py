@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import rosa_ds
 from launching import ROOT, SMALL, TRAIN, kill, losses, metrics, run, start, wait_for_step
+from rosa_ds.adapters.folder import open_adapter
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, Batch, BatchPlan
 from rosa_ds.data.prepare import prepare
@@ -68,10 +69,10 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
     assert reduced == pytest.approx(account["predicted"]["traffic"]["gradients"], rel=1e-3)
     mask = load_file(straight / "mask.safetensors")
     assert len(mask) == 42
-    adapter = load_file(straight / "adapter" / "adapter.safetensors")
-    assert sum(name.startswith("positions.") for name in adapter) == 42
-    assert all(torch.equal(adapter[f"positions.{name}"], positions) for name, positions in mask.items())
-    assert all(tensor.dtype == torch.float32 for name, tensor in adapter.items() if name.startswith("trained."))
+    adapter = open_adapter(straight / "adapter")
+    assert len(adapter.positions) == 42
+    assert all(torch.equal(adapter.positions[name], positions) for name, positions in mask.items())
+    assert all(tensor.dtype == torch.float32 for tensor in adapter.trained.values())
 
 
 @pytest.mark.parametrize(
@@ -88,8 +89,8 @@ def test_resume_is_bit_equal(straight: Path, tmp_path: Path, step: int) -> None:
     assert f"step {step}" in output
     assert losses(copy) == losses(straight)
     assert (copy / "mask.safetensors").read_bytes() == (straight / "mask.safetensors").read_bytes()
-    assert (copy / "adapter" / "adapter.safetensors").read_bytes() == (
-        straight / "adapter" / "adapter.safetensors"
+    assert (copy / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        straight / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
 
 
@@ -301,8 +302,8 @@ def test_bfloat16_keeps_float32_masters(tmp_path: Path, stage: int) -> None:
     run("fork", 2, TRAIN, *zero(stage), *FAST, *arguments, cwd=tmp_path)
     folder = tmp_path / "runs" / "default"
     assert [line["phase"] for line in metrics(folder) if "phase" in line] == ["warmup", "collect"] + ["train"] * 3
-    adapter = load_file(folder / "adapter" / "adapter.safetensors")
-    assert "trained.model.norm.weight" in adapter
+    adapter = open_adapter(folder / "adapter").trained
+    assert "model.norm.weight" in adapter
     for part in (".A", ".B", ".values", "model.norm.weight"):
         tensors = [tensor for name, tensor in adapter.items() if name.endswith(part)]
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors), part
@@ -434,7 +435,7 @@ def test_a_wrong_export_is_seen(straight: Path, tmp_path: Path, dtype: str) -> N
 def test_exports_replace_nothing_but_exports(straight: Path, tmp_path: Path) -> None:
     export_adapter(straight, tmp_path / "adapter")
     export_adapter(straight, tmp_path / "adapter")
-    load_file(tmp_path / "adapter" / "adapter.safetensors")
+    load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     (tmp_path / "adapter" / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="holds notes.txt, which is not an earlier export's"):
         export_adapter(straight, tmp_path / "adapter")

@@ -7,6 +7,7 @@ are read. Formats: peft 0.21, ``tuners/{lora,supertuning,shira}`` and ``utils/sa
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -25,8 +26,8 @@ from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, stored_shape
 from rosa_ds.adapters.stored import AdapterDescription, StoredAdapter
 from rosa_ds.adapters.targets import Value, by_pattern, find_targets, linear_layers
 from rosa_ds.config.methods import Method
-from rosa_ds.config.schema import AdapterConfig
-from rosa_ds.models.task import PEFT_TASKS, is_classifier, whole_modules
+from rosa_ds.config.schema import AdapterConfig, Task
+from rosa_ds.models.task import PEFT_TASKS, head_modules, is_classifier, whole_modules
 from rosa_ds.utils.files import TensorFiles, write_tensors
 from rosa_ds.utils.json_files import read_json
 from rosa_ds.utils.suggest import did_you_mean
@@ -91,12 +92,6 @@ _SAYS_NOTHING = frozenset(
 )
 _LEAVES_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _MERGE = "merge it with PEFT (merge_and_unload) and give the merged folder as model.name_or_path"
-
-
-def is_peft(folder: Path) -> bool:
-    """Whether ``adapter_config.json`` is one of PEFT's."""
-    path = folder / CONFIG_FILE
-    return path.is_file() and "peft_type" in read_json(path)
 
 
 def read_peft(folder: Path, model: nn.Module) -> StoredAdapter:
@@ -435,10 +430,15 @@ def _folder(
     heads = whole_modules(model)
     # PEFT names a classifier's head itself, as a whole
     modules = {next((h for h in heads if name.startswith(f"{h}.")), name.rpartition(".")[0]) for name in whole}
+    for module in sorted(modules):
+        if left := [own for own in model.get_submodule(module).state_dict() if f"{module}.{own}" not in whole]:
+            raise NotInPeftError(f"{module}, whose {left[0]} is not trained,", "PEFT has modules_to_save as a whole")
+    task: Task = "classification" if is_classifier(model) else "causal-lm"
     base = stored.description.base
     common = {
         "peft_type": kind,
-        "task_type": PEFT_TASKS["classification" if is_classifier(model) else "causal-lm"],
+        # with SEQ_CLS PEFT wants the numbers of a head
+        "task_type": PEFT_TASKS[task] if modules.issuperset(head_modules(model)) else None,
         "base_model_name_or_path": base.get("name_or_path"),
         "revision": base.get("revision"),
         "target_modules": list(layers),
@@ -467,3 +467,39 @@ def _trained_whole(model: nn.Module, stored: StoredAdapter) -> dict[str, Tensor]
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+
+def record_of(made: PeftFolder) -> dict[str, Any]:
+    """What a folder has to say beside PEFT's files, so that :func:`read_record` gives back what was written."""
+    return {"config": _digest(made.config), "entries": made.entries}
+
+
+def read_record(folder: Path, record: Mapping[str, Any]) -> tuple[TensorFiles, TensorFiles]:
+    """The trained tensors and the positions of a folder that :class:`PeftFolder` has written, as they were, by our names.
+
+    Raises: ValueError if PEFT's files are missing, damaged, or were written again by another program.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG_FILE}, which belongs to its rosa_adapter.json: take it from its run again"
+        )
+    config = read_json(folder / CONFIG_FILE)
+    if _digest(config) != record["config"]:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is not the one that its rosa_adapter.json belongs to, was the adapter saved again with PEFT? "
+            "Remove rosa_adapter.json to read the folder as PEFT's, or take it from its run again"
+        )
+    files = TensorFiles([folder / TENSOR_FILE])
+    layers, others = _sort_tensors(files, config["peft_type"])
+    named = {(layer, part): key for layer, parts in layers.items() for part, key in parts.items()}
+    positions = {f"{layer}.weight": key for (layer, part), key in named.items() if part == "positions"}
+    trained = {f"{layer}.{part}": key for (layer, part), key in named.items() if part != "positions"} | others
+    entries: Mapping[str, int] = record["entries"]
+    lengths = {f"{name.removesuffix('.weight')}.values": length for name, length in entries.items()}
+    return files.renamed(trained, lengths), files.renamed(positions, entries)
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Of all that says what the tensors mean; where the base is may be changed."""
+    said = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

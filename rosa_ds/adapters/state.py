@@ -11,11 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from rosa_ds import distributed, zero
-from rosa_ds.adapters.folder import open_adapter, write_adapter
-from rosa_ds.adapters.inject import adapted_layers, changed_parameters, check_without_engine, inject, set_submodule
+from rosa_ds.adapters.folder import is_peft, open_adapter, write_adapter
+from rosa_ds.adapters.inject import (
+    adapted_layers,
+    adapter_parts,
+    changed_parameters,
+    check_without_engine,
+    inject,
+    set_submodule,
+)
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import set_mask
-from rosa_ds.adapters.peft_format import is_peft
 from rosa_ds.adapters.registry import DEFAULT, adapter_names, adapters_of, check_enabled
 from rosa_ds.adapters.stored import AdapterDescription, StoredAdapter
 from rosa_ds.adapters.switch import park, remove_adapter, set_adapter
@@ -35,6 +41,9 @@ def save_adapter(
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
+    Of ``lora``, ``robust`` and ``sparse`` it is one that PEFT loads, too (LORA, SUPERTUNING), with what only we need in
+    ``rosa_adapter.json`` beside its files; what PEFT has no format for is in our own, and a line of the log says why.
+
     A model that ZeRO-3 has partitioned is saved by all ranks together (the first one writes), any other by whoever calls.
 
     Args:
@@ -44,7 +53,7 @@ def save_adapter(
             out as ``NAME/residual`` (:func:`rosa_ds.adapters.subspace.split_bits`): they are linked. By default the model's
             own weights are written.
 
-    Raises: ValueError for a model without an adapter, or with one that is disabled.
+    Raises: ValueError for a model without an adapter, or with one that is disabled; for ``tensors`` that are not all of them.
     """
     check_enabled(model)
     config, seed = _injected(model)
@@ -55,14 +64,21 @@ def save_adapter(
         }
     shared = any(zero.is_partitioned(parameter) for parameter in model.parameters())
     read = zero.read_to_owners if shared else dict
-    tensors = read(trained_parameters(model)) if tensors is None else tensors
+    parts, whole = adapter_parts(model), set(adapters_of(model).whole)  # also if they are frozen now, as for inference
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name in whole or parts.get(id(parameter), "positions") != "positions"
+    }
+    tensors = read(trained) if tensors is None else tensors
     drawn = {layer.drawn_name: layer.drawn_parameter for layer in adapted_layers(model).values() if layer.drawn}
     changed = read(drawn) if base_files is None else {}
     positions = read(known_positions(model))
     stored = StoredAdapter(Path(folder), AdapterDescription(config, seed, dict(base)), tensors, positions, changed)
     with distributed.together() if shared else contextlib.nullcontext():
         if distributed.is_main() or not shared:
-            write_adapter(stored, base_files or ())
+            check_fit(folder, tensors, list(tensors), trained)
+            write_adapter(model, stored, base_files or ())
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

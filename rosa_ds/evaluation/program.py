@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed, zero
-from rosa_ds.adapters.folder import CONFIG_FILE
+from rosa_ds.adapters.folder import is_adapter
 from rosa_ds.checkpoints.checkpoint import is_checkpoint
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.evaluation.causal_lm import perplexity, written_metrics
@@ -64,8 +64,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path, dtype = Path(options.model), getattr(torch, options.dtype)
-    ours = (path / "adapter", path / CONFIG_FILE, path / "metrics.jsonl")
-    if any(part.exists() for part in ours) or is_checkpoint(path):
+    run = (path / "adapter", path / "metrics.jsonl")
+    if any(part.exists() for part in run) or is_adapter(path) or is_checkpoint(path):
         source = open_source(path)
         model = load_adapted(source, dtype) if options.unmerged else load_merged(source, dtype)
         return model, run_tokenizer(source)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rosa_ds.adapters.folder import CONFIG_FILE
+from rosa_ds.adapters.folder import description_file
 from rosa_ds.adapters.inject import adapted_layers, inject, merge
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.quantize import load_quantized, open_quantized
@@ -29,7 +29,7 @@ def check_base(source: StoredAdapter) -> ModelSettings:
     if description.base.get("hash") not in (None, identify(settings)["hash"]):
         raise ValueError(
             f"{source.folder} was trained on other weights than {settings.name_or_path} has now: restore the base, or give its "
-            f"path in {CONFIG_FILE}"
+            f"path in {description_file(source.folder).name}"
         )
     return settings
 

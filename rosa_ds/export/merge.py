@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rosa_ds.adapters.folder import CONFIG_FILE
+from rosa_ds.adapters.folder import is_adapter
 from rosa_ds.adapters.inject import inject
 from rosa_ds.adapters.quantize import quantize_as
 from rosa_ds.config.schema import ModelSettings
@@ -116,7 +116,7 @@ def _write_configs(model: PreTrainedModel, settings: ModelSettings, dtype: torch
 def export_adapter(path: str | Path, out: str | Path) -> Path:
     """Copy the adapter of a finished run alone. Arguments and errors as :func:`export_merged`."""
     source = open_source(path)
-    if not (source.folder / CONFIG_FILE).is_file():
+    if not is_adapter(source.folder):
         raise ValueError(
             f"{path} has no finished adapter, only checkpoints: finish the run with --resume, or export it merged"
         )

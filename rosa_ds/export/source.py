@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from rosa_ds.adapters.folder import CONFIG_FILE, open_adapter
+from rosa_ds.adapters.folder import is_adapter, is_ours, open_adapter
 from rosa_ds.adapters.stored import AdapterDescription, StoredAdapter
 from rosa_ds.checkpoints import checkpoint
 from rosa_ds.config.schema import AdapterConfig
 from rosa_ds.utils.files import manifest_problem
-from rosa_ds.utils.json_files import read_json
 
 MergeBase = Literal["dequantized", "original"]
 """Of a quantised base: merge into the numbers that training saw, or into those that they were made of."""
@@ -27,19 +26,18 @@ def open_source(path: str | Path) -> StoredAdapter:
     if not path.is_dir():
         raise ValueError(f"{path} is a file: give the folder of a run, checkpoint or adapter")
     for folder in (path / "adapter", path):
-        # PEFT's folders have a file of the same name
-        if (folder / CONFIG_FILE).is_file() and "format" in read_json(folder / CONFIG_FILE):
+        if is_ours(folder):
             _check(folder)
             return open_adapter(folder)
     if checkpoint.is_checkpoint(path):
         return _open_checkpoint(path)
     newest = checkpoint.folders(path).newest_good()
-    if newest is None and (path / CONFIG_FILE).is_file():
+    if newest is None and is_adapter(path):
         raise ValueError(
             f"{path} is an adapter of PEFT or of another program: begin a run with it (--adapter.init_from), or merge it with PEFT"
         )
     if newest is None:
-        raise ValueError(f"{path} holds no adapter (adapter/{CONFIG_FILE}) and no whole checkpoint")
+        raise ValueError(f"{path} holds no adapter (adapter/) and no whole checkpoint")
     return _open_checkpoint(newest)
 
 
@@ -61,4 +59,4 @@ def run_folder(path: Path) -> Path:
     """The run that ``path`` is, or that this adapter or checkpoint lies in."""
     if checkpoint.is_checkpoint(path):
         return path.parent.parent
-    return path.parent if (path / CONFIG_FILE).is_file() else path
+    return path.parent if is_adapter(path) else path

@@ -221,7 +221,7 @@ def _check_folder(name: str, folder: Path) -> None:
         )
     if (folder / "config.json").is_file():
         return
-    if (folder / "adapter_config.json").is_file():
+    if any((folder / name).is_file() for name in ("adapter_config.json", "rosa_adapter.json")):
         raise ValueError(
             f"model.name_or_path {name} is an adapter: give its base here, and this folder as adapter.init_from; or merge the two"
         )

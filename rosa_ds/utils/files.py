@@ -196,6 +196,7 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, paths: Iterable[Path]) -> None:
         self._names: dict[str, str] = {}
         self._readers: dict[str, Any] = {}
+        self._lengths: Mapping[str, int] = {}
         self.metadata: dict[str, str] = {}
         for path in paths:
             if not path.is_file():
@@ -212,14 +213,16 @@ class TensorFiles(Mapping[str, Tensor]):
                 self._names[name] = name
 
     def __getitem__(self, name: str) -> Tensor:
-        name = self._names[name]
-        tensor: Tensor = self._readers[name].get_tensor(name)
+        own = self._names[name]
+        reader, length = self._readers[own], self._lengths.get(name)
+        tensor: Tensor = reader.get_tensor(own) if length is None else reader.get_slice(own)[:length]
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
-        name = self._names[name]
-        return tuple(self._readers[name].get_slice(name).get_shape())
+        own = self._names[name]
+        shape = tuple(self._readers[own].get_slice(own).get_shape())
+        return (self._lengths[name], *shape[1:]) if name in self._lengths else shape
 
     def close(self) -> None:
         """Give the files back; nothing can be read any more. A mapped file cannot be deleted for good on a network disk."""
@@ -228,9 +231,14 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def under(self, prefix: str) -> TensorFiles:
         """The tensors whose names begin with a prefix, by the rest of their names; the files stay this object's."""
+        return self.renamed({name.removeprefix(prefix): name for name in self if name.startswith(prefix)})
+
+    def renamed(self, names: Mapping[str, str], lengths: Mapping[str, int] | None = None) -> TensorFiles:
+        """The tensors that ``names`` (new -> old) has, by their new names; of some, by new name, so many first rows alone."""
+        assert not self._lengths
         part = TensorFiles(())
-        part._names = {n.removeprefix(prefix): self._names[n] for n in self if n.startswith(prefix)}
-        part._readers = self._readers
+        part._names = {new: self._names[old] for new, old in names.items()}
+        part._readers, part._lengths = self._readers, lengths or {}
         return part
 
     def __iter__(self) -> Iterator[str]:

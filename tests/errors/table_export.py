@@ -42,9 +42,9 @@ ROWS = [
     export(
         "export a damaged adapter",
         "adapter out",
-        lambda f: cut(adapter(f) / "adapter.safetensors"),
+        lambda f: cut(adapter(f) / "adapter_model.safetensors"),
         "adapter",
-        "adapter.safetensors has",
+        "adapter_model.safetensors has",
     ),
     export(
         "export an adapter without a manifest",
@@ -56,8 +56,8 @@ ROWS = [
     export(
         "export an adapter whose config is broken",
         "adapter out",
-        lambda f: (adapter(f), write("adapter/adapter_config.json", "{")(f)),
-        "adapter_config.json",
+        lambda f: (adapter(f), write("adapter/rosa_adapter.json", "{")(f)),
+        "rosa_adapter.json",
     ),
     export(
         "export a PEFT folder",
@@ -144,9 +144,9 @@ ROWS = [
     evaluate(
         "evaluate a damaged adapter",
         "adapter --data rows.jsonl",
-        lambda f: (rows(f), cut(adapter(f) / "adapter.safetensors")),
+        lambda f: (rows(f), cut(adapter(f) / "adapter_model.safetensors")),
         "adapter",
-        "adapter.safetensors has",
+        "adapter_model.safetensors has",
     ),
     evaluate(
         "evaluate to a folder",

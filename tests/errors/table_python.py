@@ -91,21 +91,30 @@ ROWS = [
     FunctionRow(
         "mask for a model without adapters", lambda f: rosa_ds.set_mask(tiny(), {Q: POSITIONS}), (Q, "no sparse part")
     ),
-    FunctionRow("load no folder", loaded(lambda f: None), ("adapter", "not an adapter folder", "adapter_config.json")),
+    FunctionRow(
+        "load no folder",
+        loaded(lambda f: None),
+        ("adapter", "not an adapter folder", "rosa_adapter.json", "adapter_config.json"),
+    ),
     FunctionRow(
         "load cut tensors",
-        loaded(lambda f: cut(adapter(f) / "adapter.safetensors")),
-        ("adapter.safetensors", "not a whole safetensors file"),
+        loaded(lambda f: cut(adapter(f) / "adapter_model.safetensors")),
+        ("adapter_model.safetensors", "not a whole safetensors file"),
     ),
     FunctionRow(
         "load tensors of another shape",
-        loaded(lambda f: save_file({"trained.model.norm.A": torch.zeros(2, 2)}, adapter(f) / "adapter.safetensors")),
+        loaded(
+            lambda f: save_file(
+                {"base_model.model.model.norm.supertuning_lora_A.weight": torch.zeros(2, 2)},
+                adapter(f) / "adapter_model.safetensors",
+            )
+        ),
         ("adapter", "is not in the"),
     ),
     FunctionRow(
         "load a broken config",
-        loaded(lambda f: (adapter(f), write("adapter/adapter_config.json", "{")(f))),
-        ("adapter_config.json", "not JSON"),
+        loaded(lambda f: (adapter(f), write("adapter/rosa_adapter.json", "{")(f))),
+        ("rosa_adapter.json", "not JSON"),
     ),
     FunctionRow(
         "load a mask's file", lambda f: rosa_ds.load_mask(f / "mask.safetensors"), ("mask.safetensors", "no such file")
