@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from rosa_ds import zero
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
-from rosa_ds.adapters.registry import DEFAULT, adapters_of, check_enabled, check_exchangeable, check_room, keep
+from rosa_ds.adapters.registry import (
+    DEFAULT,
+    Adapter,
+    active_adapter,
+    adapters_of,
+    check_enabled,
+    check_exchangeable,
+    check_room,
+    keep,
+)
 from rosa_ds.adapters.targets import Linear, by_pattern, check_patterns, find_targets, match_names, stacked_weights
 from rosa_ds.config.methods import METHODS
 from rosa_ds.config.schema import (
@@ -79,11 +88,11 @@ def changed_parameters(model: nn.Module, planned: bool = False) -> list[str]:
 
     Draws write beside a quantised weight, which is the base as it ever was.
     """
-    injected: Any = model.rosa_injected
-    draws = planned and injected[0].parts.resampled
+    adapter = active_adapter(model)
+    draws = planned and adapter.config.parts.resampled
     layers = [layer for layer in adapted_layers(model).values() if layer.form is None]
     drawn = [layer.weight_name for layer in layers if layer.drawn or (draws and layer.rank)]
-    return drawn + adapters_of(model).whole
+    return drawn + adapter.whole
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -234,10 +243,9 @@ def _check_trainable(model: nn.Module, modules: list[str]) -> None:
 
 
 def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool, name: str) -> None:
-    model.rosa_injected = (config, seed)  # type: ignore[assignment]
     known, parts = adapters_of(model), adapter_parts(model)
-    known.active, known.disabled, known.kept = name, False, {}
-    known.whole = [own for own, p in model.named_parameters() if p.requires_grad and id(p) not in parts]
+    whole = [own for own, p in model.named_parameters() if p.requires_grad and id(p) not in parts]
+    known.active, known.disabled = Adapter(name, config, seed, whole), False
     if keep_base:
         keep(model, changed_parameters(model, planned=True))
 
@@ -269,17 +277,17 @@ def draw(
 
     Raises: ValueError for another method, a model that a DeepSpeed engine or ZeRO-3 has taken, a weight that is not finite.
     """
-    config, _ = getattr(model, "rosa_injected", None) or (None, None)
-    if config is None or not config.parts.resampled:
+    adapter = adapters_of(model).active
+    if adapter is None or not adapter.config.parts.resampled:
         raise ValueError(
-            f"draw is for models injected with one of the methods {', '.join(name for name, parts in METHODS.items() if parts.resampled)}"
-            f"{f', this one has {config.method}' if config else ''}"
+            f"draw is for models injected with one of the methods {', '.join(sorted(name for name, parts in METHODS.items() if parts.resampled))}"
+            f"{f', this one has {adapter.config.method}' if adapter else ''}"
         )
     check_without_engine(model)
     check_enabled(model)
     _check_drawable(model)
     settings = DrawSettings(directions=directions, sigma=sigma, factorization=factorization)
-    _draw(model, settings, seed, int(getattr(model, "rosa_draws", 0)) if number is None else number)
+    _draw(model, settings, seed, adapter.draws if number is None else number)
 
 
 def _check_drawable(model: nn.Module) -> None:
@@ -298,7 +306,7 @@ def _draw(model: nn.Module, settings: DrawSettings, seed: int, number: int) -> N
             layer.redraw(settings, draw_generator(seed, name, number))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    model.rosa_draws = number + 1  # type: ignore[assignment]
+    active_adapter(model).draws = number + 1
 
 
 def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
@@ -349,7 +357,7 @@ def merge(model: nn.Module) -> nn.Module:
             "first, or use rosa_ds.merged for a while"
         )
     _fold(model)
-    model.rosa_injected = model.rosa_adapters = None  # type: ignore[assignment]
+    adapters_of(model).active = None
     return model
 
 

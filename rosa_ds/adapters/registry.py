@@ -17,33 +17,33 @@ DEFAULT = "default"
 
 
 @dataclasses.dataclass
-class Parked:
-    """An adapter that is not in the model now."""
+class Adapter:
+    """An adapter of a model, in it or parked.
 
-    injected: tuple[AdapterConfig, int]
-    draws: int
-    layers: dict[str, AdaptedLinear]
+    Attributes:
+        whole: names of the base's parameters that it trains.
+        draws: how many its low-rank parts have had.
+        kept: parameter name -> numbers that change places with the model's, of what the adapter changes of the base: the base's
+            own while it is in the model, the adapter's while it is parked or disabled.
+        layers: its layers by name while it is parked; in the model they are the model's.
+    """
+
+    name: str
+    config: AdapterConfig
+    seed: int
     whole: list[str]
-    own: dict[str, Tensor]
-    """What it has in place of the base's numbers, by parameter name."""
+    draws: int = 0
+    kept: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    layers: dict[str, AdaptedLinear] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Adapters:
-    """What a model knows of its adapters.
+    """The adapters of a model: the ``active`` one, which is in it, and the ``parked`` others by name."""
 
-    Attributes:
-        active: name of the one that is in the model, if any; ``whole``: the base's parameters that it trains.
-        parked: the others.
-        kept: parameter name -> the base's numbers while the active adapter's are in the model, and the other way round
-            while it is disabled.
-    """
-
-    active: str | None = None
-    whole: list[str] = dataclasses.field(default_factory=list)
+    active: Adapter | None = None
+    parked: dict[str, Adapter] = dataclasses.field(default_factory=dict)
     disabled: bool = False
-    parked: dict[str, Parked] = dataclasses.field(default_factory=dict)
-    kept: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def adapters_of(model: nn.Module) -> Adapters:
@@ -56,15 +56,23 @@ def adapters_of(model: nn.Module) -> Adapters:
     return found
 
 
+def active_adapter(model: nn.Module) -> Adapter:
+    """The adapter that is in a model. Raises: ValueError if there is none."""
+    active = adapters_of(model).active
+    if active is None:
+        raise ValueError("this model has no adapter: rosa_ds.inject(model, config) comes first")
+    return active
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """The model's adapters by name, the one that is in it first. ``rosa_ds.inject`` calls its adapter ``default``."""
     known = adapters_of(model)
-    return [*([known.active] if known.active is not None else []), *known.parked]
+    return [*([known.active.name] if known.active is not None else []), *known.parked]
 
 
 def check_enabled(model: nn.Module) -> None:
     """Raise ValueError for a model whose adapter is disabled."""
-    if getattr(model, "rosa_adapters", None) is not None and adapters_of(model).disabled:
+    if adapters_of(model).disabled:
         raise ValueError("this model's adapter is disabled: rosa_ds.enable(model) comes first")
 
 
@@ -84,7 +92,7 @@ def keep(model: nn.Module, names: list[str]) -> None:
     """Copy these parameters, which the active adapter is about to change. Raises: ValueError if they are not whole here."""
     parameters = dict(model.named_parameters())
     check_exchangeable([parameters[name] for name in names])
-    adapters_of(model).kept = {name: parameters[name].detach().clone() for name in names}
+    active_adapter(model).kept = {name: parameters[name].detach().clone() for name in names}
 
 
 def check_exchangeable(parameters: Iterable[nn.Parameter]) -> None:
@@ -99,14 +107,14 @@ def check_exchangeable(parameters: Iterable[nn.Parameter]) -> None:
 @torch.no_grad()
 def exchange(model: nn.Module, changed: list[str]) -> None:
     """Swap these parameters' numbers, which the adapter has changed, with what was kept. Raises: ValueError, before it does."""
-    known, parameters = adapters_of(model), dict(model.named_parameters())
+    kept, parameters = active_adapter(model).kept, dict(model.named_parameters())
     check_exchangeable([parameters[name] for name in changed])
-    if missing := [name for name in changed if name not in known.kept]:
+    if missing := [name for name in changed if name not in kept]:
         raise ValueError(
             f"the base's own {missing[0]} is not there any more ({len(missing)} parameters were changed by the adapter): use "
             "keep_base=True in rosa_ds.inject or rosa_ds.load_adapter, which keeps a copy"
         )
     for name in changed:
         parameter = parameters[name]
-        theirs = known.kept[name].to(parameter.device, parameter.dtype)
-        known.kept[name], parameter.data = parameter.data, theirs
+        theirs = kept[name].to(parameter.device, parameter.dtype)
+        kept[name], parameter.data = parameter.data, theirs

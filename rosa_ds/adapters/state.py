@@ -22,7 +22,7 @@ from rosa_ds.adapters.inject import (
 )
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.mask import set_mask
-from rosa_ds.adapters.registry import DEFAULT, adapter_names, adapters_of, check_enabled
+from rosa_ds.adapters.registry import DEFAULT, active_adapter, adapter_names, adapters_of, check_enabled
 from rosa_ds.adapters.stored import AdapterDescription, StoredAdapter
 from rosa_ds.adapters.switch import park, remove_adapter, set_adapter
 from rosa_ds.config.schema import AdapterConfig
@@ -56,7 +56,7 @@ def save_adapter(
     Raises: ValueError for a model without an adapter, or with one that is disabled; for ``tensors`` that are not all of them.
     """
     check_enabled(model)
-    config, seed = _injected(model)
+    adapter = active_adapter(model)
     if base is None:
         base = {
             "name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
@@ -64,7 +64,7 @@ def save_adapter(
         }
     shared = any(zero.is_partitioned(parameter) for parameter in model.parameters())
     read = zero.read_to_owners if shared else dict
-    parts, whole = adapter_parts(model), set(adapters_of(model).whole)  # also if they are frozen now, as for inference
+    parts, whole = adapter_parts(model), set(adapter.whole)  # also if they are frozen now, as for inference
     trained = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -74,7 +74,9 @@ def save_adapter(
     drawn = {layer.drawn_name: layer.drawn_parameter for layer in adapted_layers(model).values() if layer.drawn}
     changed = read(drawn) if base_files is None else {}
     positions = read(known_positions(model))
-    stored = StoredAdapter(Path(folder), AdapterDescription(config, seed, dict(base)), tensors, positions, changed)
+    stored = StoredAdapter(
+        Path(folder), AdapterDescription(adapter.config, adapter.seed, dict(base)), tensors, positions, changed
+    )
     with distributed.together() if shared else contextlib.nullcontext():
         if distributed.is_main() or not shared:
             check_fit(folder, tensors, list(tensors), trained)
@@ -93,14 +95,6 @@ def known_positions(model: nn.Module) -> dict[str, Tensor]:
         for layer in adapted_layers(model).values()
         if layer.positions is not None and layer.mask_known
     }
-
-
-def _injected(model: nn.Module) -> tuple[AdapterConfig, int]:
-    injected: Any = getattr(model, "rosa_injected", None)
-    if injected is None:
-        raise ValueError("this model has no adapter: rosa_ds.inject(model, config) comes first")
-    config, seed = injected
-    return config, seed
 
 
 @torch.no_grad()
@@ -143,18 +137,18 @@ def load_adapter(
         if before is None:
             park(model)
         else:
-            set_adapter(model, before)
+            set_adapter(model, before.name)
         raise
 
 
 def _abandon(model: nn.Module) -> None:
     """Take an adapter out again that could not be loaded, with the base's own numbers where they were kept."""
-    known = adapters_of(model)
-    known.whole = [name for name in known.whole if name in known.kept]
-    for layer in adapted_layers(model).values():
-        layer.drawn = layer.drawn and layer.drawn_name in known.kept
-    if known.active is not None:
-        remove_adapter(model, known.active)
+    adapter = adapters_of(model).active
+    if adapter is not None:
+        adapter.whole = [name for name in adapter.whole if name in adapter.kept]
+        for layer in adapted_layers(model).values():
+            layer.drawn = layer.drawn and layer.drawn_name in adapter.kept
+        remove_adapter(model, adapter.name)
     for layer_name, layer in adapted_layers(model).items():  # for lack of memory it was left half way
         set_submodule(model, layer_name, layer.base_layer())
 
@@ -167,9 +161,9 @@ def fill_adapter(model: nn.Module, stored: StoredAdapter) -> None:
     """
     where, description = stored.folder, stored.description
     check_task(where, description.base, model)
-    if getattr(model, "rosa_injected", None) is None:
+    if adapters_of(model).active is None:
         inject(model, description.config, description.seed, draw=None)
-    elif different := _differing(description.config, _injected(model)[0]):
+    elif different := _differing(description.config, active_adapter(model).config):
         raise ValueError(
             f"{where} has another form than the adapter in the model ({different}): load it into the plain base model"
         )
@@ -196,7 +190,7 @@ def fill_adapter(model: nn.Module, stored: StoredAdapter) -> None:
             assert changed_weight is not None
             zero.write_whole(layers[name].drawn_parameter, changed_weight)
     except BaseException as error:
-        lost = set(changed_parameters(model)) - set(adapters_of(model).kept)
+        lost = set(changed_parameters(model)) - set(active_adapter(model).kept)
         again = "the base model and the adapter" if lost else "the adapter"
         error.add_note(f"{where} was being written into the model: load {again} again")
         raise

@@ -20,7 +20,7 @@ from rosa_ds.adapters.inject import (
     check_without_engine,
     set_submodule,
 )
-from rosa_ds.adapters.registry import Parked, adapter_names, adapters_of, exchange
+from rosa_ds.adapters.registry import adapter_names, adapters_of, exchange
 from rosa_ds.utils.suggest import did_you_mean
 
 
@@ -71,7 +71,8 @@ def park(model: nn.Module) -> None:
     known = adapters_of(model)
     if known.disabled:
         enable(model)
-    if known.active is None:
+    adapter = known.active
+    if adapter is None:
         return
     check_without_engine(model)
     if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
@@ -79,23 +80,21 @@ def park(model: nn.Module) -> None:
             "this model's parameters are partitioned by ZeRO-3: its adapter cannot be exchanged for another"
         )
     changed, layers = changed_parameters(model), adapted_layers(model)
-    exchange(model, changed_parameters(model))
-    own = {name: known.kept[name] for name in changed}
+    exchange(model, changed)
     for name, layer in layers.items():
         set_submodule(model, name, layer.base_layer())
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    injected, draws = model.rosa_injected, getattr(model, "rosa_draws", 0)
-    known.parked[known.active] = Parked(injected, draws, layers, known.whole, own)  # type: ignore[arg-type]
-    model.rosa_injected, known.active, known.whole, known.kept = None, None, [], {}  # type: ignore[assignment]
+    adapter.layers, adapter.kept = layers, {name: adapter.kept[name] for name in changed}
+    known.parked[adapter.name], known.active = adapter, None
 
 
 @torch.no_grad()
 def unpark(model: nn.Module, name: str) -> None:
     """Put a parked adapter into a model that has none."""
     known = adapters_of(model)
-    parked = known.parked.pop(name)
-    for layer_name, layer in parked.layers.items():
+    adapter = known.parked.pop(name)
+    for layer_name, layer in adapter.layers.items():
         plain: Any = model.get_submodule(layer_name)
         layer.weight, layer.bias = plain.weight, plain.bias
         layer.weight_scales = getattr(plain, "weight_scales", None)
@@ -105,10 +104,9 @@ def unpark(model: nn.Module, name: str) -> None:
         layer.plan = None  # of the device where the layer was parked
         set_submodule(model, layer_name, layer.train(plain.training))
     parameters = dict(model.named_parameters())
-    for parameter_name in parked.whole:
+    for parameter_name in adapter.whole:
         parameters[parameter_name].requires_grad_(True)
-    model.rosa_injected, model.rosa_draws = parked.injected, parked.draws  # type: ignore[assignment]
-    known.active, known.whole, known.kept = name, parked.whole, parked.own
+    known.active, adapter.layers = adapter, {}
     exchange(model, changed_parameters(model))
 
 
@@ -125,7 +123,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         )
     if known.disabled:
         enable(model)
-    if name != known.active:
+    if known.active is None or name != known.active.name:
         park(model)
         unpark(model, name)
 
@@ -135,6 +133,6 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     known = adapters_of(model)
     if name not in adapter_names(model):
         set_adapter(model, name)
-    if name == known.active:
+    if known.active is not None and name == known.active.name:
         park(model)
     del known.parked[name]
