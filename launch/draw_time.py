@@ -6,8 +6,8 @@ import argparse
 import logging
 
 from rosa_ds import distributed
+from rosa_ds.commands.program import run_program
 from rosa_ds.evaluation.draw_time import measure_draws
-from rosa_ds.utils.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.draw_time")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from rosa_ds.commands.program import run_program
 from rosa_ds.evaluation.regression import Training, draws_to_recover, make_task, plot, train
 from rosa_ds.utils.files import write_json
-from rosa_ds.utils.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.regression")
 EPOCHS = {1: 500, 2: 1000}

@@ -13,11 +13,11 @@ import torch
 
 from rosa_ds import distributed, zero
 from rosa_ds.adapters.mask import load_mask
+from rosa_ds.commands.program import run_program
 from rosa_ds.config.command_line import parse_command_line
 from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import ModelSettings, RunConfig
 from rosa_ds.evaluation.step_time import OURS, PEERS, QUANTIZED, OperatorTime, StepBench, StepCase
-from rosa_ds.utils.logs import run_program
 
 logger = logging.getLogger("rosa_ds.launch.step_time")
 

@@ -1,29 +1,7 @@
-"""Train an adapter: ``deepspeed launch/train.py --config ds_configs/zero2.json [--name value ...]``; see ``--help``.
+"""``deepspeed launch/train.py --config ds_configs/zero2.json``: what ``rosa-ds train`` runs, as the file that launchers take."""
 
-Also runs under ``torchrun`` and plain ``python``.
-"""
-
-from __future__ import annotations
-
-from rosa_ds.config.command_line import parse_command_line
-from rosa_ds.utils.logs import run_program
-
-
-def main(arguments: list[str]) -> None:
-    command = parse_command_line(arguments)  # --help and wrong settings do not wait for torch
-    from rosa_ds import distributed
-
-    if command.dry_run:
-        if distributed.planned_rank() == 0:
-            from rosa_ds.planning.dry_run import dry_run
-
-            dry_run(command, command.gpus or distributed.planned_world_size())
-        return
-    distributed.leave_hub_to_first_rank()
-    from rosa_ds.training.run import train
-
-    train(command)
-
+from rosa_ds.commands.program import run_program
+from rosa_ds.commands.train import main
 
 if __name__ == "__main__":
     run_program(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import rosa_ds
 from classifiers import make_base, make_rows, make_tokenizer, write_rows
 from launching import ROOT, losses, metrics, run
 from rosa_ds.adapters.folder import open_adapter
+from rosa_ds.commands import eval
 from rosa_ds.export.adapted import load_adapted
 from rosa_ds.export.merge import export_adapter, export_merged, export_peft
 from rosa_ds.export.source import open_source
@@ -209,7 +209,7 @@ def test_exports_compute_what_the_run_has(runs: Path, monkeypatch: pytest.Monkey
     assert verify("learnt", "out/learnt").passed
     assert verify("llama-run", "out/llama-run").passed
     last = [line["accuracy"] for line in metrics(Path("learnt")) if line.get("event") == "eval"][-1]
-    evaluate = runpy.run_path(str(ROOT / "launch" / "eval.py"))["main"]
+    evaluate = eval.main
     for model in (["learnt"], ["learnt", "--unmerged"], ["out/learnt"]):
         evaluate([*model, "--data", "words_dev.jsonl", "--batch-size", "7", "--output", "figures.json"])
         figures = json.loads(Path("figures.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from PIL import Image
 import launching
 from rosa_ds.adapters.folder import open_adapter
 from rosa_ds.checkpoints import folder_lock
+from rosa_ds.commands import compare
 
-COMPARE = str(launching.ROOT / "launch" / "compare.py")
 LR = "adapter.low_rank_lr"
 STUDY = {
     "name": "real",
@@ -37,11 +36,11 @@ STUDY = {
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[list[str]], None]]:
-    """compare.py in this process, which saves its start; the programs that it starts are real ones."""
+    """``rosa-ds compare`` in this process, which saves its start; the programs that it starts are real ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     held = list(folder_lock._held)
-    yield runpy.run_path(COMPARE)["main"]
+    yield compare.main
     for stream in folder_lock._held[len(held) :]:
         stream.close()
     folder_lock._held[:] = held
@@ -111,7 +110,7 @@ def test_missing_packages_are_named_with_their_extra(
     tmp_path: Path, main: Callable[[list[str]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else object())
-    with pytest.raises(ValueError, match=r"compare\.py needs scipy: pip install 'rosa-ds\[compare\]'"):
+    with pytest.raises(ValueError, match=r"rosa-ds compare needs scipy: pip install 'rosa-ds\[compare\]'"):
         main(["study.json", "--output", "out"])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from launching import ROOT, run
+from rosa_ds.commands import eval
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.evaluation import bootstrap, scores
 from rosa_ds.evaluation.causal_lm import load_questions, perplexity, written_metrics
@@ -292,7 +292,7 @@ def test_settings_of_rows_are_the_runs(tmp_path: Path) -> None:
 
 
 def test_wrong_command_lines(tmp_path: Path) -> None:
-    program = runpy.run_path(EVAL)["main"]
+    program = eval.main
     for arguments, message in (
         (["tiny"], "give --data, or --harness"),
         (["tiny", "--metric", "bleu", "--harness", "x"], "--metric bleu needs --data"),

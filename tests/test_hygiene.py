@@ -50,16 +50,28 @@ def test_the_folder_kernels_is_nobodys_package(tmp_path: Path) -> None:
     assert python("-c", script, cwd=ROOT) == "True"
 
 
-def test_help_and_wrong_settings_do_not_wait_for_torch() -> None:
-    script = (
-        "import runpy, sys\n"
-        "sys.argv = ['train.py', {argument!r}]\n"
-        "try:\n    runpy.run_path('launch/train.py', run_name='__main__')\n"
-        "except SystemExit as end:\n    status = end.code\n"
-        "print(int(status or 0), {{'torch', 'transformers', 'deepspeed', 'datasets'}} & set(sys.modules))"
-    )
-    assert python("-c", script.format(argument="--help"), cwd=ROOT).splitlines()[-1] == "0 set()"
-    assert python("-c", script.format(argument="--adapter.rnk"), cwd=ROOT).splitlines()[-1] == "1 set()"
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("run_path('launch/train.py'", []),
+        ("run_module('rosa_ds.commands.train'", []),
+        ("run_module('rosa_ds'", ["train"]),
+        ("run_module('rosa_ds'", []),
+    ],
+    ids=["file", "module", "command", "dispatcher"],
+)
+def test_help_and_wrong_settings_do_not_wait_for_torch(program: str, words: list[str]) -> None:
+    def ended(*arguments: str) -> str:
+        script = (
+            f"import runpy, sys\nsys.argv[1:] = {[*words, *arguments]}\n"
+            f"try:\n    runpy.{program}, run_name='__main__')\n"
+            "except SystemExit as end:\n    status = end.code\n"
+            "print(int(status or 0), {'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules))"
+        )
+        return python("-c", script, cwd=ROOT).splitlines()[-1]
+
+    assert ended("--help") == "0 set()"
+    assert ended("--adapter.rnk") == "1 set()"
 
 
 def test_every_public_name_is_there() -> None:

@@ -129,10 +129,9 @@ def test_a_user_asks_for_a_checkpoint_and_nobody_else_gets_the_folder(tmp_path: 
 
 
 POISON = """
-import os, sys
-sys.path.insert(0, {launch!r})
-from train import main
-from rosa_ds.utils.logs import run_program
+import os
+from rosa_ds.commands.train import main
+from rosa_ds.commands.program import run_program
 from rosa_ds.training import loop
 
 calls = 0
@@ -154,7 +153,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(
     tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "poison.py"
-    script.write_text(POISON.format(launch=str(ROOT / "launch")))
+    script.write_text(POISON)
     arguments = ("--config", str(ROOT / "ds_configs" / f"zero{stage}.json"), *faults.STEPS[2:])
     more = ("--mask.score", "random", "--training.keep_checkpoints", "9")
     monkeypatch.setenv("BAD_STEPS", "3")

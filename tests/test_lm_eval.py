@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
 import rosa_ds
-from launching import ROOT
+from rosa_ds.commands import eval
 from rosa_ds.config.schema import AdapterConfig, ModelSettings
 from rosa_ds.evaluation.harness import harness_metrics
 from rosa_ds.export.merge import export_merged
@@ -50,7 +49,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_a_task_by_the_program(tasks: Path, tmp_path: Path) -> None:
-    """``launch/eval.py`` gives the harness' figures, of the model that is in memory."""
+    """``rosa-ds eval`` gives the harness' figures, of the model that is in memory."""
     arguments = [
         "tiny",
         "--harness",
@@ -60,7 +59,7 @@ def test_a_task_by_the_program(tasks: Path, tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "out.json"),
     ]
-    runpy.run_path(str(ROOT / "launch" / "eval.py"))["main"](arguments)
+    eval.main(arguments)
     found = json.loads((tmp_path / "out.json").read_text())["harness"]
     right = 0
     model, tokenizer = load_model(ModelSettings(), torch.float32), load_tokenizer(ModelSettings())

@@ -181,7 +181,8 @@ def test_a_70b_config_is_planned_in_little_memory(tmp_path: Path) -> None:
     memory, seconds = map(float, done.stdout.split())
     assert memory < 2e9
     assert seconds < 15
-    assert "deepspeed --num_gpus 8 launch/train.py --config ds_configs/zero3.json" in done.stderr
+    assert "deepspeed --num_gpus 8 --module rosa_ds.commands.train --config ds_configs/zero3.json" in done.stderr
+    assert "to run it (rosa-ds init FOLDER writes ds_configs/zero3.json):" in done.stderr
     assert "--adapter.rank 8" in done.stderr
     assert "--training.gradient_checkpointing true" in done.stderr
 

@@ -1,6 +1,6 @@
 """From a command line to a run: a DeepSpeed JSON file, its section ``"rosa"``, and overrides.
 
-``train.py --config FILE [--dotted.name value ...] [--ds.dotted.name value ...] [--resume [CHECKPOINT]]``
+``rosa-ds train --config FILE [--dotted.name value ...] [--ds.dotted.name value ...] [--resume [CHECKPOINT]]``
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CommandLine:
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Read a command line of ``launch/train.py`` (without the program's name).
+    """Read the arguments of ``rosa-ds train``.
 
     Raises:
         ValueError: anything that is wrong with it, in one message.
@@ -172,7 +172,9 @@ def build_config(section: Mapping[str, Any], arguments: Sequence[str] = (), sour
     """
     try:
         read: Any = _CliConfig  # pydantic-settings takes further arguments than its fields
-        parsed = read(_cli_parse_args=list(arguments), _cli_exit_on_error=False, _cli_prog_name="train.py", **section)
+        parsed = read(
+            _cli_parse_args=list(arguments), _cli_exit_on_error=False, _cli_prog_name="rosa-ds train", **section
+        )
     except ValidationError as error:
         raise ValueError(validation_message(error, source)) from None
     except SettingsError as error:

@@ -1,4 +1,4 @@
-"""The command line of ``launch/eval.py``: what is evaluated, on which rows, and how."""
+"""The command line of ``rosa-ds eval``: what is evaluated, on which rows, and how."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str], description: str = "") -> argparse.Namespace
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="eval.py", description=description)
+    parser = argparse.ArgumentParser(prog="rosa-ds eval", description=description)
     parser.add_argument("model", help="run, checkpoint or adapter folder, model folder, hub name, .gguf file or tiny")
     parser.add_argument("--data", help="as data.train, e.g. rows.jsonl[700:800] or builtin:sql")
     said = "may be given more than once; default: exact_match, of a classifier accuracy"
@@ -81,10 +81,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the 95 %% intervals; 0: none")
     for name in COLUMNS:
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"as data.{name} of train.py")
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"as data.{name} of rosa-ds train")
     for name in OF_THE_RUN:
         kind = int if name == "max_length" else str
-        said = f"as data.{name} of train.py; default: the run's, else train.py's"
+        said = f"as data.{name} of rosa-ds train; default: the run's, else its"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=said)
     parser.add_argument("--harness", action="append", metavar="TASK", help="of lm-eval; may be given more than once")
     parser.add_argument("--harness-tasks", type=Path, metavar="FOLDER", help="with task files of your own")

@@ -1,4 +1,4 @@
-"""What ``launch/eval.py`` does with its options: load, evaluate, write."""
+"""What ``rosa-ds eval`` does with its options: load, evaluate, write."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import logging
 import os
 import re
-import runpy
 import sys
 import tempfile
 import warnings
@@ -23,12 +23,11 @@ from unittest import mock
 import transformers
 
 from forking import exit_status
-from launching import ROOT
 from rosa_ds import distributed
 from rosa_ds.checkpoints import folder_lock
+from rosa_ds.commands.program import run_program
 from rosa_ds.distributed import group
 from rosa_ds.training import run as training
-from rosa_ds.utils.logs import run_program
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -44,14 +43,14 @@ class Outcome:
     def messages(self) -> list[str]:
         """What begins with ``error:`` (argparse puts the program before it), each up to the end of the output."""
         begins = [
-            found.end() for found in re.finditer(r"^(?:\w+\.py: |\[rank \w+\] )?error: ", self.output, re.MULTILINE)
+            found.end() for found in re.finditer(r"^(?:rosa-ds \w+: |\[rank \w+\] )?error: ", self.output, re.MULTILINE)
         ]
         return [self.output[begin:].strip() for begin in begins]
 
 
 @functools.cache
 def main_of(program: str) -> Callable[[list[str]], None]:
-    main: Callable[[list[str]], None] = runpy.run_path(str(ROOT / "launch" / f"{program}.py"))["main"]
+    main: Callable[[list[str]], None] = importlib.import_module(f"rosa_ds.commands.{program}").main
     return main
 
 
@@ -89,7 +88,7 @@ def _own_process(program: str, arguments: tuple[str, ...], folder: Path, environ
     kept = {name: value for name, value in os.environ.items() if name not in RANKS}
     with (
         mock.patch.dict(os.environ, {**kept, **environ}, clear=True),
-        mock.patch.object(sys, "argv", [f"launch/{program}.py", *arguments]),
+        mock.patch.object(sys, "argv", [f"rosa-ds {program}", *arguments]),
         mock.patch.object(group, "_on_leave", []),
         mock.patch.object(folder_lock, "_held", []),
         mock.patch.object(sys, "excepthook", sys.excepthook),  # joining a process group wraps it
@@ -121,7 +120,7 @@ def call(
     environ: Mapping[str, str] | None = None,
     around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Outcome:
-    """``python launch/PROGRAM.py ARGUMENTS`` in ``folder``; ``around`` is entered there."""
+    """``rosa-ds PROGRAM ARGUMENTS`` in ``folder``; ``around`` is entered there."""
 
     def leave(status: int = 0) -> None:
         """What :func:`rosa_ds.distributed.leave` does, but for the end of the process."""

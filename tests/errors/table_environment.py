@@ -102,7 +102,7 @@ ROWS = [
         "no matplotlib",
         "compare",
         "study.json --output out",
-        ("compare.py needs matplotlib", "pip install"),
+        ("rosa-ds compare needs matplotlib", "pip install"),
         around=without("matplotlib"),
     ),
     Row(

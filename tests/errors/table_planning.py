@@ -21,13 +21,6 @@ ROWS = [
     ),
     Row("doctor without a size", "doctor", "--megabytes 0", ("--megabytes", "1 or more")),
     Row("doctor of an unknown option", "doctor", "--fix", ("--fix", "unrecognized"), status=2),
-    Row("time steps of no token", "step_time", "tiny --length 1", ("--length", "2 or more")),
-    Row(
-        "profile a single candidate",
-        "step_time",
-        "tiny --candidate lora --profile",
-        ("--profile", "--candidate", "twice"),
-    ),
     Row("compare nothing", "compare", "study.json --output out", ("study.json", "no such file")),
     Row(
         "compare a study that is no JSON",

@@ -22,7 +22,7 @@ from errors import (
 )
 from errors.program import Outcome, call
 from errors.rows import FunctionRow, Row
-from launching import ROOT, environment
+from launching import environment
 
 TABLES = (
     *(table_settings, table_data, table_models, table_adapters, table_resume, table_export),
@@ -92,7 +92,7 @@ def test_a_process_of_its_own_says_the_same(name: str, tmp_path: Path) -> None:
     if row.make is not None:
         row.make(tmp_path)
     before = tree(tmp_path)
-    command = [sys.executable, str(ROOT / "launch" / f"{row.program}.py"), *row.command()]
+    command = [sys.executable, "-m", "rosa_ds", row.program, *row.command()]
     ended = subprocess.run(
         command,
         cwd=tmp_path,

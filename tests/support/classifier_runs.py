@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from rosa_ds import distributed
+from rosa_ds.commands.program import run_program
 from rosa_ds.config.command_line import parse_command_line
 from rosa_ds.planning.dry_run import dry_run
 from rosa_ds.training.run import train
-from rosa_ds.utils.logs import run_program
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Stands in for train.py and eval.py in tests of what starts them: known figures at once, and no import but Python's own.
+"""Stands in for the commands train and eval in tests of what starts them: known figures at once, and no import but Python's own.
 
 ``fake_run.py FOLDER train|evaluate ...``: FOLDER has ``adapter`` and ``checkpoint`` to copy, takes a line for each call in
 ``calls``, and its ``fail``, ``wait`` and ``meet`` files name runs that fail, wait for SIGTERM, or wait for another; ``refuse`` what is not evaluated.

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from rosa_ds import distributed, zero
+from rosa_ds.commands.program import run_program
 from rosa_ds.config.command_line import parse_command_line
 from rosa_ds.memory.account import compare
 from rosa_ds.training.run import train
-from rosa_ds.utils.logs import run_program
 
 WORDS = tuple("the plan says what a run will hold before it starts and the run says what it held".split())  # noqa: SIM905
 METHODS, STAGES = "robust,subspace,lora", "0,1,2,3"

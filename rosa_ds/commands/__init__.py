@@ -1,0 +1,1 @@
+"""What users type: ``rosa-ds COMMAND``, one module a command, each with ``main(arguments)``."""
