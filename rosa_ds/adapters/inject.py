@@ -294,7 +294,7 @@ def _check_drawable(model: nn.Module) -> None:
     if any(zero.is_partitioned(p) or p.is_meta for p in model.parameters()):
         raise ValueError(
             "this model's parameters are partitioned by ZeRO-3, or not there: inject it with draw=None, and leave the draws to "
-            "launch/train.py"
+            "rosa-ds train"
         )
 
 
@@ -337,7 +337,7 @@ def _check_whole(model: nn.Module) -> None:
     if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         raise ValueError(
             "this model's parameters are partitioned by ZeRO-3 or over the ranks, so nothing can be merged into them: save the adapter "
-            "(rosa_ds.save_adapter) and merge it into a model of one process, as launch/export.py does"
+            "(rosa_ds.save_adapter) and merge it into a model of one process, as rosa-ds export does"
         )
     check_enabled(model)
 

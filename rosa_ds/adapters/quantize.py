@@ -52,7 +52,7 @@ def quantize(
         raise ValueError("this model has adapters already: quantise the base first, then inject")
     if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         raise ValueError(
-            "this model's parameters are partitioned by ZeRO-3: quantise it before, or let launch/train.py do both"
+            "this model's parameters are partitioned by ZeRO-3: quantise it before, or let rosa-ds train do both"
         )
     dense = _stay_dense(model, skip)
     for name, layer in linear_layers(model).items():

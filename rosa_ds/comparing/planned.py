@@ -44,7 +44,7 @@ class PlannedRun:
 def plan_trials(study: Study, root: Path) -> list[PlannedRun]:
     """The trials of all variants: the first of each, then the second, and so on.
 
-    Raises: ValueError for settings that train.py would refuse, or a grid that changes nothing.
+    Raises: ValueError for settings that ``rosa-ds train`` would refuse, or a grid that changes nothing.
     """
     seed, own = study.seed_of_trials, study.tune_settings
     trials = [
@@ -79,7 +79,7 @@ def plan_finals(study: Study, root: Path, best: dict[str, PlannedRun | None]) ->
 
 
 def check_variants(study: Study, root: Path) -> None:
-    """Raise ValueError for settings of a final run that train.py would refuse, whatever tuning chooses."""
+    """Raise ValueError for settings of a final run that ``rosa-ds train`` would refuse, whatever tuning chooses."""
     for variant in study.variants:
         for choice in study.choices(variant) or [{}]:
             _plan(study, root, variant, "final", study.seeds[0], {}, choice)
@@ -107,7 +107,7 @@ def _plan(study: Study, root: Path, variant: str, label: str, seed: int, own: Se
 
 
 def _text(value: Any) -> str:
-    """A setting's value as train.py's command line has it."""
+    """A setting's value as the command line of ``rosa-ds train`` has it."""
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value)

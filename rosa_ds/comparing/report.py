@@ -30,9 +30,7 @@ def report_text(
     runs = results.runs
     missing = [result.run.name for result in [*results.trials, *results.finals] if result.state == "missing"]
     example = (results.finals or results.trials)[0].run if runs else None
-    again = (
-        f"\n    python launch/train.py --config {example.folder / 'config.json'}   # one run of it" if example else ""
-    )
+    again = f"\n    rosa-ds train --config {example.folder / 'config.json'}   # one run of it" if example else ""
     cpu, wall = (sum(getattr(result, kind) for result in runs) / 3600 for kind in ("cpu_seconds", "seconds"))
     parts = [
         f"# {results.study.name}",

@@ -20,9 +20,9 @@ from rosa_ds.config.validation import validation_message
 from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
 
 Settings = dict[str, Any]
-"""Dotted names of settings of train.py (``ds.`` before DeepSpeed's own) and their values."""
+"""Dotted names of settings of ``rosa-ds train`` (``ds.`` before DeepSpeed's own) and their values."""
 RESERVED = {
-    "training.output_dir": "compare.py gives every run its own",
+    "training.output_dir": "compare gives every run its own",
     "training.seed": "give seeds (and tune_seed)",
 }
 
@@ -63,16 +63,16 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Evaluation(Section):
-    """One call of eval.py on every finished run."""
+    """One call of ``rosa-ds eval`` on every finished run."""
 
     data: str
-    """Rows that no run was trained or tuned on; as --data of eval.py."""
+    """Rows that no run was trained or tuned on; as its --data."""
     metric: list[str] = Field(default=["exact_match"], min_length=1)
-    """As --metric of eval.py: one name or several."""
+    """As its --metric: one name or several."""
     name: str | None = None
     """How the report calls these rows, where there are several evaluations; by default their data."""
     options: dict[str, str | int | float] = Field(default={})
-    """Further options of eval.py, for example {"max-new-tokens": 64}."""
+    """Further options of it, for example {"max-new-tokens": 64}."""
 
     @field_validator("metric", mode="before")
     @classmethod
@@ -84,7 +84,7 @@ class Evaluation(Section):
         return self.name or self.data
 
     def arguments(self) -> list[str]:
-        """For eval.py, without the model and the output."""
+        """For ``rosa-ds eval``, without the model and the output."""
         options = [f"--{name}={value}" for name, value in self.options.items()]
         return [f"--data={self.data}", *(f"--metric={name}" for name in self.metric), *options]
 
@@ -94,7 +94,7 @@ class Evaluation(Section):
 
 
 class Study(Section):
-    """What is compared. Paths in settings are those of train.py: relative to where compare.py is started."""
+    """What is compared. Paths in settings are those of ``rosa-ds train``: relative to where ``rosa-ds compare`` is started."""
 
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")]
     """Title of the report."""
@@ -115,7 +115,7 @@ class Study(Section):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     """One final run of each variant for each."""
     evaluate: list[Evaluation] = Field(default=[])
-    """What eval.py measures of final runs."""
+    """What ``rosa-ds eval`` measures of final runs."""
     reference: list[str] = Field(default=[])
     """Variants that each other one is compared with, seed by seed."""
     layers: list[str] = Field(default=[])

@@ -217,7 +217,7 @@ def _check_folder(name: str, folder: Path) -> None:
     weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.name != "mask.safetensors"]
     if not weights and ((folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()):
         raise ValueError(
-            f"model.name_or_path {name} is a run: export it first (launch/export.py {name} OUT) and give OUT, or go on with --resume"
+            f"model.name_or_path {name} is a run: export it first (rosa-ds export {name} OUT) and give OUT, or go on with --resume"
         )
     if (folder / "config.json").is_file():
         return

@@ -64,7 +64,7 @@ def examine_ranks(size: int) -> list[Finding]:
         advice = f"the ranks differ in {what}: make them alike" if len(values) > 1 else ""
         found.append(Finding(f"{what} of all ranks", ", ".join(values), advice))
     if ranks == 1:
-        advice = "start it as the run will be: torchrun --nproc_per_node N launch/doctor.py"
+        advice = "start it as the run will be: torchrun --nproc_per_node N -m rosa_ds.commands.doctor"
         return [*found, Finding("collectives", "one rank has none", advice)]
     times = distributed.time_collectives(size)
     slowest = {name: max(o[name] for o in distributed.gather_objects(times)) for name in times}

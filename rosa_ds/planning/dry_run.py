@@ -1,4 +1,4 @@
-"""What a run would do, found without weights, process group or GPU: ``launch/train.py --dry-run``."""
+"""What a run would do, found without weights, process group or GPU: ``rosa-ds train --dry-run``."""
 
 from __future__ import annotations
 
