@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -88,10 +89,12 @@ def test_type_checkers_see_every_public_name() -> None:
     assert seen == rosa_ds._PLACES
 
 
-def test_launch_scripts_shadow_no_package() -> None:
-    names = {path.stem for path in (ROOT / "launch").glob("*.py")}
-    installed = {name for name in sys.stdlib_module_names} | {"datasets", "evaluate", "triton", "torch", "transformers"}
-    assert not names & installed
+@pytest.mark.parametrize("folder", ["launch", "benchmarks"])
+def test_programs_shadow_no_package(folder: str) -> None:
+    """The folder of a program is the first of its ``sys.path``."""
+    names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()}
+    known = {*sys.stdlib_module_names, *packages_distributions(), "evaluate", "kernels", "triton"}
+    assert not names & known
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

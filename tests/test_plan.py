@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scale
 import torch
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +28,6 @@ from rosa_ds.memory.estimate import predict
 from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.models.load import TINY_FOLDER, enable_checkpointing, identify, load_model
 from rosa_ds.models.loss import token_loss_sum
-from rosa_ds.planning import scale
 from rosa_ds.planning.dry_run import dry_run, phases
 from rosa_ds.planning.search import GIB, Machine, Planner, best
 from rosa_ds.training.schedule import Schedule

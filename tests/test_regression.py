@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from draw_time import measure_draws, released_draw
+from regression import OUTPUTS, Training, draws_to_recover, make_task, train
 from torch import nn
 
 from launching import ROOT, run
-from rosa_ds.evaluation.draw_time import measure_draws, released_draw
-from rosa_ds.evaluation.regression import OUTPUTS, Training, draws_to_recover, make_task, train
 
 
 def test_the_bound_of_a_rank_is_that_of_the_best_factors() -> None:
@@ -68,7 +68,7 @@ def test_training_to_convergence_is_the_truncated_svd() -> None:
 def test_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "figure"
     arguments = ("--ranks", "8", "--epochs", "6", "--draws", "2", "--directions", "random")
-    output = run("fork", 1, str(ROOT / "launch" / "regression.py"), str(out), *arguments, cwd=tmp_path)
+    output = run("fork", 1, str(ROOT / "benchmarks" / "regression.py"), str(out), *arguments, cwd=tmp_path)
     assert "bound of its rank" in output
     assert (out / "regression.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((out / "regression.json").read_text())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from step_time import OURS, PEERS, StepBench, StepCase, main
 
 from rosa_ds.config.schema import ModelSettings
-from rosa_ds.evaluation.step_time import OURS, PEERS, StepBench, StepCase
 
 CASE = StepCase(ModelSettings(), torch.float32, rank=2, density=0.01, batch=1, length=8, repeats=2)
 
@@ -45,3 +45,16 @@ def test_operators_are_those_of_each_candidate() -> None:
 def test_unknown_candidates_are_named() -> None:
     with pytest.raises(ValueError, match="no candidate 'dora': choose from robust"):
         StepBench(CASE, ["dora"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny", "--length", "1"], "--rank, --batch and --repeats are 1 or more, --length 2 or more"),
+        (["tiny", "--candidate", "lora", "--profile"], "--profile compares: give --candidate twice"),
+    ],
+    ids=["no token", "one candidate"],
+)
+def test_wrong_options(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(arguments)

@@ -1,10 +1,12 @@
 """Past this machine: what Llama models of 7, 70 and 405 billion parameters need on 8 to 1,024 GPUs, by arithmetic.
 
-The terms are those of every run's account, which is held to what real ranks show.
+``python benchmarks/scale.py OUT_DIR [--length 2048] [settings of rosa-ds train]`` writes tables and a plot. The terms are those of
+every run's account, which is held to what real ranks show.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from rosa_ds.config.command_line import CommandLine
+from rosa_ds.commands.program import run_program
+from rosa_ds.config.command_line import CommandLine, parse_command_line
 from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, WORKING
 from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.methods.sparse import COLLECTED, COLLECTING, PLANS
@@ -20,7 +23,7 @@ from rosa_ds.methods.subspace import DRAWING, WORKSPACE
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
 from rosa_ds.utils.files import write_json
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("rosa_ds.benchmarks.scale")
 RANKS = tuple(8 * 2**power for power in range(8))
 # Published sizes: Llama 2 (arXiv 2307.09288), Llama 3.1 (arXiv 2407.21783), table 3.
 _SIZES: dict[str, dict[str, int]] = {
@@ -59,6 +62,41 @@ _GROUPS = {
     "collect": (COLLECTED, COLLECTING),
     "draw": (DRAWING, WORKSPACE),
 }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="scale.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("out", type=Path, help="folder for scale.json, scale.md and scale.png")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row; default: 2048")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="GB of one (10^9 bytes); default: 80")
+    parser.add_argument("--reserve", type=float, default=4, help="GiB of it for CUDA, NCCL, fragments; default: 4")
+    parser.add_argument("--tflops", type=float, default=300, help="that a GPU reaches; default: 300")
+    parser.add_argument("--bandwidth", type=float, default=50, help="GB/s that a GPU sends; default: 50")
+    options, settings = parser.parse_known_args(arguments)
+    machine = Machine(
+        RANKS[0],
+        options.gpu_memory * 1e9,
+        options.reserve * GIB,
+        options.tflops * 1e12,
+        options.bandwidth * 1e9,
+    )
+    simulate(parse_command_line(settings), machine, options.length, options.out)
+
+
+def simulate(command: CommandLine, machine: Machine, length: int, folder: Path) -> list[Point]:
+    """All sizes; writes ``scale.json``, ``scale.md`` and ``scale.png``. Raises: ValueError as :class:`Planner`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for size in _SIZES:
+        planner = Planner(command.config, command.deepspeed, llama(size))
+        logger.info("%s: %s", size, planner.report)
+        found += points(planner, size, machine, length)
+    text = scale_table(found)
+    logger.info("GiB of a rank, stage 3, recomputing, rows of %d tokens:\n%s", length, text)
+    write_json(folder / "scale.json", [dataclasses.asdict(point) | {"bound": point.bound} for point in found])
+    (folder / "scale.md").write_text(text + "\n")
+    _plot(found, machine, folder / "scale.png")
+    return found
 
 
 def llama(size: str) -> LlamaConfig:
@@ -134,28 +172,12 @@ def scale_table(found: list[Point]) -> str:
     return "\n".join(lines)
 
 
-def simulate(command: CommandLine, machine: Machine, length: int, folder: Path) -> list[Point]:
-    """All sizes; writes ``scale.json``, ``scale.md`` and ``scale.png``. Raises: ValueError as :class:`Planner`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for size in _SIZES:
-        planner = Planner(command.config, command.deepspeed, llama(size))
-        logger.info("%s: %s", size, planner.report)
-        found += points(planner, size, machine, length)
-    text = scale_table(found)
-    logger.info("GiB of a rank, stage 3, recomputing, rows of %d tokens:\n%s", length, text)
-    write_json(folder / "scale.json", [dataclasses.asdict(point) | {"bound": point.bound} for point in found])
-    (folder / "scale.md").write_text(text + "\n")
-    _plot(found, machine, folder / "scale.png")
-    return found
-
-
 def _plot(found: list[Point], machine: Machine, path: Path) -> None:
     """Above, bytes of a rank by group; below, the two sides of a step."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--scale draws a plot: pip install 'rosa-ds[plots]'") from None
+        raise ValueError("scale.py draws a plot: pip install 'rosa-ds[plots]'") from None
     sizes = list(dict.fromkeys(point.size for point in found))
     figure = Figure(figsize=(5 * len(sizes), 8))
     axes: Any = figure.subplots(2, len(sizes), squeeze=False)
@@ -179,3 +201,7 @@ def _plot(found: list[Point], machine: Machine, path: Path) -> None:
     axes[1][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,5 +1,8 @@
 """The synthetic regression of the ROSA paper: can an adapter reach an update of higher rank than its own?
 
+``python benchmarks/regression.py OUT_DIR [--layers 1 2] [--epochs 500]`` writes regression.json and regression.png, and prints
+what LoRA could reach at best, what was reached, and how many draws it takes to recover the update.
+
 The target is the base plus a random product of rank 24, a linear map of 512 features to 32 or a network of two layers
 with 64 hidden units; labels have noise, so that the level that full fine-tuning reaches is a number to compare with.
 
@@ -8,10 +11,13 @@ Source: ROSA, arXiv 2407.07802, section on synthetic data (which has no noise).
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +25,52 @@ from torch import Tensor, nn
 
 import rosa_ds
 from rosa_ds.adapters.subspace import split_off
+from rosa_ds.commands.program import run_program
 from rosa_ds.config.schema import AdapterConfig, Directions, DrawSettings
+from rosa_ds.utils.files import write_json
 from rosa_ds.utils.generators import keyed_generator
 
+logger = logging.getLogger("rosa_ds.benchmarks.regression")
+EPOCHS = {1: 500, 2: 1000}
 FEATURES, HIDDEN, OUTPUTS, RANK = 512, 64, 32, 24
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="regression.py", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for regression.json and regression.png")
+    parser.add_argument("--layers", type=int, nargs="+", choices=(1, 2), default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 6, 8, 24])
+    parser.add_argument("--epochs", type=int, help="500 for one layer and 1000 for two where not given")
+    parser.add_argument("--draws", type=int, default=24)
+    parser.add_argument("--directions", nargs="+", default=["random", "window", "top", "bottom", "projection"])
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # faster at this size
+    content: dict[str, dict[str, object]] = {"draws_to_recover": {}}
+    for rank in options.ranks:
+        found = {directions: draws_to_recover(directions, rank) for directions in options.directions}
+        content["draws_to_recover"][str(rank)] = found
+        logger.info("rank %d, at least %d draws: %s", rank, -(-24 // rank), found)
+    curves: dict[str, dict[str, list[float]]] = {}
+    bounds: dict[str, dict[str, float]] = {}
+    for layers in options.layers:
+        task, name = make_task(layers), "linear map" if layers == 1 else "two layers"
+        epochs = options.epochs or EPOCHS[layers]
+        runs = {"full": Training("full", epochs=epochs)}
+        for rank in options.ranks:
+            for method in ("lora", "subspace") if rank < 24 else ("lora",):
+                runs[f"{method} {rank}"] = Training(method, rank, epochs, options.draws)
+        bounds[name] = {f"lora {rank}": task.bounds[rank] for rank in options.ranks if task.bounds}
+        curves[name] = {}
+        for label, training in runs.items():
+            curves[name][label] = train(task, training)
+            reached, full = curves[name][label][-1], curves[name]["full"][-1]
+            bound = f", bound of its rank {bounds[name][label]:.5f}" if label in bounds[name] else ""
+            logger.info("%s, %s: %.5f, %.3f of full%s", name, label, reached, reached / full, bound)
+        content[name] = {"curves": curves[name], "bounds": bounds[name]}
+        write_json(options.out / "regression.json", content)
+    plot(curves, bounds, options.out / "regression.png")
+    logger.info("wrote %s", options.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,3 +239,7 @@ def plot(curves: dict[str, dict[str, list[float]]], bounds: dict[str, dict[str, 
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,8 +1,13 @@
-"""Time of one draw beside the algorithm of ROSA's released code, in one process, in turns."""
+"""Time one draw beside the algorithm of ROSA's released code, in one process, in turns.
+
+``python benchmarks/draw_time.py [--shape 2048 2048] [--rank 16]``
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -10,9 +15,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rosa_ds import distributed
 from rosa_ds.adapters.subspace import split_off
+from rosa_ds.commands.program import run_program
 from rosa_ds.config.schema import DrawSettings
 from rosa_ds.utils.generators import keyed_generator
+
+logger = logging.getLogger("rosa_ds.benchmarks.draw_time")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="draw_time.py", description=__doc__)
+    parser.add_argument("--shape", type=int, nargs=2, action="append", help="rows and columns (repeatable)")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args(arguments)
+    threads = distributed.use_threads()
+    for shape in options.shape or [[2048, 2048], [4096, 1024]]:
+        found = measure_draws(tuple(shape), options.rank, options.repeats, ("random", "projection"))
+        for name, seconds in found.seconds.items():
+            times = f"{found.ratio(name):.1f} times as fast as released"
+            logger.info("%d × %d, %d threads, %s: %.3f s, %s", *shape, threads, name, seconds, times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +83,7 @@ def measure_draws(shape: tuple[int, int], rank: int, repeats: int, directions: t
             run(keyed_generator(turn, name))
             times[name].append(time.perf_counter() - begun)
     return DrawTime(shape, {name: statistics.median(found[1:]) for name, found in times.items()})
+
+
+if __name__ == "__main__":
+    run_program(main)
