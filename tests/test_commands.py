@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
-from launching import run
+from launching import ROOT, run
 from rosa_ds import commands
 from rosa_ds.commands.dispatch import COMMANDS, dispatch
 
@@ -39,9 +40,9 @@ def test_a_command_gets_the_words_behind_its_name(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "--help"], r"unknown command 'trian'\. Did you mean train\? Give one of train, eval"),
-        (["launch"], r"unknown command 'launch'\. Give one of train"),
-        ([], r"give a command: one of train, .*; rosa-ds --help says what each does"),
+        (["trian", "--help"], r"unknown command 'trian'\. Did you mean train\? Give one of init, train, eval"),
+        (["launch"], r"unknown command 'launch'\. Give one of init, train"),
+        ([], r"give a command: one of init, train, .*; rosa-ds --help says what each does"),
     ],
     ids=["near", "far", "none"],
 )
@@ -56,3 +57,28 @@ def test_launchers_start_commands_as_modules(launcher: str, tmp_path: Path) -> N
     module = {"torchrun": ("-m", "rosa_ds.commands.doctor"), "deepspeed": ("--module", "rosa_ds.commands.doctor")}
     output = run(launcher, 2, *module[launcher], "--megabytes", "1", cwd=tmp_path)
     assert "all-reduce of 1 MB, gloo:" in output
+
+
+def test_init_writes_what_the_commands_of_its_readme_name(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "start"
+    dispatch(["init", str(folder)])
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    named = set(re.findall(r"\b(?:ds_configs|recipes|slurm)/\w+\.\w+", (folder / "README.md").read_text()))
+    assert len(named) >= 5
+    assert named <= names
+    assert {path.name for path in (ROOT / "ds_configs").iterdir()} == {
+        path.name for path in (folder / "ds_configs").iterdir()
+    }
+    assert "slurm/export.sbatch" in names
+
+
+def test_init_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    dispatch(["init", str(tmp_path / "empty")])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"empty is not empty: give a new folder, or an empty one"):
+        dispatch(["init", str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match=r"README\.md is a file: give a new folder"):
+        dispatch(["init", str(tmp_path / "empty" / "README.md")])
+    assert sorted(tmp_path.rglob("*")) == before

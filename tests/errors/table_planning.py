@@ -21,6 +21,8 @@ ROWS = [
     ),
     Row("doctor without a size", "doctor", "--megabytes 0", ("--megabytes", "1 or more")),
     Row("doctor of an unknown option", "doctor", "--fix", ("--fix", "unrecognized"), status=2),
+    Row("begin in a folder with files", "init", ".", ("not empty", "new folder"), write("notes.txt", "")),
+    Row("begin nowhere", "init", "", ("folder",), status=2),
     Row("compare nothing", "compare", "study.json --output out", ("study.json", "no such file")),
     Row(
         "compare a study that is no JSON",
