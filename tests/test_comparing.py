@@ -393,9 +393,9 @@ def test_settings_reach_the_runs_as_they_are(workshop: Workshop) -> None:
     assert run.settings.training.seed == 1
 
 
-def test_every_recipe_is_a_study(tmp_path: Path) -> None:
-    recipes = sorted((ROOT / "launch" / "recipes").glob("study_*.json"))
-    assert recipes
-    for path in recipes:
+def test_every_study_is_read(tmp_path: Path) -> None:
+    studies = sorted((ROOT / "studies").glob("*.json"))
+    assert studies
+    for path in studies:
         study = read_study(path)
         assert len(plan_trials(study, tmp_path)) == sum(len(study.choices(name)) for name in study.variants)

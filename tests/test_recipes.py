@@ -17,7 +17,7 @@ from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.load import load_tokenizer
 from rosa_ds.planning.dry_run import dry_run
 
-RECIPES = sorted(p for p in (ROOT / "launch" / "recipes").glob("*.json") if not p.name.startswith("study_"))
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.json"))
 LAYERS = {"num_hidden_layers": 2}
 MODELS: dict[str, PretrainedConfig] = {
     "meta-llama/Llama-2-7b-hf": LlamaConfig(
