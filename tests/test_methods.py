@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from launching import ROOT, losses, metrics, run
 
 COUNTING = '''
@@ -67,7 +68,16 @@ run_program(main)
 '''
 SETTINGS = (
     *("--config", str(ROOT / "ds_configs" / "zero2.json"), "--data.train", "builtin:sql[:96]"),
-    *("--data.eval", "builtin:sql[:16]", "--adapter.rank", "4", "--adapter.density", "0.01", "--mask.warmup_steps", "2"),
+    *(
+        "--data.eval",
+        "builtin:sql[:16]",
+        "--adapter.rank",
+        "4",
+        "--adapter.density",
+        "0.01",
+        "--mask.warmup_steps",
+        "2",
+    ),
     *("--training.max_steps", "4", "--training.save_steps", "2", "--training.keep_checkpoints", "9"),
 )
 
@@ -95,7 +105,13 @@ def test_another_method_is_one_file_and_one_entry(tmp_path: Path) -> None:
     assert state["extra"] == {"counting": {"count": 1}}
     assert json.loads((folder / "accounting.json").read_text())["predicted"]["memory"]["counter"] == 8
 
-    resumed = (*SETTINGS, "--training.output_dir", "runs/counted", "--resume", str(folder / "checkpoints" / "step-000004"))
+    resumed = (
+        *SETTINGS,
+        "--training.output_dir",
+        "runs/counted",
+        "--resume",
+        str(folder / "checkpoints" / "step-000004"),
+    )
     run("fork", 2, str(script), *resumed, cwd=tmp_path)
     assert losses(folder) == plain
     found = hooks()
