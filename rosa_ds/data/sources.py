@@ -134,7 +134,13 @@ def _load_file(path: Path) -> datasets.Dataset:
         raise ValueError(f"data source {path} is empty")
     if path.suffix != ".parquet":
         _check_text(path)
-    options = {"sep": separator} if path.suffix == ".csv" and (separator := _separator(path)) != "," else {}
+    options = {}
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", errors="replace") as stream:
+            header = stream.readline()
+        # where the first line has no comma: what spreadsheets write in countries with a decimal comma
+        separator = next((mark for mark in ",;\t" if mark in header), ",")
+        options = {"sep": separator} if separator != "," else {}
     try:
         with _quiet():
             return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train", **options)
@@ -158,15 +164,6 @@ def _check_text(path: Path) -> None:
             raise _not_text(f"data source {path}", error) from None
     if b"\0" in begin:
         raise ValueError(f"data source {path} is not UTF-8 text (byte 0x00 at {begin.index(0)}): is it a binary file?")
-
-
-def _separator(path: Path) -> str:
-    """What stands between the columns of a CSV file's first line: a comma, or where it has none a semicolon or a tab, which
-    spreadsheets write in countries with a decimal comma.
-    """
-    with path.open(encoding="utf-8-sig", errors="replace") as stream:
-        header = stream.readline()
-    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 @contextlib.contextmanager
