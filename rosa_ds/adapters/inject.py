@@ -41,6 +41,9 @@ _DRAW = DrawSettings()
 logger = logging.getLogger(__name__)
 
 
+PARTS = ("A", "B", "values", "positions")
+
+
 @dataclasses.dataclass(frozen=True)
 class InjectReport:
     """What :func:`inject` did: names of the adapted layers and counts of numbers."""
@@ -66,74 +69,6 @@ class InjectReport:
 
     def _parts(self) -> tuple[tuple[int, str], ...]:
         return ((self.low_rank, "low-rank"), (self.sparse, "sparse"), (self.whole, "whole modules"))
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The model's adapted layers by name, in the model's order."""
-    return {module.name: module for module in model.modules() if isinstance(module, AdaptedLinear)}
-
-
-PARTS = ("A", "B", "values", "positions")
-
-
-def adapter_parts(model: nn.Module) -> dict[int, str]:
-    """``id`` of every parameter that belongs to an adapter -> which of :data:`PARTS` it is."""
-    layers = adapted_layers(model).values()
-    pairs = ((getattr(layer, part), part) for layer in layers for part in PARTS)
-    return {id(parameter): part for parameter, part in pairs if parameter is not None}
-
-
-def changed_parameters(model: nn.Module, planned: bool = False) -> list[str]:
-    """Names of the base's parameters that the adapter has changed, or with ``planned`` that it will change.
-
-    Draws write beside a quantised weight, which is the base as it ever was.
-    """
-    adapter = active_adapter(model)
-    draws = planned and adapter.config.parts.resampled
-    layers = [layer for layer in adapted_layers(model).values() if layer.form is None]
-    drawn = [layer.weight_name for layer in layers if layer.drawn or (draws and layer.rank)]
-    return drawn + adapter.whole
-
-
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one that has this name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, child, module)
-
-
-def _count_entries(name: str, numel: int, density: float) -> int:
-    if density > 0 and numel > MAX_POSITIONS:
-        raise ValueError(
-            f"{name}.weight has {numel:,} entries, int32 positions reach {MAX_POSITIONS:,}: leave it out "
-            "of the sparse part with adapter.density_pattern"
-        )
-    return round(density * numel)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerPlan:
-    """What one layer is given: ``rank``, ``entries`` of the sparse part, ``scale`` of ``B A``, ``dropout``."""
-
-    rank: int
-    entries: int
-    scale: float
-    dropout: float
-
-
-def plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> LayerPlan:
-    """What the settings give a layer. Raises: ValueError for more entries or directions than can be."""
-    draws = config.parts.resampled
-    rank = by_pattern(name, config.rank_pattern, config.rank) if config.parts.low_rank else 0
-    density = by_pattern(name, config.density_pattern, config.density) if config.parts.sparse else 0.0
-    shape = stored_shape(layer)
-    if draws and rank >= (smaller := min(shape)):
-        raise ValueError(
-            f"rank {rank} of {name} takes all {smaller} directions of its weight: lower adapter.rank (or adapter.rank_pattern "
-            "for this layer), or train it whole with adapter.modules_to_save"
-        )
-    alpha = by_pattern(name, config.alpha_pattern, config.alpha)
-    scale = alpha / rank if rank and not draws else 1.0
-    return LayerPlan(rank, _count_entries(name, shape.numel(), density), scale, 0.0 if draws else config.dropout)
 
 
 def inject(
@@ -210,17 +145,39 @@ def _match(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, Linear], 
     return targets, whole
 
 
-def _wrap(
-    model: nn.Module, config: AdapterConfig, seed: int, targets: Mapping[str, Linear], plans: Mapping[str, LayerPlan]
-) -> None:
-    """Put an :class:`AdaptedLinear` in the place of every layer that gets a part."""
-    subspace = config.parts.resampled
-    for name, plan in plans.items():
-        if plan.rank or plan.entries:
-            old = targets[name]
-            parts = (plan.rank, plan.scale, plan.dropout, plan.entries)
-            adapted = AdaptedLinear(old, name, *parts, seed, config.sparse_product, subspace)
-            set_submodule(model, name, adapted.train(old.training))
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What one layer is given: ``rank``, ``entries`` of the sparse part, ``scale`` of ``B A``, ``dropout``."""
+
+    rank: int
+    entries: int
+    scale: float
+    dropout: float
+
+
+def plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> LayerPlan:
+    """What the settings give a layer. Raises: ValueError for more entries or directions than can be."""
+    draws = config.parts.resampled
+    rank = by_pattern(name, config.rank_pattern, config.rank) if config.parts.low_rank else 0
+    density = by_pattern(name, config.density_pattern, config.density) if config.parts.sparse else 0.0
+    shape = stored_shape(layer)
+    if draws and rank >= (smaller := min(shape)):
+        raise ValueError(
+            f"rank {rank} of {name} takes all {smaller} directions of its weight: lower adapter.rank (or adapter.rank_pattern "
+            "for this layer), or train it whole with adapter.modules_to_save"
+        )
+    alpha = by_pattern(name, config.alpha_pattern, config.alpha)
+    scale = alpha / rank if rank and not draws else 1.0
+    return LayerPlan(rank, _count_entries(name, shape.numel(), density), scale, 0.0 if draws else config.dropout)
+
+
+def _count_entries(name: str, numel: int, density: float) -> int:
+    if density > 0 and numel > MAX_POSITIONS:
+        raise ValueError(
+            f"{name}.weight has {numel:,} entries, int32 positions reach {MAX_POSITIONS:,}: leave it out "
+            "of the sparse part with adapter.density_pattern"
+        )
+    return round(density * numel)
 
 
 def _check_finite(layers: Mapping[str, nn.Module]) -> None:
@@ -242,6 +199,19 @@ def _check_trainable(model: nn.Module, modules: list[str]) -> None:
                 )
 
 
+def _wrap(
+    model: nn.Module, config: AdapterConfig, seed: int, targets: Mapping[str, Linear], plans: Mapping[str, LayerPlan]
+) -> None:
+    """Put an :class:`AdaptedLinear` in the place of every layer that gets a part."""
+    subspace = config.parts.resampled
+    for name, plan in plans.items():
+        if plan.rank or plan.entries:
+            old = targets[name]
+            parts = (plan.rank, plan.scale, plan.dropout, plan.entries)
+            adapted = AdaptedLinear(old, name, *parts, seed, config.sparse_product, subspace)
+            set_submodule(model, name, adapted.train(old.training))
+
+
 def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool, name: str) -> None:
     known, parts = adapters_of(model), adapter_parts(model)
     whole = [own for own, p in model.named_parameters() if p.requires_grad and id(p) not in parts]
@@ -250,13 +220,28 @@ def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool, 
         keep(model, changed_parameters(model, planned=True))
 
 
-def check_without_engine(model: nn.Module) -> None:
-    """Raise ValueError for a model whose parameters have masters in a DeepSpeed engine: they would undo what is written."""
-    if any(map(zero.belongs_to_engine, model.parameters())):
-        raise ValueError(
-            "this model belongs to a DeepSpeed engine already, whose float32 masters would undo what is written to it: do it "
-            "before deepspeed.initialize"
-        )
+def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
+    layers = adapted_layers(model)
+    count = {"A": 0, "B": 0, "values": 0, "whole": 0, "frozen": 0}
+    own = adapter_parts(model)
+    numbers = _quantized_numbers(model)
+    for parameter in model.parameters():
+        key = own.get(id(parameter), "whole" if parameter.requires_grad else "frozen")
+        if key != "positions":
+            count[key] += numbers.get(id(parameter), zero.full_numel(parameter))
+    low_rank = count["A"] + count["B"]
+    return InjectReport(tuple(layers), whole, low_rank, count["values"], count["whole"], count["frozen"])
+
+
+def _quantized_numbers(model: nn.Module) -> dict[int, int]:
+    """``id`` of the parameters that stand for a quantised weight -> how many of its numbers they count for."""
+    numbers: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, (AdaptedLinear, QuantizedLinear)) and module.form is not None:
+            numbers |= {id(module.weight): module.form.numel, id(module.weight_scales): 0}
+            if isinstance(module, AdaptedLinear) and module.change is not None:
+                numbers[id(module.change)] = 0
+    return numbers
 
 
 def draw(
@@ -290,6 +275,15 @@ def draw(
     _draw(model, settings, seed, adapter.draws if number is None else number)
 
 
+def check_without_engine(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters have masters in a DeepSpeed engine: they would undo what is written."""
+    if any(map(zero.belongs_to_engine, model.parameters())):
+        raise ValueError(
+            "this model belongs to a DeepSpeed engine already, whose float32 masters would undo what is written to it: do it "
+            "before deepspeed.initialize"
+        )
+
+
 def _check_drawable(model: nn.Module) -> None:
     if any(zero.is_partitioned(p) or p.is_meta for p in model.parameters()):
         raise ValueError(
@@ -309,39 +303,6 @@ def _draw(model: nn.Module, settings: DrawSettings, seed: int, number: int) -> N
     active_adapter(model).draws = number + 1
 
 
-def _report(model: nn.Module, whole: tuple[str, ...]) -> InjectReport:
-    layers = adapted_layers(model)
-    count = {"A": 0, "B": 0, "values": 0, "whole": 0, "frozen": 0}
-    own = adapter_parts(model)
-    numbers = _quantized_numbers(model)
-    for parameter in model.parameters():
-        key = own.get(id(parameter), "whole" if parameter.requires_grad else "frozen")
-        if key != "positions":
-            count[key] += numbers.get(id(parameter), zero.full_numel(parameter))
-    low_rank = count["A"] + count["B"]
-    return InjectReport(tuple(layers), whole, low_rank, count["values"], count["whole"], count["frozen"])
-
-
-def _quantized_numbers(model: nn.Module) -> dict[int, int]:
-    """``id`` of the parameters that stand for a quantised weight -> how many of its numbers they count for."""
-    numbers: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, (AdaptedLinear, QuantizedLinear)) and module.form is not None:
-            numbers |= {id(module.weight): module.form.numel, id(module.weight_scales): 0}
-            if isinstance(module, AdaptedLinear) and module.change is not None:
-                numbers[id(module.change)] = 0
-    return numbers
-
-
-def _check_whole(model: nn.Module) -> None:
-    if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            "this model's parameters are partitioned by ZeRO-3 or over the ranks, so nothing can be merged into them: save the adapter "
-            "(rosa_ds.save_adapter) and merge it into a model of one process, as rosa-ds export does"
-        )
-    check_enabled(model)
-
-
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Fold the adapter into the base weights and put plain layers back: an ordinary transformers model again.
@@ -359,6 +320,34 @@ def merge(model: nn.Module) -> nn.Module:
     _fold(model)
     adapters_of(model).active = None
     return model
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with its adapters folded in, for evaluation or generation; after the block as before, bit for bit.
+
+    Keeps a copy of the adapted base weights meanwhile, or of a quantised base the dense one.
+    """
+    _check_whole(model)
+    layers = _mergeable(model)
+    backup = {name: layer.weight.detach().clone() for name, layer in layers.items() if layer.form is None}
+    try:
+        _fold(model)
+        yield model
+    finally:
+        for name, layer in layers.items():
+            if name in backup:
+                layer.weight.data.copy_(backup[name])
+            set_submodule(model, name, layer)
+
+
+def _check_whole(model: nn.Module) -> None:
+    if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "this model's parameters are partitioned by ZeRO-3 or over the ranks, so nothing can be merged into them: save the adapter "
+            "(rosa_ds.save_adapter) and merge it into a model of one process, as rosa-ds export does"
+        )
+    check_enabled(model)
 
 
 @torch.no_grad()
@@ -381,20 +370,31 @@ def _mergeable(model: nn.Module) -> dict[str, AdaptedLinear | QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-@contextlib.contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its adapters folded in, for evaluation or generation; after the block as before, bit for bit.
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The model's adapted layers by name, in the model's order."""
+    return {module.name: module for module in model.modules() if isinstance(module, AdaptedLinear)}
 
-    Keeps a copy of the adapted base weights meanwhile, or of a quantised base the dense one.
+
+def adapter_parts(model: nn.Module) -> dict[int, str]:
+    """``id`` of every parameter that belongs to an adapter -> which of :data:`PARTS` it is."""
+    layers = adapted_layers(model).values()
+    pairs = ((getattr(layer, part), part) for layer in layers for part in PARTS)
+    return {id(parameter): part for parameter, part in pairs if parameter is not None}
+
+
+def changed_parameters(model: nn.Module, planned: bool = False) -> list[str]:
+    """Names of the base's parameters that the adapter has changed, or with ``planned`` that it will change.
+
+    Draws write beside a quantised weight, which is the base as it ever was.
     """
-    _check_whole(model)
-    layers = _mergeable(model)
-    backup = {name: layer.weight.detach().clone() for name, layer in layers.items() if layer.form is None}
-    try:
-        _fold(model)
-        yield model
-    finally:
-        for name, layer in layers.items():
-            if name in backup:
-                layer.weight.data.copy_(backup[name])
-            set_submodule(model, name, layer)
+    adapter = active_adapter(model)
+    draws = planned and adapter.config.parts.resampled
+    layers = [layer for layer in adapted_layers(model).values() if layer.form is None]
+    drawn = [layer.weight_name for layer in layers if layer.drawn or (draws and layer.rank)]
+    return drawn + adapter.whole
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that has this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, child, module)

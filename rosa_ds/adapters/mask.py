@@ -26,47 +26,39 @@ Mask = dict[str, Tensor]
 """Weight name -> (Z,) sorted int32 positions, flat row-major in the weight as it is stored."""
 
 
-def _check_finite(score: Tensor) -> None:
-    if not torch.isfinite(score).all():
-        raise ValueError("a mask's score is not finite: the loss or its gradient overflowed while it was collected")
+def compute_mask(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], score: Score = "mean_squared", seed: int = 42
+) -> Mask:
+    """The mask of every adapted layer with a sparse part, in one process.
 
+    Args:
+        model: a model after :func:`rosa_ds.inject`; its parameters and gradients are left as they are.
+        batches: keyword arguments of the model with ``labels``, one per optimizer step. Not read for ``random``
+            and ``magnitude``.
+        score: how entries are ranked.
+        seed: of ``random``.
 
-def top_positions(score: Tensor, count: int) -> Tensor:
-    """The ``count`` entries with the largest score. Shapes: score any; result (count,) int32, sorted."""
-    _check_finite(score)
-    return score.flatten().topk(count, sorted=False).indices.sort().values.to(torch.int32)
-
-
-def gradient_score(kind: Score, total: Tensor, weight: Tensor) -> Tensor:
-    """The score of every entry from ``total``, the sum over steps of what :class:`rosa_ds.config.mask_scores.Ranking` says.
-
-    Raises: ValueError for a score that does not come from gradients.
+    Raises: ValueError for an unknown score, no batches, if no layer has a sparse part, or a layer's gradient is zero everywhere.
     """
-    ranking = ranking_of(kind)
-    if ranking.gradient is None or ranking.of is None:
-        from_gradients = [name for name, other in RANKINGS.items() if other.gradient is not None]
-        raise ValueError(f"mask.score {kind!r} does not come from gradients: use one of {', '.join(from_gradients)}")
-    return ranking.of(total, weight.detach())
-
-
-def _whole(layer: AdaptedLinear, rows: slice = slice(None)) -> Tensor:
-    """Rows of a layer's base as it is stored, with what a draw has split off it."""
-    A, B = layer.A, layer.B
-    if A is not None and B is not None:
-        A, B = (A[:, rows], B) if layer.transposed else (A, B[rows])  # type: ignore[assignment]
-    return layer.undrawn(layer.weight_rows(rows), A, B)
-
-
-def static_positions(kind: Score, layer: AdaptedLinear, weight: Tensor, seed: int) -> Tensor:
-    """The mask of a score that needs no gradient. Shapes: weight whole; (Z,) int32."""
-    ranking = ranking_of(kind)
-    if ranking.gradient is not None:
-        raise ValueError(f"mask.score {kind!r} needs gradients")
-    if ranking.of is None:
-        generator = keyed_generator(seed, layer.name, "mask")
-        chosen = torch.randperm(layer.weight_numel, generator=generator)[: layer.entries]
-        return chosen.sort().values.to(torch.int32)
-    return top_positions(ranking.of(weight.detach(), weight.detach()), layer.entries)
+    check_enabled(model)
+    ranking = ranking_of(score)
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
+    if not layers:
+        raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")
+    if ranking.gradient is None:
+        return {layer.weight_name: static_positions(score, layer, _whole(layer), seed) for layer in layers.values()}
+    collector = MaskCollector(layers, score, dict.fromkeys(layers, 0), 0, lambda tensor, owner: None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    collector.attach()
+    try:
+        for batch in batches:
+            torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
+            collector.end_step()
+    finally:
+        collector.detach()
+    if collector.steps == 0:
+        raise ValueError(f"mask.score {score} needs gradients and batches has none: give one batch for each step")
+    return {layer.weight_name: collector.positions(name, _whole(layer)) for name, layer in layers.items()}
 
 
 class MaskCollector:
@@ -222,39 +214,55 @@ class MaskCollector:
         return top_positions(gradient_score(self.score, scores.to(weight.device), weight), layer.entries)
 
 
-def compute_mask(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], score: Score = "mean_squared", seed: int = 42
-) -> Mask:
-    """The mask of every adapted layer with a sparse part, in one process.
+def gradient_score(kind: Score, total: Tensor, weight: Tensor) -> Tensor:
+    """The score of every entry from ``total``, the sum over steps of what :class:`rosa_ds.config.mask_scores.Ranking` says.
 
-    Args:
-        model: a model after :func:`rosa_ds.inject`; its parameters and gradients are left as they are.
-        batches: keyword arguments of the model with ``labels``, one per optimizer step. Not read for ``random``
-            and ``magnitude``.
-        score: how entries are ranked.
-        seed: of ``random``.
-
-    Raises: ValueError for an unknown score, no batches, if no layer has a sparse part, or a layer's gradient is zero everywhere.
+    Raises: ValueError for a score that does not come from gradients.
     """
-    check_enabled(model)
-    ranking = ranking_of(score)
+    ranking = ranking_of(kind)
+    if ranking.gradient is None or ranking.of is None:
+        from_gradients = [name for name, other in RANKINGS.items() if other.gradient is not None]
+        raise ValueError(f"mask.score {kind!r} does not come from gradients: use one of {', '.join(from_gradients)}")
+    return ranking.of(total, weight.detach())
+
+
+def static_positions(kind: Score, layer: AdaptedLinear, weight: Tensor, seed: int) -> Tensor:
+    """The mask of a score that needs no gradient. Shapes: weight whole; (Z,) int32."""
+    ranking = ranking_of(kind)
+    if ranking.gradient is not None:
+        raise ValueError(f"mask.score {kind!r} needs gradients")
+    if ranking.of is None:
+        generator = keyed_generator(seed, layer.name, "mask")
+        chosen = torch.randperm(layer.weight_numel, generator=generator)[: layer.entries]
+        return chosen.sort().values.to(torch.int32)
+    return top_positions(ranking.of(weight.detach(), weight.detach()), layer.entries)
+
+
+def top_positions(score: Tensor, count: int) -> Tensor:
+    """The ``count`` entries with the largest score. Shapes: score any; result (count,) int32, sorted."""
+    _check_finite(score)
+    return score.flatten().topk(count, sorted=False).indices.sort().values.to(torch.int32)
+
+
+def _whole(layer: AdaptedLinear, rows: slice = slice(None)) -> Tensor:
+    """Rows of a layer's base as it is stored, with what a draw has split off it."""
+    A, B = layer.A, layer.B
+    if A is not None and B is not None:
+        A, B = (A[:, rows], B) if layer.transposed else (A, B[rows])  # type: ignore[assignment]
+    return layer.undrawn(layer.weight_rows(rows), A, B)
+
+
+def _check_finite(score: Tensor) -> None:
+    if not torch.isfinite(score).all():
+        raise ValueError("a mask's score is not finite: the loss or its gradient overflowed while it was collected")
+
+
+def set_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+    """Give every layer with a sparse part its positions; nothing is set unless all fit. Raises: as :func:`check_mask`."""
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
-    if not layers:
-        raise ValueError("no layer of this model has a sparse part: inject with method sparse or robust")
-    if ranking.gradient is None:
-        return {layer.weight_name: static_positions(score, layer, _whole(layer), seed) for layer in layers.values()}
-    collector = MaskCollector(layers, score, dict.fromkeys(layers, 0), 0, lambda tensor, owner: None)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    collector.attach()
-    try:
-        for batch in batches:
-            torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
-            collector.end_step()
-    finally:
-        collector.detach()
-    if collector.steps == 0:
-        raise ValueError(f"mask.score {score} needs gradients and batches has none: give one batch for each step")
-    return {layer.weight_name: collector.positions(name, _whole(layer)) for name, layer in layers.items()}
+    check_mask(layers, mask)
+    for layer in layers.values():
+        layer.set_positions(mask[layer.weight_name])
 
 
 def check_mask(layers: Mapping[str, AdaptedLinear], mask: Mapping[str, Tensor]) -> None:
@@ -274,14 +282,6 @@ def check_mask(layers: Mapping[str, AdaptedLinear], mask: Mapping[str, Tensor]) 
         )
     for name, layer in layers.items():
         layer.check_positions(mask[name])
-
-
-def set_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
-    """Give every layer with a sparse part its positions; nothing is set unless all fit. Raises: as :func:`check_mask`."""
-    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.entries}
-    check_mask(layers, mask)
-    for layer in layers.values():
-        layer.set_positions(mask[layer.weight_name])
 
 
 def save_mask(mask: Mapping[str, Tensor], path: Path, origin: Mapping[str, str] | None = None) -> None:

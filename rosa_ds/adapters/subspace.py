@@ -44,85 +44,6 @@ class Drawn:
         return float(difference.norm() / size) if size else float(difference.norm())
 
 
-def choose(directions: Directions, count: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Which singular directions to train, 0 being that of the largest singular value. Shapes: result (rank,), sorted.
-
-    ``random`` is a uniformly drawn subset, ``window`` a uniformly drawn run of neighbours, ends included.
-    """
-    if directions == "random":
-        return torch.randperm(count, generator=generator)[:rank].sort().values
-    first = {"top": 0, "bottom": count - rank}.get(directions)
-    if first is None:
-        first = int(torch.randint(0, count - rank + 1, (1,), generator=generator))
-    return torch.arange(first, first + rank)
-
-
-def _solvers(weight: Tensor, method: Factorization) -> Iterator[tuple[Factorization, torch.dtype, torch.device]]:
-    """What to try, one after another: the method as it is, in float64, in float64 on the CPU, and SVD there."""
-    # an out-of-memory on the device goes this way, too: the CPU has more
-    yield method, weight.dtype, weight.device
-    yield method, torch.float64, weight.device
-    if weight.device.type != "cpu":
-        yield method, torch.float64, torch.device("cpu")
-    if method != "svd":
-        yield "svd", torch.float64, torch.device("cpu")
-
-
-def _factorise(weight: Tensor, indices: Tensor, method: Factorization) -> Tensor:
-    """Singular vectors of the shorter side, as columns, largest singular value first. Shapes: result (min(N, M), R)."""
-    rows, columns = weight.shape
-    if method == "svd":
-        U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
-        return (U if rows <= columns else Vh.mT)[:, indices]
-    gram = weight @ weight.mT if rows <= columns else weight.mT @ weight
-    _, vectors = torch.linalg.eigh(gram)
-    return vectors[:, gram.shape[0] - 1 - indices]  # eigh sorts upwards
-
-
-def _defect(basis: Tensor) -> float:
-    """How far columns are from orthonormal; infinite for what is not finite."""
-    deviation = (basis.mT @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)).abs().max()
-    return float(deviation) if bool(torch.isfinite(deviation)) else float("inf")
-
-
-def singular_directions(weight: Tensor, indices: Tensor, method: Factorization) -> tuple[Tensor, int]:
-    """Chosen singular vectors of the shorter side of a weight, checked, and how many attempts failed before.
-
-    Shapes: weight (N, M) float32 or float64, result (min(N, M), R) of its dtype.
-    Raises: ValueError if no way of factorising gives orthonormal vectors, as with numbers that are not finite.
-    """
-    failed: list[str] = []
-    for how, dtype, device in _solvers(weight, method):
-        try:
-            basis = _factorise(weight.to(device, dtype), indices.to(device), how)
-            problem = None if (defect := _defect(basis)) <= ORTHONORMAL else f"vectors {defect:.1e} off orthonormal"
-        except RuntimeError as error:  # LinAlgError, and what cuSOLVER raises for other reasons
-            problem = str(error).splitlines()[0]
-        if problem is None:
-            return basis.to(weight.device, weight.dtype), len(failed)
-        failed.append(f"{how} in {str(dtype).removeprefix('torch.')} on {device.type}: {problem}")
-        logger.warning("factorisation %s", failed[-1])
-    raise ValueError(f"a weight of {tuple(weight.shape)} cannot be factorised ({'; '.join(failed)})")
-
-
-def random_directions(features: int, rank: int, generator: torch.Generator) -> Tensor:
-    """A random orthonormal basis. Shapes: result (features, rank), float32, on the CPU."""
-    return torch.linalg.qr(torch.randn(features, rank, generator=generator))[0]
-
-
-def _balance(A: Tensor, B: Tensor, sigma: str) -> tuple[Tensor, Tensor]:
-    """Give the length σ of each component of ``B A`` to ``A``, to ``B``, or to both alike; the product stays.
-
-    A component without length stays where it is: divided by zero it would never be trained.
-    """
-    length_A, length_B = A.norm(dim=1), B.norm(dim=0)
-    lengths = length_A * length_B
-    wanted = {"A": lengths, "B": torch.ones_like(lengths), "even": lengths.sqrt()}[sigma]
-    smallest = torch.finfo(A.dtype).eps * lengths.max()
-    factor = torch.where(lengths > smallest, wanted / length_A.clamp_min(torch.finfo(A.dtype).tiny), 1.0)
-    return A * factor[:, None], B / factor
-
-
 @float32_products()
 def split_off(
     weight: Tensor, rank: int, settings: DrawSettings, generator: torch.Generator, dtype: torch.dtype
@@ -146,6 +67,85 @@ def split_off(
         A, B = (basis.mT @ weight, basis) if rows <= columns else (basis.mT, weight @ basis)
     A, B = (factor.to(dtype).to(weight.dtype).contiguous() for factor in _balance(A, B, settings.sigma))
     return Drawn(A, B, torch.addmm(weight, B, A, alpha=-1), fallbacks)
+
+
+def choose(directions: Directions, count: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Which singular directions to train, 0 being that of the largest singular value. Shapes: result (rank,), sorted.
+
+    ``random`` is a uniformly drawn subset, ``window`` a uniformly drawn run of neighbours, ends included.
+    """
+    if directions == "random":
+        return torch.randperm(count, generator=generator)[:rank].sort().values
+    first = {"top": 0, "bottom": count - rank}.get(directions)
+    if first is None:
+        first = int(torch.randint(0, count - rank + 1, (1,), generator=generator))
+    return torch.arange(first, first + rank)
+
+
+def random_directions(features: int, rank: int, generator: torch.Generator) -> Tensor:
+    """A random orthonormal basis. Shapes: result (features, rank), float32, on the CPU."""
+    return torch.linalg.qr(torch.randn(features, rank, generator=generator))[0]
+
+
+def singular_directions(weight: Tensor, indices: Tensor, method: Factorization) -> tuple[Tensor, int]:
+    """Chosen singular vectors of the shorter side of a weight, checked, and how many attempts failed before.
+
+    Shapes: weight (N, M) float32 or float64, result (min(N, M), R) of its dtype.
+    Raises: ValueError if no way of factorising gives orthonormal vectors, as with numbers that are not finite.
+    """
+    failed: list[str] = []
+    for how, dtype, device in _solvers(weight, method):
+        try:
+            basis = _factorise(weight.to(device, dtype), indices.to(device), how)
+            problem = None if (defect := _defect(basis)) <= ORTHONORMAL else f"vectors {defect:.1e} off orthonormal"
+        except RuntimeError as error:  # LinAlgError, and what cuSOLVER raises for other reasons
+            problem = str(error).splitlines()[0]
+        if problem is None:
+            return basis.to(weight.device, weight.dtype), len(failed)
+        failed.append(f"{how} in {str(dtype).removeprefix('torch.')} on {device.type}: {problem}")
+        logger.warning("factorisation %s", failed[-1])
+    raise ValueError(f"a weight of {tuple(weight.shape)} cannot be factorised ({'; '.join(failed)})")
+
+
+def _factorise(weight: Tensor, indices: Tensor, method: Factorization) -> Tensor:
+    """Singular vectors of the shorter side, as columns, largest singular value first. Shapes: result (min(N, M), R)."""
+    rows, columns = weight.shape
+    if method == "svd":
+        U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return (U if rows <= columns else Vh.mT)[:, indices]
+    gram = weight @ weight.mT if rows <= columns else weight.mT @ weight
+    _, vectors = torch.linalg.eigh(gram)
+    return vectors[:, gram.shape[0] - 1 - indices]  # eigh sorts upwards
+
+
+def _solvers(weight: Tensor, method: Factorization) -> Iterator[tuple[Factorization, torch.dtype, torch.device]]:
+    """What to try, one after another: the method as it is, in float64, in float64 on the CPU, and SVD there."""
+    # an out-of-memory on the device goes this way, too: the CPU has more
+    yield method, weight.dtype, weight.device
+    yield method, torch.float64, weight.device
+    if weight.device.type != "cpu":
+        yield method, torch.float64, torch.device("cpu")
+    if method != "svd":
+        yield "svd", torch.float64, torch.device("cpu")
+
+
+def _defect(basis: Tensor) -> float:
+    """How far columns are from orthonormal; infinite for what is not finite."""
+    deviation = (basis.mT @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)).abs().max()
+    return float(deviation) if bool(torch.isfinite(deviation)) else float("inf")
+
+
+def _balance(A: Tensor, B: Tensor, sigma: str) -> tuple[Tensor, Tensor]:
+    """Give the length σ of each component of ``B A`` to ``A``, to ``B``, or to both alike; the product stays.
+
+    A component without length stays where it is: divided by zero it would never be trained.
+    """
+    length_A, length_B = A.norm(dim=1), B.norm(dim=0)
+    lengths = length_A * length_B
+    wanted = {"A": lengths, "B": torch.ones_like(lengths), "even": lengths.sqrt()}[sigma]
+    smallest = torch.finfo(A.dtype).eps * lengths.max()
+    factor = torch.where(lengths > smallest, wanted / length_A.clamp_min(torch.finfo(A.dtype).tiny), 1.0)
+    return A * factor[:, None], B / factor
 
 
 def overlap(new: Tensor, old: Tensor) -> Tensor:

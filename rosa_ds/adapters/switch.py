@@ -24,45 +24,32 @@ from rosa_ds.adapters.registry import adapter_names, adapters_of, exchange
 from rosa_ds.utils.suggest import did_you_mean
 
 
-def _set_disabled(model: nn.Module, value: bool) -> None:
-    known = adapters_of(model)
-    if known.active is None and not known.parked:
-        raise ValueError("this model has no adapter: rosa_ds.inject(model, config) or rosa_ds.load_adapter comes first")
-    if known.disabled == value:
-        return
-    if known.active is not None:
-        exchange(model, changed_parameters(model))
-    for layer in adapted_layers(model).values():
-        layer.disabled = value
-    known.disabled = value
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Put the adapter of this name in the place of the one that is in the model.
 
-
-def disable(model: nn.Module) -> None:
-    """Let the model compute what the base computes, bit for bit, until :func:`enable`. Works inside an engine and under ZeRO-3.
-
-    For reference logits: the adapter is not to be trained, saved or merged meanwhile.
-
-    Raises: ValueError if the adapter has changed numbers of the base (a subspace method, modules that are trained whole,
-        method full) that were not kept, see ``keep_base`` of :func:`rosa_ds.inject`, or that ZeRO-3 has partitioned.
+    Raises: ValueError for a name that the model does not have; as :func:`disable` for what cannot be exchanged.
     """
-    _set_disabled(model, True)
+    known = adapters_of(model)
+    if name not in adapter_names(model):
+        names = adapter_names(model)
+        raise ValueError(
+            f"this model has no adapter {name!r} ({', '.join(names) or 'none'}).{did_you_mean(name, names)}"
+        )
+    if known.disabled:
+        enable(model)
+    if known.active is None or name != known.active.name:
+        park(model)
+        unpark(model, name)
 
 
-def enable(model: nn.Module) -> None:
-    """Take :func:`disable` back."""
-    _set_disabled(model, False)
-
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as :func:`disable` leaves it; after the block as before: ``with disabled(model): reference = model(...)``."""
-    was = adapters_of(model).disabled
-    disable(model)
-    try:
-        yield model
-    finally:
-        if not was:
-            enable(model)
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter; where it is the one in the model, the plain base is left. Raises: as :func:`set_adapter`."""
+    known = adapters_of(model)
+    if name not in adapter_names(model):
+        set_adapter(model, name)
+    if known.active is not None and name == known.active.name:
+        park(model)
+    del known.parked[name]
 
 
 @torch.no_grad()
@@ -110,29 +97,42 @@ def unpark(model: nn.Module, name: str) -> None:
     exchange(model, changed_parameters(model))
 
 
-def set_adapter(model: nn.Module, name: str) -> None:
-    """Put the adapter of this name in the place of the one that is in the model.
+def disable(model: nn.Module) -> None:
+    """Let the model compute what the base computes, bit for bit, until :func:`enable`. Works inside an engine and under ZeRO-3.
 
-    Raises: ValueError for a name that the model does not have; as :func:`disable` for what cannot be exchanged.
+    For reference logits: the adapter is not to be trained, saved or merged meanwhile.
+
+    Raises: ValueError if the adapter has changed numbers of the base (a subspace method, modules that are trained whole,
+        method full) that were not kept, see ``keep_base`` of :func:`rosa_ds.inject`, or that ZeRO-3 has partitioned.
     """
-    known = adapters_of(model)
-    if name not in adapter_names(model):
-        names = adapter_names(model)
-        raise ValueError(
-            f"this model has no adapter {name!r} ({', '.join(names) or 'none'}).{did_you_mean(name, names)}"
-        )
-    if known.disabled:
-        enable(model)
-    if known.active is None or name != known.active.name:
-        park(model)
-        unpark(model, name)
+    _set_disabled(model, True)
 
 
-def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter; where it is the one in the model, the plain base is left. Raises: as :func:`set_adapter`."""
+def enable(model: nn.Module) -> None:
+    """Take :func:`disable` back."""
+    _set_disabled(model, False)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as :func:`disable` leaves it; after the block as before: ``with disabled(model): reference = model(...)``."""
+    was = adapters_of(model).disabled
+    disable(model)
+    try:
+        yield model
+    finally:
+        if not was:
+            enable(model)
+
+
+def _set_disabled(model: nn.Module, value: bool) -> None:
     known = adapters_of(model)
-    if name not in adapter_names(model):
-        set_adapter(model, name)
-    if known.active is not None and name == known.active.name:
-        park(model)
-    del known.parked[name]
+    if known.active is None and not known.parked:
+        raise ValueError("this model has no adapter: rosa_ds.inject(model, config) or rosa_ds.load_adapter comes first")
+    if known.disabled == value:
+        return
+    if known.active is not None:
+        exchange(model, changed_parameters(model))
+    for layer in adapted_layers(model).values():
+        layer.disabled = value
+    known.disabled = value

@@ -22,49 +22,6 @@ Value = TypeVar("Value", int, float)
 Linear: TypeAlias = nn.Linear | Conv1D | QuantizedLinear
 
 
-def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """All ``nn.Linear`` and ``Conv1D`` layers, quantised or not, by name, in the model's order."""
-    kinds = (nn.Linear, Conv1D, QuantizedLinear)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def head_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the output head among ``layers`` (what ``all-linear`` leaves out)."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    names = {name for name, layer in layers.items() if layer is head}
-    # Heads of classification models are not output embeddings, but train whole or not at all.
-    return names | {name for name in layers if name.partition(".")[0] in ("score", "classifier", *head_modules(model))}
-
-
-def _matches(name: str, wanted: str) -> bool:
-    if name == wanted or name.endswith("." + wanted):
-        return True
-    try:
-        return re.fullmatch(wanted, name) is not None
-    except re.error:
-        return False
-
-
-def match_names(wanted: Iterable[str], names: Iterable[str], setting: str) -> list[str]:
-    """The ``names`` that equal a wanted one, end in it after a dot, or match it as a whole regular expression.
-
-    Raises:
-        ValueError: a wanted name that matches nothing, with the nearest names.
-    """
-    names = list(names)
-    found: set[str] = set()
-    for pattern in wanted:
-        matching = {name for name in names if _matches(name, pattern)}
-        if not matching:
-            endings = {part for name in names for part in (name, name.rsplit(".", 1)[-1])}
-            hint = did_you_mean(pattern, endings)
-            last = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-            raise ValueError(f"{setting} {pattern!r} matches no module.{hint} There are: {', '.join(last)}")
-        found |= matching
-    return [name for name in names if name in found]
-
-
 def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ()) -> dict[str, Linear]:
     """The layers to adapt, by name, in the model's order.
 
@@ -94,6 +51,49 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
         )
     _check_untied(model, names, layers)
     return {name: layers[name] for name in names}
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """All ``nn.Linear`` and ``Conv1D`` layers, quantised or not, by name, in the model's order."""
+    kinds = (nn.Linear, Conv1D, QuantizedLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def head_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the output head among ``layers`` (what ``all-linear`` leaves out)."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    names = {name for name, layer in layers.items() if layer is head}
+    # Heads of classification models are not output embeddings, but train whole or not at all.
+    return names | {name for name in layers if name.partition(".")[0] in ("score", "classifier", *head_modules(model))}
+
+
+def match_names(wanted: Iterable[str], names: Iterable[str], setting: str) -> list[str]:
+    """The ``names`` that equal a wanted one, end in it after a dot, or match it as a whole regular expression.
+
+    Raises:
+        ValueError: a wanted name that matches nothing, with the nearest names.
+    """
+    names = list(names)
+    found: set[str] = set()
+    for pattern in wanted:
+        matching = {name for name in names if _matches(name, pattern)}
+        if not matching:
+            endings = {part for name in names for part in (name, name.rsplit(".", 1)[-1])}
+            hint = did_you_mean(pattern, endings)
+            last = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+            raise ValueError(f"{setting} {pattern!r} matches no module.{hint} There are: {', '.join(last)}")
+        found |= matching
+    return [name for name in names if name in found]
+
+
+def _matches(name: str, wanted: str) -> bool:
+    if name == wanted or name.endswith("." + wanted):
+        return True
+    try:
+        return re.fullmatch(wanted, name) is not None
+    except re.error:
+        return False
 
 
 def _check_untied(model: nn.Module, names: Iterable[str], layers: Mapping[str, Linear]) -> None:

@@ -22,49 +22,28 @@ from rosa_ds.models.stream import Base, open_base
 from rosa_ds.models.task import settle_padding
 
 
-def check_base(source: StoredAdapter) -> ModelSettings:
-    """Settings that load the base of a trained state. Raises: ValueError if its weights are others now."""
-    description = source.description
-    settings = identified(description.base)
-    if description.base.get("hash") not in (None, identify(settings)["hash"]):
-        raise ValueError(
-            f"{source.folder} was trained on other weights than {settings.name_or_path} has now: restore the base, or give its "
-            f"path in {description_file(source.folder).name}"
-        )
-    return settings
+def load_merged(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
+    """The base with its adapter folded in: summed in float32, rounded once to ``dtype``.
 
-
-def open_adapted(source: StoredAdapter) -> tuple[PreTrainedModel, Base | None]:
-    """The base injected for a trained state, without numbers, and where they are, as :func:`rosa_ds.models.stream.open_base`.
-
-    Errors as :func:`load_adapted`.
+    A base that is stored in ``dtype``, quantised by nobody and changed by no draw is never held in float32.
     """
-    settings, description = check_base(source), source.description
-    if settings.quantization == "none":
-        model, base = open_base(settings, stored_dtype(settings))
-    else:
-        model, base = open_quantized(settings, torch.float32, description.config.modules_to_save)
-    inject(model, description.config, description.seed, draw=None)
-    return model, base
+    settings = identified(source.description.base)
+    narrow = not source.base and settings.quantization == "none" and stored_dtype(settings) == dtype
+    model = load_adapted(source, dtype if narrow else torch.float32, merge_base)
+    merge(model)
+    # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
+    for name, parameter in model.named_parameters():
+        parameter.data = rounded(name, parameter.data, dtype)
+    model.config.dtype = dtype
+    return model
 
 
-def dense_change(
-    layer: AdaptedLinear, source: StoredAdapter, base: Base | None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """``W_fixed + scale · B A − W``, (N, M): what draws and the low-rank part make of a layer that :func:`open_adapted` has."""
-    changed = source.changed(layer.drawn_name)
-    if changed is None:
-        difference = torch.zeros(layer.weight_shape, dtype=dtype)
-    elif layer.form is not None:
-        difference = changed.to(dtype)
-    else:
-        before = layer.weight.detach() if base is None else base.rows(layer.weight_name, slice(None))
-        difference = changed.to(dtype) - before.to(dtype)
-    difference = difference.T if layer.transposed else difference
-    if f"{layer.name}.A" not in source.trained:
-        return difference
-    A, B = source.trained[f"{layer.name}.A"].to(dtype), source.trained[f"{layer.name}.B"].to(dtype)
-    return torch.addmm(difference, B, A, alpha=layer.scale)
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the type that it is written in. Raises: ValueError for numbers that float16 has not."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and not is_finite(found):
+        raise ValueError(f"{name} has numbers beyond float16's 65,504: give --dtype bfloat16 or float32")
+    return found
 
 
 def load_adapted(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
@@ -100,28 +79,16 @@ def _load_on_original(source: StoredAdapter, model: PreTrainedModel) -> PreTrain
     return model.eval()
 
 
-def load_merged(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
-    """The base with its adapter folded in: summed in float32, rounded once to ``dtype``.
-
-    A base that is stored in ``dtype``, quantised by nobody and changed by no draw is never held in float32.
-    """
-    settings = identified(source.description.base)
-    narrow = not source.base and settings.quantization == "none" and stored_dtype(settings) == dtype
-    model = load_adapted(source, dtype if narrow else torch.float32, merge_base)
-    merge(model)
-    # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
-    for name, parameter in model.named_parameters():
-        parameter.data = rounded(name, parameter.data, dtype)
-    model.config.dtype = dtype
-    return model
-
-
-def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in the type that it is written in. Raises: ValueError for numbers that float16 has not."""
-    found = tensor.to(dtype)
-    if dtype == torch.float16 != tensor.dtype and not is_finite(found):
-        raise ValueError(f"{name} has numbers beyond float16's 65,504: give --dtype bfloat16 or float32")
-    return found
+def check_base(source: StoredAdapter) -> ModelSettings:
+    """Settings that load the base of a trained state. Raises: ValueError if its weights are others now."""
+    description = source.description
+    settings = identified(description.base)
+    if description.base.get("hash") not in (None, identify(settings)["hash"]):
+        raise ValueError(
+            f"{source.folder} was trained on other weights than {settings.name_or_path} has now: restore the base, or give its "
+            f"path in {description_file(source.folder).name}"
+        )
+    return settings
 
 
 def run_tokenizer(source: StoredAdapter) -> PreTrainedTokenizerBase:
@@ -131,3 +98,36 @@ def run_tokenizer(source: StoredAdapter) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         return tokenizer
     return load_tokenizer(identified(source.description.base))
+
+
+def open_adapted(source: StoredAdapter) -> tuple[PreTrainedModel, Base | None]:
+    """The base injected for a trained state, without numbers, and where they are, as :func:`rosa_ds.models.stream.open_base`.
+
+    Errors as :func:`load_adapted`.
+    """
+    settings, description = check_base(source), source.description
+    if settings.quantization == "none":
+        model, base = open_base(settings, stored_dtype(settings))
+    else:
+        model, base = open_quantized(settings, torch.float32, description.config.modules_to_save)
+    inject(model, description.config, description.seed, draw=None)
+    return model, base
+
+
+def dense_change(
+    layer: AdaptedLinear, source: StoredAdapter, base: Base | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``W_fixed + scale · B A − W``, (N, M): what draws and the low-rank part make of a layer that :func:`open_adapted` has."""
+    changed = source.changed(layer.drawn_name)
+    if changed is None:
+        difference = torch.zeros(layer.weight_shape, dtype=dtype)
+    elif layer.form is not None:
+        difference = changed.to(dtype)
+    else:
+        before = layer.weight.detach() if base is None else base.rows(layer.weight_name, slice(None))
+        difference = changed.to(dtype) - before.to(dtype)
+    difference = difference.T if layer.transposed else difference
+    if f"{layer.name}.A" not in source.trained:
+        return difference
+    A, B = source.trained[f"{layer.name}.A"].to(dtype), source.trained[f"{layer.name}.B"].to(dtype)
+    return torch.addmm(difference, B, A, alpha=layer.scale)

@@ -29,20 +29,6 @@ logger = logging.getLogger(__name__)
 EXPORT_FILE = "rosa_ds.json"
 
 
-def _choose_base(settings: ModelSettings, wanted: MergeBase | None) -> MergeBase | None:
-    """What is merged into; ``None`` for a base that was never quantised. Raises: ValueError for what there is not."""
-    gguf = settings.name_or_path.endswith(".gguf")
-    if wanted is not None and settings.quantization == "none" and not gguf:
-        raise ValueError(
-            f"--merge-base is for quantised bases, {settings.name_or_path} was used as it is: leave it out"
-        )
-    if wanted == "original" and gguf:
-        raise ValueError(
-            f"--merge-base original: {settings.name_or_path} has no other weights than its quantised ones: use dequantized"
-        )
-    return (wanted or "dequantized") if gguf or settings.quantization != "none" else None
-
-
 def export_merged(
     path: str | Path, out: str | Path, dtype: torch.dtype | None, merge_base: MergeBase | None = None
 ) -> Path:
@@ -99,6 +85,20 @@ def export_merged(
     return out
 
 
+def _choose_base(settings: ModelSettings, wanted: MergeBase | None) -> MergeBase | None:
+    """What is merged into; ``None`` for a base that was never quantised. Raises: ValueError for what there is not."""
+    gguf = settings.name_or_path.endswith(".gguf")
+    if wanted is not None and settings.quantization == "none" and not gguf:
+        raise ValueError(
+            f"--merge-base is for quantised bases, {settings.name_or_path} was used as it is: leave it out"
+        )
+    if wanted == "original" and gguf:
+        raise ValueError(
+            f"--merge-base original: {settings.name_or_path} has no other weights than its quantised ones: use dequantized"
+        )
+    return (wanted or "dequantized") if gguf or settings.quantization != "none" else None
+
+
 def _tell_errors(settings: ModelSettings, errors: dict[str, float]) -> None:
     width = max(map(len, errors))
     lines = "\n".join(f"{name:{width}}  {error:.2%}" for name, error in errors.items())
@@ -143,12 +143,6 @@ def export_peft(path: str | Path, out: str | Path, rank: int | None) -> Path:
     return out
 
 
-def _sign(folder: Path, origin: dict[str, Any]) -> None:
-    """Say where an export comes from and which files it has, so that a later one may replace it."""
-    files = sorted(path.name for path in folder.iterdir())
-    write_json(folder / EXPORT_FILE, {**origin, "files": files})
-
-
 def _free_folder(out: str | Path, source: Path) -> Path:
     """``out``, if it is not the source, and nothing or only an earlier export of ours is in it."""
     out = Path(out)
@@ -173,3 +167,9 @@ def _free_folder(out: str | Path, source: Path) -> Path:
             f"{out} holds {sorted(there - ours)[0]}, which is not an earlier export's: give another folder"
         )
     return out
+
+
+def _sign(folder: Path, origin: dict[str, Any]) -> None:
+    """Say where an export comes from and which files it has, so that a later one may replace it."""
+    files = sorted(path.name for path in folder.iterdir())
+    write_json(folder / EXPORT_FILE, {**origin, "files": files})

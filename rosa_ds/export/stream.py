@@ -41,6 +41,84 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def write_merged(rows: MergedRows, folder: Path, metadata: dict[str, str]) -> None:
+    """The merged model as safetensors files, one for each of the base's, with their names and an index like theirs."""
+    files: dict[str, list[_Entry]] = {}
+    names = {key: name for name, key in rows.base.names.items()}
+    places = [(key, names[key], path.name) for key, path in rows.base.files.items() if key in names]
+    if rows.base.new:  # a head beside the base's model: the names that it has together with that
+        places = [(name, name, file) for _, name, file in places]
+        places += [(name, name, max(file for _, _, file in places)) for name in rows.base.new]
+    for key, name, file in places:
+        entry = _Entry(key, name, rows.out_dtype(name), tuple(rows.base.shape(name)))
+        files.setdefault(file, []).append(entry)
+    files = dict(sorted(files.items()))
+    total = sum(entry.bytes for entries in files.values() for entry in entries)
+    single = len(files) == 1
+    with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
+        for number, entries in enumerate(files.values(), start=1):
+            # as safetensors sorts them, so that every number is aligned
+            entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.key))
+            target = SINGLE if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            with (folder / target).open("wb") as stream:
+                _write_file(stream, entries, rows, metadata, bar)
+    if not single:
+        index = {
+            entry.key: f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            for number, entries in enumerate(files.values(), start=1)
+            for entry in entries
+        }
+        content = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(index.items()))}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+    rows.base.close()
+
+
+def _write_file(stream: BinaryIO, entries: list[_Entry], rows: MergedRows, metadata: dict[str, str], bar: tqdm) -> None:
+    """One safetensors file: a header that says where everything will be, then everything. Format: huggingface/safetensors."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for entry in entries:
+        header[entry.key] = {
+            "dtype": _DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    pending: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        for entry in entries:
+            written = 0
+            for block in rows.blocks(entry.name):
+                content = _bytes_of(block)
+                pending.append(writer.submit(stream.write, content))
+                while len(pending) > WRITTEN_BEHIND:
+                    bar.update(pending.popleft().result())
+                written += len(content)
+            assert written == entry.bytes, f"{entry.name}: another size than its header says"
+        for waiting in pending:
+            bar.update(waiting.result())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    key: str
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class MergedRows:
     """Rows of every tensor of a checkpoint with a trained state folded in.
 
@@ -159,81 +237,3 @@ class MergedRows:
             base = original
         change = self.source.changed(f"{layer}.change")
         return base if change is None else base + change.float()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    key: str
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def _write_file(stream: BinaryIO, entries: list[_Entry], rows: MergedRows, metadata: dict[str, str], bar: tqdm) -> None:
-    """One safetensors file: a header that says where everything will be, then everything. Format: huggingface/safetensors."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    offset = 0
-    for entry in entries:
-        header[entry.key] = {
-            "dtype": _DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.bytes],
-        }
-        offset += entry.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    pending: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        for entry in entries:
-            written = 0
-            for block in rows.blocks(entry.name):
-                content = _bytes_of(block)
-                pending.append(writer.submit(stream.write, content))
-                while len(pending) > WRITTEN_BEHIND:
-                    bar.update(pending.popleft().result())
-                written += len(content)
-            assert written == entry.bytes, f"{entry.name}: another size than its header says"
-        for waiting in pending:
-            bar.update(waiting.result())
-
-
-def write_merged(rows: MergedRows, folder: Path, metadata: dict[str, str]) -> None:
-    """The merged model as safetensors files, one for each of the base's, with their names and an index like theirs."""
-    files: dict[str, list[_Entry]] = {}
-    names = {key: name for name, key in rows.base.names.items()}
-    places = [(key, names[key], path.name) for key, path in rows.base.files.items() if key in names]
-    if rows.base.new:  # a head beside the base's model: the names that it has together with that
-        places = [(name, name, file) for _, name, file in places]
-        places += [(name, name, max(file for _, _, file in places)) for name in rows.base.new]
-    for key, name, file in places:
-        entry = _Entry(key, name, rows.out_dtype(name), tuple(rows.base.shape(name)))
-        files.setdefault(file, []).append(entry)
-    files = dict(sorted(files.items()))
-    total = sum(entry.bytes for entries in files.values() for entry in entries)
-    single = len(files) == 1
-    with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
-        for number, entries in enumerate(files.values(), start=1):
-            # as safetensors sorts them, so that every number is aligned
-            entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.key))
-            target = SINGLE if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            with (folder / target).open("wb") as stream:
-                _write_file(stream, entries, rows, metadata, bar)
-    if not single:
-        index = {
-            entry.key: f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            for number, entries in enumerate(files.values(), start=1)
-            for entry in entries
-        }
-        content = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(index.items()))}
-        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
-    rows.base.close()

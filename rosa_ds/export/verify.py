@@ -53,45 +53,6 @@ class Verification:
         )
 
 
-def error_bound(dtype: torch.dtype, layers: int) -> float:
-    """What rounding the merged weights to ``dtype`` may do to the logits, as a relative RMS.
-
-    Each of ``layers`` products adds an independent relative error of at most the unit roundoff, so their square sum
-    grows with √layers. Arithmetic in float32 bounds it from below.
-    """
-    roundoff = torch.finfo(dtype).eps / 2
-    return math.sqrt(layers) * max(roundoff, 8 * torch.finfo(torch.float32).eps)
-
-
-@torch.no_grad()
-def largest_entry_error(layer: AdaptedLinear, exported: Tensor, seed: int = 0) -> float:
-    """How far exported weight entries are from what the layer computes, as a multiple of their rounding.
-
-    The layer is applied to unit vectors of up to 128 random input features and up to 128 that hold sparse entries, so its
-    own forward, not the merge, says what the weight should be. At most 1 where every entry was rounded once; float32
-    arithmetic of the layer itself is allowed for.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randperm(layer.in_features, generator=generator)[:128]
-    if layer.positions is not None and layer.mask_known:
-        chosen = layer.positions[torch.randperm(layer.entries, generator=generator)[:128]].long()
-        features = torch.cat(
-            [features, chosen // layer.out_features if layer.transposed else chosen % layer.in_features]
-        )
-    features = features.unique()
-    units = torch.zeros(len(features), layer.in_features).scatter_(1, features[:, None], 1.0)
-    expected = layer(units) - (0 if layer.bias is None else layer.bias)
-    logical = exported.T if layer.transposed else exported
-    difference = (logical.T[features].double() - expected.double()).abs()
-    arithmetic = 8 * torch.finfo(torch.float32).eps * expected.abs().max()
-    return float((difference / (torch.finfo(exported.dtype).eps / 2 * expected.abs() + arithmetic)).max())
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, prompts: list[Tensor]) -> Tensor:
-    return torch.cat([torch.atleast_2d(model(input_ids=ids).logits[0].double()) for ids in prompts])
-
-
 def verify(source: str | Path, exported: str | Path, merge_base: MergeBase = "dequantized") -> Verification:
     """Compare the adapter model with the merged model reloaded from disk, both computed in float32.
 
@@ -125,3 +86,42 @@ def verify(source: str | Path, exported: str | Path, merge_base: MergeBase = "de
         kl=float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
         top1_agreement=float((expected.argmax(-1) == actual.argmax(-1)).double().mean()),
     )
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, prompts: list[Tensor]) -> Tensor:
+    return torch.cat([torch.atleast_2d(model(input_ids=ids).logits[0].double()) for ids in prompts])
+
+
+@torch.no_grad()
+def largest_entry_error(layer: AdaptedLinear, exported: Tensor, seed: int = 0) -> float:
+    """How far exported weight entries are from what the layer computes, as a multiple of their rounding.
+
+    The layer is applied to unit vectors of up to 128 random input features and up to 128 that hold sparse entries, so its
+    own forward, not the merge, says what the weight should be. At most 1 where every entry was rounded once; float32
+    arithmetic of the layer itself is allowed for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randperm(layer.in_features, generator=generator)[:128]
+    if layer.positions is not None and layer.mask_known:
+        chosen = layer.positions[torch.randperm(layer.entries, generator=generator)[:128]].long()
+        features = torch.cat(
+            [features, chosen // layer.out_features if layer.transposed else chosen % layer.in_features]
+        )
+    features = features.unique()
+    units = torch.zeros(len(features), layer.in_features).scatter_(1, features[:, None], 1.0)
+    expected = layer(units) - (0 if layer.bias is None else layer.bias)
+    logical = exported.T if layer.transposed else exported
+    difference = (logical.T[features].double() - expected.double()).abs()
+    arithmetic = 8 * torch.finfo(torch.float32).eps * expected.abs().max()
+    return float((difference / (torch.finfo(exported.dtype).eps / 2 * expected.abs() + arithmetic)).max())
+
+
+def error_bound(dtype: torch.dtype, layers: int) -> float:
+    """What rounding the merged weights to ``dtype`` may do to the logits, as a relative RMS.
+
+    Each of ``layers`` products adds an independent relative error of at most the unit roundoff, so their square sum
+    grows with √layers. Arithmetic in float32 bounds it from below.
+    """
+    roundoff = torch.finfo(dtype).eps / 2
+    return math.sqrt(layers) * max(roundoff, 8 * torch.finfo(torch.float32).eps)
