@@ -97,7 +97,7 @@ def write_adapter(model: nn.Module, stored: StoredAdapter, base_files: Iterable[
         try:
             made = peft_format.peft_folder(model, stored)
             made.write(temporary)
-            record = peft_format.record_of(made)
+            record = made.record
         except peft_format.NotInPeftError as reason:
             parts = description.config.parts
             if not (parts.everything or parts.resampled):

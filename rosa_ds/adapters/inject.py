@@ -61,14 +61,12 @@ class InjectReport:
 
     def __str__(self) -> str:
         share = self.trained / max(1, self.trained + self.frozen)
-        parts = [f"{count:,} {what}" for count, what in self._parts() if count]
+        parts = [(self.low_rank, "low-rank"), (self.sparse, "sparse"), (self.whole, "whole modules")]
+        said = ", ".join(f"{count:,} {what}" for count, what in parts if count)
         return (
-            f"{len(self.adapted)} layers adapted; {self.trained:,} trained ({', '.join(parts)}), "
+            f"{len(self.adapted)} layers adapted; {self.trained:,} trained ({said}), "
             f"{self.frozen:,} frozen: {share:.2%} trained"
         )
-
-    def _parts(self) -> tuple[tuple[int, str], ...]:
-        return ((self.low_rank, "low-rank"), (self.sparse, "sparse"), (self.whole, "whole modules"))
 
 
 def inject(
@@ -122,7 +120,12 @@ def inject(
         check_exchangeable(p for m in (*changed, *map(model.get_submodule, whole)) for p in m.parameters())
 
     model.requires_grad_(False)
-    _wrap(model, config, seed, targets, plans)
+    for target, plan in plans.items():
+        if plan.rank or plan.entries:
+            old = targets[target]
+            parts = (plan.rank, plan.scale, plan.dropout, plan.entries)
+            adapted = AdaptedLinear(old, target, *parts, seed, config.sparse_product, config.parts.resampled)
+            set_submodule(model, target, adapted.train(old.training))
     for module in whole:
         model.get_submodule(module).requires_grad_(True)
     _enter(model, config, seed, keep_base, name)
@@ -166,18 +169,14 @@ def plan_layer(name: str, layer: nn.Module, config: AdapterConfig) -> LayerPlan:
             f"rank {rank} of {name} takes all {smaller} directions of its weight: lower adapter.rank (or adapter.rank_pattern "
             "for this layer), or train it whole with adapter.modules_to_save"
         )
-    alpha = by_pattern(name, config.alpha_pattern, config.alpha)
-    scale = alpha / rank if rank and not draws else 1.0
-    return LayerPlan(rank, _count_entries(name, shape.numel(), density), scale, 0.0 if draws else config.dropout)
-
-
-def _count_entries(name: str, numel: int, density: float) -> int:
-    if density > 0 and numel > MAX_POSITIONS:
+    if density > 0 and shape.numel() > MAX_POSITIONS:
         raise ValueError(
-            f"{name}.weight has {numel:,} entries, int32 positions reach {MAX_POSITIONS:,}: leave it out "
+            f"{name}.weight has {shape.numel():,} entries, int32 positions reach {MAX_POSITIONS:,}: leave it out "
             "of the sparse part with adapter.density_pattern"
         )
-    return round(density * numel)
+    alpha = by_pattern(name, config.alpha_pattern, config.alpha)
+    scale = alpha / rank if rank and not draws else 1.0
+    return LayerPlan(rank, round(density * shape.numel()), scale, 0.0 if draws else config.dropout)
 
 
 def _check_finite(layers: Mapping[str, nn.Module]) -> None:
@@ -197,19 +196,6 @@ def _check_trainable(model: nn.Module, modules: list[str]) -> None:
                     f"{inner} is quantised, so it cannot be trained whole: leave it out of rosa_ds.quantize (skip=...), or in a run "
                     "name its module in adapter.modules_to_save"
                 )
-
-
-def _wrap(
-    model: nn.Module, config: AdapterConfig, seed: int, targets: Mapping[str, Linear], plans: Mapping[str, LayerPlan]
-) -> None:
-    """Put an :class:`AdaptedLinear` in the place of every layer that gets a part."""
-    subspace = config.parts.resampled
-    for name, plan in plans.items():
-        if plan.rank or plan.entries:
-            old = targets[name]
-            parts = (plan.rank, plan.scale, plan.dropout, plan.entries)
-            adapted = AdaptedLinear(old, name, *parts, seed, config.sparse_product, subspace)
-            set_submodule(model, name, adapted.train(old.training))
 
 
 def _enter(model: nn.Module, config: AdapterConfig, seed: int, keep_base: bool, name: str) -> None:

@@ -322,6 +322,11 @@ class PeftFolder:
     tensors: dict[str, Tensor]
     entries: dict[str, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a folder has to say beside PEFT's files, so that :func:`read_record` gives back what was written."""
+        return {"config": _digest(self.config), "entries": self.entries}
+
     def write(self, folder: Path) -> None:
         write_tensors(folder / TENSOR_FILE, self.tensors, {"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
@@ -445,8 +450,11 @@ def _folder(
         "modules_to_save": sorted(modules) or None,
         "inference_mode": True,
     }
-    wide = {f"{PREFIX}{name}": _widened(tensor) for name, tensor in {**tensors, **whole}.items()}
-    return PeftFolder({**common, **config}, wide)
+    named = {f"{PREFIX}{name}": tensor for name, tensor in {**tensors, **whole}.items()}
+    for name, tensor in named.items():
+        if tensor.is_floating_point():
+            named[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return PeftFolder({**common, **config}, named)
 
 
 def _trained_whole(model: nn.Module, stored: StoredAdapter) -> dict[str, Tensor]:
@@ -463,15 +471,6 @@ def _trained_whole(model: nn.Module, stored: StoredAdapter) -> dict[str, Tensor]
                 raise NotInPeftError(f"adapter.modules_to_save {name}", why)
             found[name] = tensor
     return found
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
-
-
-def record_of(made: PeftFolder) -> dict[str, Any]:
-    """What a folder has to say beside PEFT's files, so that :func:`read_record` gives back what was written."""
-    return {"config": _digest(made.config), "entries": made.entries}
 
 
 def read_record(folder: Path, record: Mapping[str, Any]) -> tuple[TensorFiles, TensorFiles]:

@@ -232,10 +232,8 @@ def check_fit(
     for name in names:
         found = tensors.shape(name) if isinstance(tensors, TensorFiles) else tuple(tensors[name].shape)
         if found != (shape := tuple(zero.full_shape(parameters[name]))):
-            raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: {_other_base(found, shape)}")
-
-
-def _other_base(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    if len(found) == 2 and found[1:] == wanted[1:]:
-        return "is it another base, or one whose embedding was resized? Save the resized model and give that folder"
-    return "is it another base?"
+            resized = len(found) == 2 and found[1:] == shape[1:]
+            more = (
+                ", or one whose embedding was resized? Save the resized model and give that folder" if resized else "?"
+            )
+            raise ValueError(f"{where}: {name} is {found}, the model's is {shape}: is it another base{more}")

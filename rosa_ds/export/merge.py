@@ -77,7 +77,9 @@ def export_merged(
             write_merged(rows, temporary, metadata)
             if rows.quantization_error:
                 origin["quantization_error"] = rows.quantization_error
-                _tell_errors(settings, rows.quantization_error)
+                width = max(map(len, rows.quantization_error))
+                lines = "\n".join(f"{name:{width}}  {error:.2%}" for name, error in rows.quantization_error.items())
+                logger.info("what %s loses of each weight, ‖W − Q‖ / ‖W‖:\n%s", settings.quantization, lines)
             settle_padding(model, tokenizer)
             _write_configs(model, settings, dtype, temporary)
         tokenizer.save_pretrained(temporary)
@@ -97,12 +99,6 @@ def _choose_base(settings: ModelSettings, wanted: MergeBase | None) -> MergeBase
             f"--merge-base original: {settings.name_or_path} has no other weights than its quantised ones: use dequantized"
         )
     return (wanted or "dequantized") if gguf or settings.quantization != "none" else None
-
-
-def _tell_errors(settings: ModelSettings, errors: dict[str, float]) -> None:
-    width = max(map(len, errors))
-    lines = "\n".join(f"{name:{width}}  {error:.2%}" for name, error in errors.items())
-    logger.info("what %s loses of each weight, ‖W − Q‖ / ‖W‖:\n%s", settings.quantization, lines)
 
 
 def _write_configs(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype | None, folder: Path) -> None:

@@ -92,7 +92,8 @@ def _write_file(stream: BinaryIO, entries: list[_Entry], rows: MergedRows, metad
         for entry in entries:
             written = 0
             for block in rows.blocks(entry.name):
-                content = _bytes_of(block)
+                flat = block.contiguous().reshape(-1)
+                content = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
                 pending.append(writer.submit(stream.write, content))
                 while len(pending) > WRITTEN_BEHIND:
                     bar.update(pending.popleft().result())
@@ -100,11 +101,6 @@ def _write_file(stream: BinaryIO, entries: list[_Entry], rows: MergedRows, metad
             assert written == entry.bytes, f"{entry.name}: another size than its header says"
         for waiting in pending:
             bar.update(waiting.result())
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 @dataclasses.dataclass(frozen=True)
