@@ -206,7 +206,7 @@ def _build(case: StepCase, name: str, mask: Callable[[], Mask]) -> _Candidate:
             quantize(model, kind)
         inject(model, _adapter(case, name), case.seed)
     candidate = _on_deepspeed(case, model) if case.deepspeed else _plain(model)
-    if METHODS[name].sparse:
+    if name not in PEERS and METHODS[name].sparse:
         set_mask(model, mask())
     return candidate
 
