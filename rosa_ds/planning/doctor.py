@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 import rosa_kernels
 from rosa_ds import distributed
+from rosa_ds.zero.group import shared_buffers
 from rosa_ds.zero.ops import buildable_ops
 from rosa_kernels.testing import random_positions, relative_rms
 
@@ -210,9 +211,8 @@ def memory_and_limits() -> Iterator[Finding]:
     """Shared memory and the limits that runs meet."""
     shared = shutil.disk_usage("/dev/shm")
     ranks = distributed.planned_local_size(1)
-    left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"))
     short = shared.free < 2 * ranks * SHARED_BUFFER
-    found = f"{shared.free / _GIB:.2f} of {shared.total / _GIB:.2f} GiB free; {len(left)} of DeepSpeed's buffers in it"
+    found = f"{shared.free / _GIB:.2f} of {shared.total / _GIB:.2f} GiB free; {len(shared_buffers())} of DeepSpeed's buffers in it"
     yield Finding("/dev/shm", found, "a container's is 64 MB by default: docker run --shm-size 8g" if short else "")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield Finding("open files", str(files), "ulimit -n 65536" if files < 4096 else "")

@@ -18,6 +18,8 @@ from rosa_ds.utils.rendezvous import check_ranks, choose_gloo_interface, join_sl
 
 logger = logging.getLogger(__name__)
 LOCK_MINUTES = 5.0
+SHARED_MEMORY = Path("/dev/shm")
+_BUFFER = "deepspeed_allreduce_buffer"
 
 
 def _free_port() -> int:
@@ -102,10 +104,15 @@ def tell_of_locks() -> None:
             )
 
 
+def shared_buffers() -> list[Path]:
+    """Those of this user's runs on this machine, also of runs that were killed."""
+    return sorted(SHARED_MEMORY.glob(f"{_BUFFER}_{os.getuid()}_*"))
+
+
 def _remove_shared_buffer() -> None:
     """DeepSpeed's communication op for CPUs leaves 66 MiB of shared memory behind for each rank of every run."""
     name = "_".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
+    (SHARED_MEMORY / f"{_BUFFER}_{os.getuid()}_{name}").unlink(missing_ok=True)
 
 
 def has_float16() -> bool:
