@@ -124,9 +124,9 @@ ROW = {"text": "fine", "label": "x"}
         (
             [{"text": "fine", "label": 0.5}] * 2,
             {},
-            r"'label' is a column of floating-point numbers \(row 1: 0.5\), and regression",
+            r"row 1: 'label' is a column of floating-point numbers \(0.5\), and regression",
         ),
-        ([{"text": "fine", "label": ["x"]}] * 2, {}, "'label' holds List: a class is a whole number or a text"),
+        ([{"text": "fine", "label": ["x"]}] * 2, {}, "'label' holds list: a class is a whole number or a text"),
         ([{"text": "fine"}] * 2, {}, "no column 'label'.* Name the one with the class: data.label_column"),
         ([ROW], {"label_column": "lable"}, "no column 'lable'. Did you mean label"),
         ([ROW], {"text_column": "txt"}, "no column 'txt'. Did you mean text"),

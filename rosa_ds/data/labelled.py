@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ PAIRS = (
 )
 SINGLE = ("text", "sentence")
 LABEL = "label"
+NUMBER = re.compile(r"[+-]?(\d+|\d*\.\d+|\d+\.)([eE][+-]?\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,23 +97,29 @@ def find_classes(source: str, settings: DataSettings, known: Sequence[str] = ())
     """
     rows = load_rows(source, "train")
     column = find_columns(rows, settings).label
-    read = _class_names(rows, column)
-    feature = rows.data.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        classes = list(feature.names)
-    else:
-        found = {value: read(value) for value in rows.data.unique(column)}
-        whole = feature.dtype.startswith(("int", "uint"))
-        order = sorted(
-            (value for value, name in found.items() if name), key=lambda value: value if whole else found[value]
-        )
-        classes = list(dict.fromkeys(found[value] for value in order))
+    classes = rows.class_names(column) or _classes_that_occur(rows, column)
     if len(classes) < 2:
         raise ValueError(
             f"{rows.name}: {column!r} has {'one class, ' + classes[0] if classes else 'no class'}: a classifier tells two or more "
             "apart; name those that do not occur with model.labels"
         )
     return list(known) if set(known) == set(classes) else classes
+
+
+def _classes_that_occur(rows: Rows, column: str) -> list[str]:
+    found: dict[str, Any] = {}
+    for index, value in enumerate(rows.values(column)):
+        try:
+            found.setdefault(_class_name(value, column), value)
+        except ValueError as error:
+            raise rows.refused(index, error) from None
+    found.pop("", None)
+    if rows.untyped and all(NUMBER.fullmatch(name) for name in found):
+        if fraction := next((name for name in found if not name.lstrip("+-").isdigit()), None):
+            raise ValueError(f"{rows.name}: {_regression(column, fraction)}")
+        return sorted(found, key=lambda name: (int(name), name))
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in found.values())
+    return sorted(found, key=lambda name: found[name] if whole else name)
 
 
 def prepare_labelled(
@@ -134,7 +141,6 @@ def prepare_labelled(
     """
     rows = load_rows(source, purpose)
     columns = find_columns(rows, settings)
-    read = _class_names(rows, columns.label)
     numbers = {name: number for number, name in enumerate(classes)}
 
     def encode(text: str, pair: str | None, **cut: Any) -> Mapping[str, list[int]]:
@@ -147,9 +153,9 @@ def prepare_labelled(
         try:
             pair = None if columns.pair is None else _read_text(row, columns.pair)
             texts = _read_text(row, columns.text), pair
-            name = read(row[columns.label])
+            name = _class_name(row.get(columns.label), columns.label)
             if not name:
-                raise ValueError(f"{columns.label!r} is a class, given {row[columns.label]!r}")
+                raise ValueError(f"{columns.label!r} is a class, given {row.get(columns.label)!r}")
             if name not in numbers:
                 raise ValueError(
                     f"{columns.label!r} is {name!r}, which is none of the classes {', '.join(numbers)} that data.train or model.labels "
@@ -168,13 +174,7 @@ def prepare_labelled(
         return {"ids": ids, "types": parts, "class": numbers[name], "length": len(ids), "full_length": full}
 
     probe = (encode("a", None)["input_ids"], encode("a", "b")["input_ids"])  # special tokens are not in the vocabulary
-    encoded = rows.data.map(
-        encode_row,
-        with_indices=True,
-        remove_columns=rows.data.column_names,
-        new_fingerprint=fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe),
-        desc=f"tokenising {rows.name}",
-    )
+    encoded = rows.map(encode_row, fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe))
     reasons = check_lengths(encoded, rows, settings)
     lengths = np.asarray(encoded["length"], dtype=np.int64)
     keep = lengths <= settings.max_length
@@ -197,7 +197,7 @@ class Columns:
 
 def find_columns(rows: Rows, settings: DataSettings) -> Columns:
     """The columns that the settings name, or that have the usual names. Raises: ValueError if there are none."""
-    names = rows.data.column_names
+    names = rows.columns
     for name in (settings.text_column, settings.pair_column, settings.label_column or LABEL):
         if name is not None and name not in names:
             remedy = (
@@ -222,25 +222,24 @@ def find_columns(rows: Rows, settings: DataSettings) -> Columns:
     return Columns(single, None, label)
 
 
-def _class_names(rows: Rows, column: str) -> Callable[[Any], str]:
-    """What reads a class's name from a row's label. Raises: ValueError for labels that are no classes."""
-    feature = rows.data.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        names = feature.names
-        return lambda value: names[value] if value is not None and 0 <= value < len(names) else ""
-    kind = getattr(feature, "dtype", type(feature).__name__)
-    if kind.startswith(("float", "double", "decimal")):
-        raise ValueError(
-            f"{rows.name}: {column!r} is a column of floating-point numbers (row {rows.first + 1}: {rows.data[0][column]!r}), and "
-            "regression is not trained here: give classes as whole numbers or texts"
-        )
-    if not kind.startswith(("int", "uint", "bool", "string", "large_string")):
-        raise ValueError(f"{rows.name}: {column!r} holds {kind}: a class is a whole number or a text")
-    return lambda value: "" if value is None else str(value).strip()
+def _class_name(value: Any, column: str) -> str:
+    """A row's class, "" if it has none. Raises: ValueError for a label that is no class."""
+    if isinstance(value, float):
+        raise ValueError(_regression(column, value))
+    if not isinstance(value, (int, str, type(None))):
+        raise ValueError(f"{column!r} holds {type(value).__name__}: a class is a whole number or a text")
+    return "" if value is None else str(value).strip()
+
+
+def _regression(column: str, value: object) -> str:
+    return (
+        f"{column!r} is a column of floating-point numbers ({value}), and regression is not trained here: give classes as "
+        "whole numbers or texts"
+    )
 
 
 def _read_text(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
+    value = row.get(column)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)  # a column of numbers
     if not isinstance(value, str):

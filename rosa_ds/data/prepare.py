@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -104,20 +103,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
             "plain": isinstance(example, PlainText),
         }
 
-    name = fingerprint(rows, tokenizer, settings, columns)
-    place = None
-    if not rows.data.cache_files:  # the built-in rows come from no file, beside which the result would be kept
-        cache = Path(datasets.config.HF_DATASETS_CACHE)
-        cache.mkdir(parents=True, exist_ok=True)
-        place = str(cache / f"rosa-{name}.arrow")
-    encoded = rows.data.map(
-        encode,
-        with_indices=True,
-        remove_columns=rows.data.column_names,
-        new_fingerprint=name,
-        cache_file_name=place,
-        desc=f"tokenising {rows.name}",
-    )
+    encoded = rows.map(encode, fingerprint(rows, tokenizer, settings, columns))
     lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))
     reasons = check_lengths(encoded, rows, settings)
     if trained.sum() == 0:
@@ -157,7 +143,7 @@ def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSe
         vocabulary = json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
     rules = hashlib.sha256((vocabulary + special).encode()).hexdigest()
     relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate")
-    key = (rows.data._fingerprint, rows.name, rows.first, rules, tokenizer.chat_template, relevant, "v2")
+    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v3")
     return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,67 @@ _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of a source; ``where(i)`` names the file and the row (from 1) for messages."""
+    """Rows of a source.
 
-    data: datasets.Dataset
+    Attributes:
+        name: of the source, without its slice.
+        fingerprint: the same for the same rows, wherever their file lies.
+        untyped: values have no types of their own: the cells of a CSV file.
+    """
+
+    stored: datasets.Dataset
     name: str
     first: int
+    fingerprint: str
+    untyped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._read, self.stored)
+
+    def map(self, function: Callable[[dict[str, Any], int], Mapping[str, Any]], fingerprint: str) -> datasets.Dataset:
+        """What ``function`` makes of each row and its index. A second call with this ``fingerprint`` finds it on disk."""
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        return self.stored.map(
+            lambda stored, index: function(self._read(stored), index),
+            with_indices=True,
+            remove_columns=self.stored.column_names,
+            new_fingerprint=fingerprint,
+            cache_file_name=str(cache / f"rosa-{fingerprint}.arrow"),
+            desc=f"tokenising {self.name}",
+        )
+
+    def _read(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """A row as its source has it, and the names of its classes, of which Arrow keeps the numbers."""
+        row = dict(stored)
+        for column, names in self._classes.items():
+            if row[column] is not None and 0 <= row[column] < len(names):
+                row[column] = names[row[column]]
+        return row
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, list[str]]:
+        features = self.stored.features.items()
+        return {column: feature.names for column, feature in features if isinstance(feature, datasets.ClassLabel)}
+
+    @functools.cached_property
+    def columns(self) -> list[str]:
+        """All that occur."""
+        return list(self.stored.column_names)
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Of one column, None where a row has none."""
+        return (row[column] for row in self.stored.select_columns(column))
+
+    def class_names(self, column: str) -> list[str] | None:
+        """Of a ClassLabel, in its order; else None."""
+        return self._classes.get(column)
 
     def where(self, index: int) -> str:
+        """File and row (from 1), for messages."""
         return f"{self.name}, row {self.first + index + 1}"
 
     def refused(self, index: int, error: ValueError) -> ValueError:
@@ -41,12 +95,6 @@ class Rows:
         if isinstance(error, UnicodeDecodeError):
             return _not_text(self.where(index), error)
         return ValueError(f"{self.where(index)}: {error}")
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.data)
 
 
 def load_rows(source: str, purpose: str) -> Rows:
@@ -85,7 +133,8 @@ def load_rows(source: str, purpose: str) -> Rows:
     if start >= stop:
         raise ValueError(f"{source}: no rows from {start} to {stop}; there are {len(data)}")
     whole = start == 0 and stop == len(data)
-    return Rows(data if whole else data.select(range(start, stop)), name, start)
+    rows = data if whole else data.select(range(start, stop))
+    return Rows(rows, name, start, rows._fingerprint)
 
 
 def _load_whole(name: str, config: str | None, split: str | None, purpose: str) -> datasets.Dataset:
