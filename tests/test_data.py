@@ -232,7 +232,8 @@ def test_files_and_slices(tmp_path: Path, suffix: str) -> None:
     assert list(load_rows(str(path), "train")) == PAIRS
     sliced = load_rows(f"{path}[1:3]", "train")
     assert list(sliced) == PAIRS[1:3]
-    assert sliced.where(0) == f"{path}, row 2"
+    line = {".json": " (line 1)", ".csv": " (line 3)"}.get(suffix, "")
+    assert sliced.where(0) == f"{path}, row 2{line}"
     assert len(load_rows(f"{path}[3:]", "train")) == 2
 
 
@@ -245,7 +246,7 @@ def test_tables_of_spreadsheets(tmp_path: Path, mark: str) -> None:
     rows = [("a, b; c\td", "x"), (f'Grüße "e" {mark}', "y")]
     assert [(row["question"], row["answer"]) for row in load_rows(str(path), "train")] == rows
     path.write_text(text, encoding="cp1252")
-    with pytest.raises(ValueError, match=r"rows\.csv, row 3 is not UTF-8 text .*save the file as UTF-8"):
+    with pytest.raises(ValueError, match=r"rows\.csv, line 3 is not UTF-8 text .*save the file as UTF-8"):
         load_rows(str(path), "train")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import decimal
+import math
 import string
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,12 +43,21 @@ class Template:
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
-    """A row's text in a column, a number as it is written. Raises: ValueError for a column that is not there or has no text."""
+    """A row's text in a column, a number as it is written, a date of a typed column as ISO 8601 has it.
+
+    Raises: ValueError for a column that is not there or has no text; and for true and false, which are written in many ways.
+    """
     if column not in row:
         raise ValueError(f"there is no column {column!r}.{did_you_mean(column, row)} Columns: {quoted(row)}")
     value = row[column]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        raise ValueError(
+            f"{column!r} is a text that is not empty, given {value!r}: write the word that is meant, as 'yes'"
+        )
+    if isinstance(value, (int, float, decimal.Decimal)) and math.isfinite(value):
         value = str(value)  # a column of numbers, as in a table of answers
+    if isinstance(value, (datetime.date, datetime.time)):
+        value = value.isoformat()
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column!r} is a text that is not empty, given {value!r}")
     return value

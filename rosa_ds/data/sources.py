@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import codecs
+import bisect
 import contextlib
 import dataclasses
 import functools
+import glob
+import hashlib
+import itertools
 import json
+import operator
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.data_files
 
+from rosa_ds.data.readers import file_type, hash_of, is_table, not_text, place_of, read_stored, store_text
 from rosa_ds.data.sql import generate_pairs
 from rosa_ds.utils.suggest import did_you_mean_path
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+TEXTS = {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}
+KNOWN = {*TEXTS, ".parquet"}
 BUILTIN = "builtin:sql"
 BUILTIN_TRAIN_ROWS, BUILTIN_EVAL_ROWS = 1600, 200
 _NAME = re.compile(r"(?P<name>.+?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>\w+))?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
@@ -30,16 +39,18 @@ class Rows:
     """Rows of a source.
 
     Attributes:
+        stored: as :func:`rosa_ds.data.readers.store_text` makes them, or a data set of columns with types.
         name: of the source, without its slice.
         fingerprint: the same for the same rows, wherever their file lies.
-        untyped: values have no types of their own: the cells of a CSV file.
+        first: how many rows of the source are before these.
+        files: of text, each with how many rows of the source are before its own; none where the columns have types.
     """
 
     stored: datasets.Dataset
     name: str
-    first: int
     fingerprint: str
-    untyped: bool = False
+    first: int = 0
+    files: tuple[tuple[Path, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -62,6 +73,8 @@ class Rows:
 
     def _read(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """A row as its source has it, and the names of its classes, of which Arrow keeps the numbers."""
+        if self.files:
+            return read_stored(stored["row"])
         row = dict(stored)
         for column, names in self._classes.items():
             if row[column] is not None and 0 <= row[column] < len(names):
@@ -70,16 +83,25 @@ class Rows:
 
     @functools.cached_property
     def _classes(self) -> dict[str, list[str]]:
-        features = self.stored.features.items()
-        return {column: feature.names for column, feature in features if isinstance(feature, datasets.ClassLabel)}
+        features = {} if self.files else self.stored.features
+        return {
+            column: feature.names for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+        }
 
     @functools.cached_property
     def columns(self) -> list[str]:
-        """All that occur."""
-        return list(self.stored.column_names)
+        """All that occur, in the order of their first rows."""
+        return list(dict.fromkeys(itertools.chain(*self))) if self.files else list(self.stored.column_names)
+
+    @property
+    def untyped(self) -> bool:
+        """Whether values have no types of their own: the cells of a CSV file."""
+        return any(is_table(path) for path, _ in self.files)
 
     def values(self, column: str) -> Iterator[Any]:
         """Of one column, None where a row has none."""
+        if self.files:
+            return (row.get(column) for row in self)
         return (row[column] for row in self.stored.select_columns(column))
 
     def class_names(self, column: str) -> list[str] | None:
@@ -87,14 +109,27 @@ class Rows:
         return self._classes.get(column)
 
     def where(self, index: int) -> str:
-        """File and row (from 1), for messages."""
-        return f"{self.name}, row {self.first + index + 1}"
+        """File, row and line (from 1), for messages."""
+        number = self.first + index
+        if not self.files:
+            return f"{self.name}, row {number + 1}"
+        path, before = self.files[bisect.bisect_right(self.files, number, key=operator.itemgetter(1)) - 1]
+        return place_of(path, number - before + 1, self.stored[index]["line"])
 
     def refused(self, index: int, error: ValueError) -> ValueError:
         """What is wrong with a row, with its place."""
         if isinstance(error, UnicodeDecodeError):
-            return _not_text(self.where(index), error)
+            return not_text(self.where(index), error)
         return ValueError(f"{self.where(index)}: {error}")
+
+    def slice(self, start: int, stop: int) -> Rows:
+        """Rows from ``start`` up to ``stop``."""
+        if (start, stop) == (0, len(self)):
+            return self
+        fingerprint = f"{self.fingerprint}[{start}:{stop}]"
+        return dataclasses.replace(
+            self, stored=self.stored.select(range(start, stop)), first=self.first + start, fingerprint=fingerprint
+        )
 
 
 def load_rows(source: str, purpose: str) -> Rows:
@@ -128,26 +163,45 @@ def load_rows(source: str, purpose: str) -> Rows:
                 f"data source {source!r}: a slice is [start:stop], rows counted from 0, each end a whole number or left out"
             )
         start, stop = int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
-    data = _load_whole(name, config, split, purpose)
-    stop = len(data) if stop is None else min(stop, len(data))
+    rows = _load_whole(name, config, split, purpose)
+    stop = len(rows) if stop is None else min(stop, len(rows))
     if start >= stop:
-        raise ValueError(f"{source}: no rows from {start} to {stop}; there are {len(data)}")
-    whole = start == 0 and stop == len(data)
-    rows = data if whole else data.select(range(start, stop))
-    return Rows(rows, name, start, rows._fingerprint)
+        raise ValueError(f"{source}: no rows from {start} to {stop}; there are {len(rows)}")
+    return rows.slice(start, stop)
 
 
-def _load_whole(name: str, config: str | None, split: str | None, purpose: str) -> datasets.Dataset:
+def _load_whole(name: str, config: str | None, split: str | None, purpose: str) -> Rows:
     if name == BUILTIN:
-        return datasets.Dataset.from_list(_builtin_rows(purpose))
+        data = datasets.Dataset.from_list(_builtin_rows(purpose))
+        return Rows(data, name, data._fingerprint)
     path = Path(name)
-    if path.is_file():
-        return _load_file(path)
-    if not path.is_dir() and (path.suffix in FILE_TYPES or name.startswith((".", "/", "~"))):
+    found = (
+        [path]
+        if path.is_file()
+        else [file for file in map(Path, sorted(glob.glob(name, recursive=True))) if file.is_file()]
+    )
+    if found:
+        if config or split:
+            raise ValueError(f"data source {name}: files have no {'split ' + split if split else 'configuration'}")
+        return _load_files(name, found)
+    if not path.is_dir() and (
+        file_type(path) in FILE_TYPES or name.startswith((".", "/", "~")) or glob.has_magic(name)
+    ):
         raise ValueError(f"data source {name}: no such file or folder.{did_you_mean_path(path)}")
+    wanted = split or ("train" if purpose == "train" else "validation")
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        return _load_saved(name, path / _existing(wanted, splits, name))
+    if (path / "state.json").is_file():
+        if split:
+            raise ValueError(f"data source {name}: what Dataset.save_to_disk has written has no split {split}")
+        return _load_saved(name, path)
     try:
         with _quiet():
-            loaded = datasets.load_dataset(name, config)
+            if path.is_dir():
+                files = _files_of_splits(path, config)
+            else:
+                loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the hub client raises many types; all mean that there is nothing to train on
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if path.is_dir():
@@ -155,64 +209,103 @@ def _load_whole(name: str, config: str | None, split: str | None, purpose: str) 
             there = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "nothing"
             text = f"it holds {there}, and no {', '.join(FILE_TYPES)} file that can be read ({text})"
         raise ValueError(f"data source {name!r} could not be loaded from this folder or the hub: {text}") from error
-    wanted = split or ("train" if purpose == "train" else "validation")
-    if wanted not in loaded:
+    if path.is_dir():
+        return _load_files(name, files[_existing(wanted, files, name)], config, wanted)
+    data = loaded[_existing(wanted, loaded, name)]
+    return Rows(data, name, data._fingerprint)
+
+
+def _existing(split: str, splits: Iterable[str], name: str) -> str:
+    if split not in splits:
         raise ValueError(
-            f"data source {name} has no split {wanted!r}: write {name}:SPLIT with one of {', '.join(loaded)}"
+            f"data source {name} has no split {split!r}: write {name}:SPLIT with one of {', '.join(splits)}"
         )
-    return loaded[wanted]
+    return split
 
 
-@functools.cache
-def _builtin_rows(purpose: str) -> list[dict[str, Any]]:
-    """The generated training rows, or held-out ones, none of which is a training row."""
-    train = generate_pairs(BUILTIN_TRAIN_ROWS, seed=1)
-    if purpose == "train":
-        return train
-    candidates = generate_pairs(2 * BUILTIN_EVAL_ROWS, seed=2)
-    return [row for row in candidates if row not in train][:BUILTIN_EVAL_ROWS]
+def _files_of_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
+    """By the README's configurations, or else by the names of files and folders, as datasets knows them."""
+    cards = [folder / "README.md", folder / ".huggingface.yaml"]
+    if config or any("configs:" in card.read_text(errors="replace") for card in cards if card.is_file()):
+        return _found_by_datasets(folder, config)
+    patterns = datasets.data_files.get_data_patterns(str(folder.resolve()))
+    named = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=str(folder.resolve()))
+    # datasets takes those of the most frequent type, and leaves the others out
+    every = {
+        str(split): [folder / os.path.relpath(file, folder.resolve()) for file in files]
+        for split, files in named.items()
+    }
+    found = {split: [path for path in paths if file_type(path) in KNOWN] for split, paths in every.items()}
+    plain = {split: [path for path in paths if file_type(path) == ".txt"] for split, paths in every.items()}
+    if sum(map(len, plain.values())) >= max(1, sum(map(len, found.values()))):  # no notes beside the data, but data
+        found = {split: [*paths, *plain[split]] for split, paths in found.items()}
+    return {split: paths for split, paths in found.items() if paths} or _found_by_datasets(folder, config)
 
 
-def _load_file(path: Path) -> datasets.Dataset:
-    if path.suffix not in FILE_TYPES:
-        plain = ' (plain texts: a .jsonl file with one {"text": ...} a line)' if path.suffix == ".txt" else ""
+def _found_by_datasets(folder: Path, config: str | None) -> dict[str, list[Path]]:
+    builder = datasets.load_dataset_builder(str(folder), config)
+    return {str(split): [Path(file) for file in files] for split, files in builder.config.data_files.items()}
+
+
+def _load_files(name: str, files: Sequence[Path], config: str | None = None, split: str | None = None) -> Rows:
+    """Rows of all files, one after the other. ``split`` is that of the folder which they are in."""
+    types = {file_type(path): path for path in files}
+    if split is None and (odd := next((path for path in files if file_type(path) not in KNOWN), None)):
+        plain = ' (plain texts: a .jsonl file with one {"text": ...} a line)' if odd.suffix == ".txt" else ""
+        raise ValueError(f"data source {odd}: files end in {', '.join(FILE_TYPES)}; this one in {odd.suffix!r}{plain}")
+    if empty := next((path for path in files if path.stat().st_size == 0), None):
+        raise ValueError(f"data source {empty} is empty")
+    if types.keys() <= TEXTS:
+        return _load_texts(name, files)
+    if len(types) > 1:
         raise ValueError(
-            f"data source {path}: files end in {', '.join(FILE_TYPES)}; this one in {path.suffix!r}{plain}"
+            f"data source {name} has files of several types, whose rows cannot be put together "
+            f"({', '.join(path.name for path in types.values())}): name one type, as in '{name}/*{min(types)}'"
         )
-    if path.stat().st_size == 0:
-        raise ValueError(f"data source {path} is empty")
-    if path.suffix != ".parquet":
-        _check_text(path)
-    options = {}
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", errors="replace") as stream:
-            header = stream.readline()
-        # where the first line has no comma: what spreadsheets write in countries with a decimal comma
-        separator = next((mark for mark in ",;\t" if mark in header), ",")
-        options = {"sep": separator} if separator != "," else {}
+    return _load_typed(name, files, config, split)
+
+
+def _load_texts(name: str, files: Sequence[Path]) -> Rows:
+    contents = [hash_of(path) for path in files]
+    stored = [store_text(path, content) for path, content in zip(files, contents, strict=True)]
+    before = itertools.accumulate((len(rows) for rows in stored), initial=0)
+    places = tuple(zip(files, before, strict=False))  # the last is the sum
+    return Rows(
+        datasets.concatenate_datasets(stored),
+        name,
+        repr([*zip(contents, map(is_table, files), strict=True)]),
+        files=places,
+    )
+
+
+def _load_typed(name: str, files: Sequence[Path], config: str | None, split: str | None) -> Rows:
+    """Of parquet, or of what else datasets reads from a folder. Its own cache knows files by their paths and times."""
+    content = "-".join(hash_of(path) for path in files)
+    place = hashlib.sha256(content.encode()).hexdigest()[:32]
+    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"rosa-{place}")
     try:
         with _quiet():
-            return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train", **options)
+            if file_type(files[0]) == ".parquet":
+                names = [glob.escape(str(path)) for path in files]
+                data = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=cache)
+            else:
+                data = datasets.load_dataset(name, config, split=split, cache_dir=cache)
     except Exception as error:  # arrow, pandas and datasets each raise their own
-        if path.suffix != ".parquet":
-            _find_bad_line(path, path.suffix == ".jsonl")
         cause = error.__cause__ or error
         if any(said in str(cause) for said in _NO_ROWS):
-            raise ValueError(f"data source {path} holds no rows") from error
-        raise ValueError(f"data source {path} cannot be read as {path.suffix}: {cause}") from error
+            raise ValueError(f"data source {name} holds no rows") from error
+        raise ValueError(f"data source {name} cannot be read as {file_type(files[0])}: {cause}") from error
+    return Rows(data, name, f"{content} {split}")
 
 
-def _check_text(path: Path) -> None:
-    """Raise ValueError for a file that begins as no UTF-8 text does: in UTF-16, packed, or binary."""
-    with path.open("rb") as stream:
-        begin = stream.read(1 << 16)
+def _load_saved(name: str, folder: Path) -> Rows:
+    """What Dataset.save_to_disk has written."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(begin)
-    except UnicodeDecodeError as error:
-        if error.start < 2 or b"\0" in begin:
-            raise _not_text(f"data source {path}", error) from None
-    if b"\0" in begin:
-        raise ValueError(f"data source {path} is not UTF-8 text (byte 0x00 at {begin.index(0)}): is it a binary file?")
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise ValueError(f"data source {name}, as Dataset.save_to_disk writes it, cannot be read: {error}") from error
+    files = [Path(file["filename"]) for file in data.cache_files]
+    return Rows(data, name, "-".join(hash_of(path) for path in [folder / "state.json", *files]))
 
 
 @contextlib.contextmanager
@@ -226,26 +319,11 @@ def _quiet() -> Iterator[None]:
         datasets.utils.logging.set_verbosity(level)
 
 
-def _find_bad_line(path: Path, is_json: bool) -> None:
-    """Raise ValueError that names the first line that is not UTF-8 or, of lines of JSON, not an object."""
-    with path.open("rb") as stream:
-        for number, content in enumerate(stream, start=1):
-            try:
-                line = content.decode()
-                row = json.loads(line) if line.strip() and is_json else {}
-            except UnicodeDecodeError as error:
-                raise _not_text(f"{path}, row {number}", error) from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, row {number} is not JSON: {error.msg} at character {error.pos + 1}"
-                ) from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, row {number} is not a JSON object but {type(row).__name__}")
-
-
-def _not_text(where: str, error: UnicodeDecodeError) -> ValueError:
-    byte = error.object[error.start]
-    return ValueError(
-        f"{where} is not UTF-8 text (byte 0x{byte:02x} at {error.start}): save the file as UTF-8, not packed "
-        "(Excel: 'CSV UTF-8'; iconv -f cp1252 -t utf-8)"
-    )
+@functools.cache
+def _builtin_rows(purpose: str) -> list[dict[str, Any]]:
+    """The generated training rows, or held-out ones, none of which is a training row."""
+    train = generate_pairs(BUILTIN_TRAIN_ROWS, seed=1)
+    if purpose == "train":
+        return train
+    candidates = generate_pairs(2 * BUILTIN_EVAL_ROWS, seed=2)
+    return [row for row in candidates if row not in train][:BUILTIN_EVAL_ROWS]

@@ -88,7 +88,7 @@ ROWS = [
         "jsonl in Latin-1",
         "rows.jsonl",
         "rows.jsonl",
-        "row 17",
+        "line 17",
         "UTF-8",
         make=write("rows.jsonl", LINES.encode() + b'{"prompt": "caf\xe9", "completion": "b"}\n'),
     ),
@@ -111,7 +111,7 @@ ROWS = [
         "jsonl whose columns change",
         "rows.jsonl",
         "rows.jsonl, row 17",
-        "'completion'",
+        "completion",
         make=write("rows.jsonl", LINES + '{"prompt": "a", "answer": "b"}\n'),
     ),
     row(
@@ -127,9 +127,9 @@ ROWS = [
     row(
         "csv ragged",
         "rows.csv",
-        "rows.csv",
-        "cannot be read",
-        "line 3",
+        "rows.csv, row 2 (line 3)",
+        "3 cells",
+        "2 columns",
         make=write("rows.csv", "prompt,completion\na,b\na,b,c\n"),
     ),
     row(
@@ -147,7 +147,7 @@ ROWS = [
         "rows.csv",
         "rows.csv, row 2",
         "'completion'",
-        "given None",
+        "given ''",
         make=write("rows.csv", "prompt,completion\na,b\nc,\n"),
     ),
     row(
