@@ -276,18 +276,19 @@ def _table_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, int]]:
     marks = "\t" if file_type(path) == ".tsv" else ",;\t"
     separator = next((mark for mark in marks if head and mark in head[-1]), marks[0])
     reader = csv.reader(itertools.chain(head, lines), delimiter=separator, strict=True)
+    encode = json.JSONEncoder(ensure_ascii=False).encode
     columns: list[str] = []
     limit = csv.field_size_limit(sys.maxsize)
     count = 0
     try:
         while True:
             begin = reader.line_num + 1
-            place = place_of(path, count + 1, begin) if columns else f"{path}, line {begin}"
             try:
                 cells = next(reader)
             except StopIteration:
                 break
             except csv.Error as error:
+                place = place_of(path, count + 1, begin) if columns else f"{path}, line {begin}"
                 raise ValueError(
                     f"{place} cannot be read as CSV: {error}; a quoted cell ends with its quote, and a quote inside it is "
                     'written twice ("")'
@@ -300,10 +301,10 @@ def _table_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, int]]:
             count += 1
             if len(cells) != len(columns):
                 raise ValueError(
-                    f"{place} has {len(cells)} cells, the header {len(columns)} columns: put double quotes around a cell "
+                    f"{place_of(path, count, begin)} has {len(cells)} cells, the header {len(columns)} columns: put double quotes around a cell "
                     f"with {separator!r} or a new line in it"
                 )
-            yield json.dumps(dict(zip(columns, cells, strict=True)), ensure_ascii=False), begin
+            yield encode(dict(zip(columns, cells, strict=True))), begin
     finally:
         csv.field_size_limit(limit)
 

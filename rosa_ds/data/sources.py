@@ -56,7 +56,10 @@ class Rows:
         return len(self.stored)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self._read, self.stored)
+        if not self.files:
+            return map(self._read, self.stored)
+        batches = self.stored.with_format("arrow").iter(batch_size=100)
+        return (read_stored(row) for batch in batches for row in batch["row"].to_pylist())
 
     def map(self, function: Callable[[dict[str, Any], int], Mapping[str, Any]], fingerprint: str) -> datasets.Dataset:
         """What ``function`` makes of each row and its index. A second call with this ``fingerprint`` finds it on disk."""
@@ -175,12 +178,8 @@ def _load_whole(name: str, config: str | None, split: str | None, purpose: str) 
         data = datasets.Dataset.from_list(_builtin_rows(purpose))
         return Rows(data, name, data._fingerprint)
     path = Path(name)
-    found = (
-        [path]
-        if path.is_file()
-        else [file for file in map(Path, sorted(glob.glob(name, recursive=True))) if file.is_file()]
-    )
-    if found:
+    matches = [path] if path.exists() else map(Path, sorted(glob.glob(name, recursive=True)))
+    if found := [file for file in matches if file.is_file()]:
         if config or split:
             raise ValueError(f"data source {name}: files have no {'split ' + split if split else 'configuration'}")
         return _load_files(name, found)
