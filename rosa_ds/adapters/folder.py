@@ -48,7 +48,8 @@ def open_adapter(folder: Path, model: nn.Module | None = None) -> StoredAdapter:
             "update this one (pip install -U rosa-ds), or export the adapter merged where it was made"
         )
     try:
-        description = AdapterDescription(AdapterConfig(**content["config"]), content["seed"], content["base"])
+        stops = tuple(int(token) for token in content.get("stop_tokens", ()))
+        description = AdapterDescription(AdapterConfig(**content["config"]), content["seed"], content["base"], stops)
         record = None if version == 1 else content["peft"]
         if record is None:
             files = TensorFiles([folder / TENSOR_FILE])
@@ -117,6 +118,7 @@ def write_adapter(model: nn.Module, stored: StoredAdapter, base_files: Iterable[
                 "config": description.config.model_dump(),
                 "seed": description.seed,
                 "base": description.base,
+                "stop_tokens": list(description.stop_tokens),
                 "peft": record,
             },
         )

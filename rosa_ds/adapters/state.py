@@ -38,6 +38,7 @@ def save_adapter(
     base: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     base_files: Iterable[Path] | None = None,
+    stop_tokens: Iterable[int] = (),
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
@@ -52,6 +53,7 @@ def save_adapter(
         base_files: safetensors files with the base weights that draws have changed, by name, and what a 16-bit one leaves
             out as ``NAME/residual`` (:func:`rosa_ds.adapters.subspace.split_bits`): they are linked. By default the model's
             own weights are written.
+        stop_tokens: ids that end what the model was trained to write; evaluation and exports stop there.
 
     Raises: ValueError for a model without an adapter, or with one that is disabled; for ``tensors`` that are not all of them.
     """
@@ -74,9 +76,8 @@ def save_adapter(
     drawn = {layer.drawn_name: layer.drawn_parameter for layer in adapted_layers(model).values() if layer.drawn}
     changed = read(drawn) if base_files is None else {}
     positions = read(known_positions(model))
-    stored = StoredAdapter(
-        Path(folder), AdapterDescription(adapter.config, adapter.seed, dict(base)), tensors, positions, changed
-    )
+    description = AdapterDescription(adapter.config, adapter.seed, dict(base), tuple(stop_tokens))
+    stored = StoredAdapter(Path(folder), description, tensors, positions, changed)
     with distributed.together() if shared else contextlib.nullcontext():
         if distributed.is_main() or not shared:
             check_fit(folder, tensors, list(tensors), trained)

@@ -16,11 +16,16 @@ from rosa_ds.utils.files import TensorFiles
 
 @dataclasses.dataclass(frozen=True)
 class AdapterDescription:
-    """What an adapter folder says of itself: enough to build the adapted model again."""
+    """What an adapter folder says of itself: enough to build the adapted model again.
+
+    Attributes:
+        stop_tokens: ids that end what it was trained to write, where they are known.
+    """
 
     config: AdapterConfig
     seed: int
     base: dict[str, Any]
+    stop_tokens: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

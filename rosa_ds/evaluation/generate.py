@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rosa_ds import distributed
+from rosa_ds.data.turn_end import stop_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,18 @@ class Generation:
             raise ValueError("--top-p has no meaning for greedy generation: give a --temperature above 0, too")
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Generation
 ) -> list[str]:
-    """The continuation of each prompt, decoded without special tokens, in the order given: the same on every rank.
+    """The continuation of each prompt, decoded without special tokens, as :func:`continuations` gives its ids."""
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in continuations(model, tokenizer, prompts, how)]
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Generation
+) -> list[list[int]]:
+    """The token ids that follow each prompt, up to the token that ends them, in the order given: the same on every rank.
 
     Prompts of similar length share a batch; they are padded on the left. Each rank has the whole model and does every n-th
     batch; what is drawn for a batch depends on its number and the seed alone, so not on the number of ranks.
@@ -61,22 +70,26 @@ def generate(
             f"{positions} positions: give fewer new tokens, or shorter rows"
         )
     drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature else {}
+    stops = stop_tokens(model.generation_config.eos_token_id, tokenizer)
+    pad_id = (
+        0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    )  # masked on the left, behind an end on the right
     config = GenerationConfig(
         max_new_tokens=how.max_new_tokens,
         do_sample=bool(how.temperature),
-        eos_token_id=stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stops or None,
+        pad_token_id=pad_id,
         use_cache=True,
         **drawn,
     )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [order[start : start + how.batch_size] for start in range(0, len(order), how.batch_size)]
-    mine: dict[int, str] = {}
+    mine: dict[int, list[int]] = {}
     turns = range(distributed.rank(), len(batches), distributed.world_size())
     for number in tqdm(turns, desc="generating", unit="batch", disable=None if distributed.is_main() else True):
         chosen = batches[number]
         longest = max(len(prompts[index]) for index in chosen)
-        ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
+        ids = torch.full((len(chosen), longest), pad_id)
         mask = torch.zeros_like(ids)
         for row, index in enumerate(chosen):
             ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
@@ -90,16 +103,10 @@ def generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
         for row, index in enumerate(chosen):
-            mine[index] = tokenizer.decode(output[row, longest:], skip_special_tokens=True)
-    texts = {index: text for part in distributed.gather_objects(mine) for index, text in part.items()}
-    return [texts[index] for index in range(len(prompts))]
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a generation: the tokenizer's end of text and what the model's own configuration names."""
-    configured = model.generation_config.eos_token_id
-    named = [configured] if isinstance(configured, int) else list(configured or [])
-    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+            new_ids = output[row, longest:].tolist()
+            mine[index] = list(itertools.takewhile(lambda token: token not in stops, new_ids))
+    written = {index: ids for part in distributed.gather_objects(mine) for index, ids in part.items()}
+    return [written[index] for index in range(len(prompts))]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from rosa_ds.adapters.quantize import load_quantized, open_quantized
 from rosa_ds.adapters.state import fill_adapter
 from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.config.schema import ModelSettings
+from rosa_ds.data.turn_end import stop_tokens
 from rosa_ds.export.source import MergeBase, run_folder
 from rosa_ds.models.checks import is_finite
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
@@ -62,7 +63,7 @@ def load_adapted(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBas
         model = load_quantized(settings, dtype, description.config.modules_to_save)
     else:
         return _load_on_original(source, load_model(settings, dtype))
-    settle_padding(model, run_tokenizer(source))
+    settle_generation(model, source, run_tokenizer(source))
     fill_adapter(model, source)
     return model.eval()
 
@@ -70,13 +71,33 @@ def load_adapted(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBas
 @torch.no_grad()
 def _load_on_original(source: StoredAdapter, model: PreTrainedModel) -> PreTrainedModel:
     """What a quantised run has trained, on the dense base."""
-    settle_padding(model, run_tokenizer(source))
+    settle_generation(model, source, run_tokenizer(source))
     fill_adapter(model, dataclasses.replace(source, base={}))
     for name, layer in adapted_layers(model).items():
         if (change := source.changed(f"{name}.change")) is not None:
             layer.weight.add_(change)
             layer.drawn = True
     return model.eval()
+
+
+def settle_generation(model: PreTrainedModel, source: StoredAdapter, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a base the padding and the stop tokens that go with what was trained. A stop token of its own stays one."""
+    settle_padding(model, tokenizer)
+    stops = stops_of(model, source, tokenizer)
+    own = model.generation_config
+    if own is None or not stops or stops in (own.eos_token_id, [own.eos_token_id]):
+        return
+    own.eos_token_id = stops
+    if own.pad_token_id is None:  # else transformers takes the first of these, and says so at each generation
+        own.pad_token_id = tokenizer.pad_token_id
+
+
+def stops_of(model: PreTrainedModel, source: StoredAdapter, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a generation of the base with what was trained; none of a classifier."""
+    if not model.can_generate() or model.generation_config is None:
+        return []
+    known = stop_tokens(model.generation_config.eos_token_id, tokenizer)
+    return [*known, *(token for token in source.description.stop_tokens if token not in known)]
 
 
 def check_base(source: StoredAdapter) -> ModelSettings:

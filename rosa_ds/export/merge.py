@@ -15,13 +15,12 @@ from rosa_ds.adapters.folder import is_adapter
 from rosa_ds.adapters.inject import inject
 from rosa_ds.adapters.quantize import quantize_as
 from rosa_ds.config.schema import ModelSettings
-from rosa_ds.export.adapted import check_base, load_merged, open_adapted, run_tokenizer
+from rosa_ds.export.adapted import check_base, load_merged, open_adapted, run_tokenizer, settle_generation, stops_of
 from rosa_ds.export.peft import write_peft
 from rosa_ds.export.source import MergeBase, open_source
 from rosa_ds.export.stream import MergedRows, write_merged
 from rosa_ds.models.load import stored_dtype
 from rosa_ds.models.stream import NotStreamableError, stream_base
-from rosa_ds.models.task import settle_padding
 from rosa_ds.utils.files import check_place, write_json, written_folder
 from rosa_ds.utils.json_files import read_json
 
@@ -80,7 +79,7 @@ def export_merged(
                 width = max(map(len, rows.quantization_error))
                 lines = "\n".join(f"{name:{width}}  {error:.2%}" for name, error in rows.quantization_error.items())
                 logger.info("what %s loses of each weight, ‖W − Q‖ / ‖W‖:\n%s", settings.quantization, lines)
-            settle_padding(model, tokenizer)
+            settle_generation(model, source, tokenizer)
             _write_configs(model, settings, dtype, temporary)
         tokenizer.save_pretrained(temporary)
         _sign(temporary, origin)
@@ -128,14 +127,15 @@ def export_peft(path: str | Path, out: str | Path, rank: int | None) -> Path:
     source = open_source(path)
     out = _free_folder(out, Path(path))
     description = source.description
+    tokenizer = run_tokenizer(source)
     model, base = open_adapted(source)
     with written_folder(out) as temporary:
         write_peft(model, base, source, temporary, rank)
-        run_tokenizer(source).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        origin = {"base": description.base, "method": description.config.method, "run": str(path), "format": "peft"}
         _sign(
-            temporary,
-            {"base": description.base, "method": description.config.method, "run": str(path), "format": "peft"},
-        )
+            temporary, {**origin, "stop_tokens": stops_of(model, source, tokenizer)}
+        )  # PEFT's files have no place for them
     return out
 
 

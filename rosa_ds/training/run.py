@@ -23,12 +23,14 @@ from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.deepspeed import DeepSpeedPlan, keep_batch
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import BatchPlan
+from rosa_ds.data.turn_end import stop_tokens
 from rosa_ds.memory.account import Account, table
 from rosa_ds.memory.estimate import predict
 from rosa_ds.memory.measuring import longest, with_activations
 from rosa_ds.methods import Restart, build_methods, memory_terms
 from rosa_ds.methods.sparse import check_loaded_mask, check_mask_file
 from rosa_ds.models.load import download, identify, load_tokenizer
+from rosa_ds.models.task import is_classifier
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
 from rosa_ds.training.init_adapter import begin_from, check_start
@@ -271,6 +273,7 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     partitioned = any(zero.is_partitioned(parameter) for parameter in run.model.parameters())
     with distributed.together():
         if distributed.is_main() or partitioned:
-            save_adapter(run.model, run.folder / "adapter", run.identity.base, tensors, base_files)
+            stops = [] if is_classifier(run.model) else stop_tokens(run.model.generation_config.eos_token_id, tokenizer)
+            save_adapter(run.model, run.folder / "adapter", run.identity.base, tensors, base_files, stops)
         if distributed.is_main():
             tokenizer.save_pretrained(run.folder / "tokenizer")

@@ -1,0 +1,257 @@
+"""The token that ends a trained turn ends a generation too: in evaluation, in exports and by what the adapter's folder says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+import rosa_ds
+from rosa_ds.config.schema import AdapterConfig
+from rosa_ds.data.turn_end import end_of_turn, stop_tokens
+from rosa_ds.evaluation.generate import Generation, continuations, generate
+from rosa_ds.export.adapted import load_adapted, load_merged
+from rosa_ds.export.merge import export_adapter, export_merged, export_peft
+from rosa_ds.export.source import open_source
+
+SPECIAL = (
+    "<end>",
+    "<pad>",
+    "<bos>",
+    "<im_start>",
+    "<im_end>",
+    "<user>",
+    "<assistant>",
+    "<response>",
+    "</response>",
+    "<return>",
+)
+CHATML = "{% for m in messages %}<im_start>{{ m.role }}\n{{ m.content }}<im_end>\n{% endfor %}{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+TEMPLATES = {
+    "chatml": (CHATML, "<im_end>"),
+    "marked content": (
+        "{% for m in messages %}<im_start>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}<im_end>\n{% endfor %}",
+        "<im_end>",
+    ),
+    "end of text behind an answer": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
+        "{{ eos_token }}{% endif %}{% endfor %}",
+        "<end>",
+    ),
+    "end of text behind the conversation": (
+        "{% for m in messages %}<im_start>{{ m.role }}\n{{ m.content }}<im_end>\n{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+        "<im_end>",
+    ),
+    "another end of the last turn": (
+        "{% for m in messages %}<im_start>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' and loop.last %}<return>"
+        "{% else %}<im_end>{% endif %}{% endfor %}",
+        "<return>",
+    ),
+    "content in brackets of its own": (
+        "{% for m in messages %}<im_start>{% if m.role == 'assistant' %}<response>{{ m.content }}</response>{% else %}{{ m.content }}"
+        "{% endif %}<im_end>{% endfor %}",
+        "<im_end>",
+    ),
+    "the next header": ("{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}", None),
+    "a line's end": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+    "one turn alone": (
+        "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + CHATML,
+        "<im_end>",
+    ),
+    "none that it takes": ("{{ raise_exception('no') }}", None),
+}
+
+
+def byte_tokenizer(template: str | None = None, eos: str | None = "<end>") -> PreTrainedTokenizerFast:
+    """A token a byte, and those of :data:`SPECIAL`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *alphabet))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=eos,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        extra_special_tokens=list(SPECIAL[3:]),
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_the_end_of_a_turn(kind: str) -> None:
+    template, expected = TEMPLATES[kind]
+    tokenizer = byte_tokenizer(template)
+    found = end_of_turn(tokenizer)
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == expected
+
+
+def test_the_end_of_a_pair_is_the_end_of_text() -> None:
+    assert end_of_turn(byte_tokenizer()) == SPECIAL.index("<end>")
+    assert end_of_turn(byte_tokenizer(eos=None)) is None
+
+
+def test_one_template_of_several_names() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ messages }}"}
+    assert end_of_turn(tokenizer) == SPECIAL.index("<im_end>")
+
+
+def test_an_end_that_is_no_special_token() -> None:
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}  <done>\n{% endfor %}")
+    tokenizer.add_tokens(["<done>", "  "])  # some tokenizers have runs of spaces as added tokens
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<done>")
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"),
+    [(None, [0, 4]), (0, [0, 4]), (4, [4, 0]), ([7, 0], [7, 0, 4]), ([4, 0, 9], [4, 0, 9])],
+)
+def test_a_models_own_stop_tokens_come_first(configured: int | list[int] | None, expected: list[int]) -> None:
+    assert stop_tokens(configured, byte_tokenizer(CHATML)) == expected
+
+
+# -- generation ----------------------------------------------------------------------------------------------------
+
+
+class Scripted(LlamaForCausalLM):
+    """Writes the same tokens whatever it is asked, then those again."""
+
+    script: list[int]
+
+    def forward(self, input_ids: torch.Tensor, **rest: object) -> object:  # type: ignore[override]
+        output = super().forward(input_ids=input_ids, **rest)
+        cache = output.past_key_values
+        written = cache.get_seq_length() - self.prompt_length
+        output.logits = torch.zeros_like(output.logits)
+        output.logits[:, -1, self.script[written % len(self.script)]] = 1.0
+        return output
+
+
+def scripted(tokenizer: PreTrainedTokenizerBase, text: str, prompt_length: int) -> Scripted:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        eos_token_id=0,
+    )
+    model = Scripted(config).eval()
+    model.script = tokenizer(text, add_special_tokens=False)["input_ids"]
+    model.prompt_length = prompt_length
+    return model
+
+
+def test_generation_stops_at_the_end_of_the_turn() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    model = scripted(tokenizer, "Oslo<im_end>\n<im_start>user\nand", prompt_length=3)
+    assert model.generation_config.eos_token_id == 0
+    prompts = [[12, 13, 14], [15, 16, 17]]
+    assert generate(model, tokenizer, prompts, Generation(max_new_tokens=40)) == ["Oslo", "Oslo"]
+    assert continuations(model, tokenizer, prompts, Generation(max_new_tokens=40)) == [model.script[:4]] * 2
+    tokenizer.chat_template = None
+    assert generate(model, tokenizer, prompts, Generation(max_new_tokens=12)) == ["Oslo\nuser\n"] * 2
+
+
+def test_an_end_that_is_no_special_token_is_not_in_the_text() -> None:
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}<done>{% endfor %}")
+    tokenizer.add_tokens(["<done>"])
+    model = scripted(tokenizer, "Oslo<done>", prompt_length=3)
+    assert generate(model, tokenizer, [[12, 13, 14]], Generation(max_new_tokens=40)) == ["Oslo"]
+
+
+def test_a_tokenizer_without_padding_and_end_of_text() -> None:
+    tokenizer = byte_tokenizer(eos=None)
+    tokenizer.pad_token = None
+    model = scripted(tokenizer, "ab", prompt_length=3)
+    model.generation_config.eos_token_id = None
+    assert generate(model, tokenizer, [[12, 13, 14]], Generation(max_new_tokens=4)) == ["abab"]
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with an adapter, on a base that knows the end of text alone."""
+    tokenizer = byte_tokenizer(CHATML)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        eos_token_id=0,
+    )
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    rosa_ds.inject(base, AdapterConfig(method="lora", rank=2), seed=1)
+    stops = stop_tokens(base.generation_config.eos_token_id, tokenizer)
+    rosa_ds.save_adapter(
+        base, tmp_path / "run" / "adapter", base={"name_or_path": str(tmp_path / "base")}, stop_tokens=stops
+    )
+    tokenizer.save_pretrained(tmp_path / "run" / "tokenizer")
+    return tmp_path / "run"
+
+
+def test_the_adapters_folder_names_its_stop_tokens(run: Path) -> None:
+    assert json.loads((run / "adapter" / "rosa_adapter.json").read_text())["stop_tokens"] == [0, 4]
+    assert open_source(run).description.stop_tokens == (0, 4)
+
+
+def test_a_folder_of_before_names_none(run: Path, tmp_path: Path) -> None:
+    path = run / "adapter" / "rosa_adapter.json"
+    content = json.loads(path.read_text())
+    del content["stop_tokens"]
+    path.write_text(json.dumps(content))
+    assert rosa_ds.load_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), run / "adapter").stop_tokens == ()
+
+
+@pytest.mark.parametrize("of", ["run", "adapter alone"])
+def test_exports_name_the_end_of_the_turn(run: Path, of: str, tmp_path: Path) -> None:
+    if of == "adapter alone":  # without the run's tokenizer, its template and so the end of its turns
+        run = export_adapter(run, tmp_path / "alone")
+    out = export_merged(run, tmp_path / "out", None)
+    written = GenerationConfig.from_pretrained(out)
+    assert written.eos_token_id == [0, 4]
+    assert written.pad_token_id == 1
+    model = LlamaForCausalLM.from_pretrained(out)
+    assert model.generation_config.eos_token_id == [0, 4]
+    peft = export_peft(run, tmp_path / "peft", None)
+    assert json.loads((peft / "rosa_ds.json").read_text())["stop_tokens"] == [0, 4]
+
+
+@pytest.mark.parametrize("own", [[7, 4, 0], 0], ids=["has them", "has one"])
+def test_nothing_that_a_base_has_is_removed(run: Path, own: int | list[int], tmp_path: Path) -> None:
+    GenerationConfig(eos_token_id=own, pad_token_id=9, temperature=0.5, do_sample=True).save_pretrained(
+        tmp_path / "base"
+    )
+    for load in (load_merged, load_adapted):
+        config = load(open_source(run), torch.float32).generation_config
+        assert config.eos_token_id == (own if isinstance(own, list) else [0, 4])
+        assert (config.pad_token_id, config.temperature) == (9, 0.5)
+
+
+def test_a_base_that_stops_there_already_stays_as_it_is(run: Path) -> None:
+    byte_tokenizer().save_pretrained(run / "tokenizer")
+    (run / "tokenizer" / "chat_template.jinja").unlink()
+    source = open_source(run)
+    source = dataclasses.replace(source, description=dataclasses.replace(source.description, stop_tokens=()))
+    config = load_merged(source, torch.float32).generation_config
+    assert (config.eos_token_id, config.pad_token_id) == (0, None)
