@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.evaluation import bootstrap, scores
 from rosa_ds.evaluation.causal_lm import load_questions, perplexity, written_metrics
 from rosa_ds.evaluation.generate import Generation, generate
+from rosa_ds.evaluation.numbers import answer_number
 from rosa_ds.evaluation.options import parse
 from rosa_ds.models.load import load_model, load_tokenizer
 
@@ -61,6 +64,89 @@ def test_sql_match(prediction: str, reference: str, same: bool) -> None:
 )
 def test_answer_match(prediction: str, same: bool) -> None:
     assert scores.answer_match(prediction, "12 * 100 = <<12*100=1200>>1200\n#### 1,200") is same
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        # behind the first mark that a number follows; what comes later is another answer
+        ("#### 18\n\nQuestion: next?\n#### 7", "18"),
+        ("#### 18####", "18"),
+        ("#### 18 #### 7", "18"),
+        ("She has 3.\n#### 18\nShe has 3.", "18"),
+        ("####\n18\n", "18"),
+        ("##### 18", "18"),
+        ("#### **18**", "18"),
+        ("#### $1,200.", "1200"),
+        ("#### 18%", "18"),
+        ("#### -5", "-5"),
+        ("#### \u22125", "-5"),
+        ("#### Step 1: add 3\nok\n#### Step 2: add 4\nThe answer is 18.", "18"),
+        ("#### Step 1: add 3\n#### 18", "18"),
+        ("#### The answer is 18\n\nQuestion: 5?\n#### The answer is 7", "18"),
+        ("#### Answer\n18", "18"),
+        ("so 18\n####", "18"),
+        # else in a box, else the last one
+        ("\\boxed{18}. There are 3 cars", "18"),
+        ("\\boxed{-5}", "-5"),
+        ("\\boxed{\\$1{,}200}", "1200"),
+        ("\\boxed{x = 18}", "18"),
+        ("x = 18", "18"),
+        ("\\(18\\)", "18"),
+        ("**18**", "18"),
+        ("`18`", "18"),
+        # signs, and what are none
+        ("between 10-18", "18"),
+        ("between 10\u201318", "18"),
+        ("10 - 18", "18"),
+        ("5%-10%", "10"),
+        ("$10-$18", "18"),
+        ("10\u20ac-18\u20ac", "18"),
+        ("COVID-19", "19"),
+        ("the answer--18", "18"),
+        ("2024-05-18", "18"),
+        ("- 5 apples", "5"),
+        ("x=-5", "-5"),
+        ("(-5)", "-5"),
+        ("from 3 to -4", "-4"),
+        ("$-5", "-5"),
+        ("-$5", "-5"),
+        ("\u22125", "-5"),
+        ("10 \u00d7 \u22122", "-2"),
+        # commas
+        ("The values are 1,2,18", "18"),
+        ("1,2,180", "180"),
+        ("1, 2, 18", "18"),
+        ("12,345,67", "67"),
+        ("1,200", "1200"),
+        ("1,200,000.50", "1200000.5"),
+        ("$1\\,200$", "1200"),
+        ("1,\\!200", "1200"),
+        ("18,", "18"),
+        # the rest
+        ("18.", "18"),
+        ("18.0", "18"),
+        ("$.50", "0.5"),
+        ("No.5", "5"),
+        ("1.2.3", "3"),
+        ("1e3", "1000"),
+        ("100%", "100"),
+        ("007", "7"),
+        ("9007199254740993", "9007199254740993"),  # more than a float holds
+        ("minus", None),
+        ("-,", None),
+        ("", None),
+    ],
+)
+def test_the_number_that_is_the_answer(text: str, number: str | None) -> None:
+    assert answer_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize("part", ["#", "#### a ", "####\n", "\\boxed{ ", "-", "1,", ",111", "1"])
+def test_a_text_that_runs_on_is_read_in_time(part: str) -> None:
+    start = time.monotonic()
+    answer_number(part * 2000)
+    assert time.monotonic() - start < 5
 
 
 def test_a_reference_without_a_number_is_an_error() -> None:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rosa_ds.evaluation.bootstrap import percentile_interval, resampled_rows
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+from rosa_ds.evaluation.numbers import answer_number
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -24,22 +22,16 @@ def exact_match(prediction: str, reference: str) -> bool:
 
 
 def answer_match(prediction: str, reference: str) -> bool:
-    """Do both end with the same number? GSM8K's: what follows ``####``, else the last number; ``1,200.0`` is ``1200``.
+    """Do both give the same number? GSM8K's, as :func:`rosa_ds.evaluation.numbers.answer_number` finds it.
 
     Raises: ValueError for a reference without a number.
     """
-    expected = _last_number(reference)
+    expected = answer_number(reference)
     if expected is None:
         raise ValueError(
             f"answer_match compares numbers, and the reference {reference!r} has none: use exact_match, or other rows"
         )
-    return _last_number(prediction) == expected
-
-
-def _last_number(text: str) -> float | None:
-    _, mark, behind = text.rpartition("####")
-    numbers = _NUMBER.findall(behind if mark else text)
-    return None if not numbers else float((numbers[0] if mark else numbers[-1]).replace(",", ""))
+    return answer_number(prediction) == expected
 
 
 def sql_match(prediction: str, reference: str) -> bool:
