@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 import rosa_ds
@@ -24,20 +21,8 @@ from rosa_ds.evaluation.generate import Generation, continuations, generate
 from rosa_ds.export.adapted import load_adapted, load_merged
 from rosa_ds.export.merge import export_adapter, export_merged, export_peft
 from rosa_ds.export.source import open_source
+from scripted import CHATML, SPECIAL, byte_tokenizer, scripted
 
-SPECIAL = (
-    "<end>",
-    "<pad>",
-    "<bos>",
-    "<im_start>",
-    "<im_end>",
-    "<user>",
-    "<assistant>",
-    "<response>",
-    "</response>",
-    "<return>",
-)
-CHATML = "{% for m in messages %}<im_start>{{ m.role }}\n{{ m.content }}<im_end>\n{% endfor %}{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
 TEMPLATES = {
     "chatml": (CHATML, "<im_end>"),
     "marked content": (
@@ -72,24 +57,6 @@ TEMPLATES = {
     ),
     "none that it takes": ("{{ raise_exception('no') }}", None),
 }
-
-
-def byte_tokenizer(template: str | None = None, eos: str | None = "<end>") -> PreTrainedTokenizerFast:
-    """A token a byte, and those of :data:`SPECIAL`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *alphabet))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=eos,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        extra_special_tokens=list(SPECIAL[3:]),
-    )
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -128,38 +95,9 @@ def test_a_models_own_stop_tokens_come_first(configured: int | list[int] | None,
 # -- generation ----------------------------------------------------------------------------------------------------
 
 
-class Scripted(LlamaForCausalLM):
-    """Writes the same tokens whatever it is asked, then those again."""
-
-    script: list[int]
-
-    def forward(self, input_ids: torch.Tensor, **rest: object) -> object:  # type: ignore[override]
-        output = super().forward(input_ids=input_ids, **rest)
-        cache = output.past_key_values
-        written = cache.get_seq_length() - self.prompt_length
-        output.logits = torch.zeros_like(output.logits)
-        output.logits[:, -1, self.script[written % len(self.script)]] = 1.0
-        return output
-
-
-def scripted(tokenizer: PreTrainedTokenizerBase, text: str, prompt_length: int) -> Scripted:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        eos_token_id=0,
-    )
-    model = Scripted(config).eval()
-    model.script = tokenizer(text, add_special_tokens=False)["input_ids"]
-    model.prompt_length = prompt_length
-    return model
-
-
 def test_generation_stops_at_the_end_of_the_turn() -> None:
     tokenizer = byte_tokenizer(CHATML)
-    model = scripted(tokenizer, "Oslo<im_end>\n<im_start>user\nand", prompt_length=3)
+    model = scripted(tokenizer, "Oslo<im_end>\n<im_start>user\nand")
     assert model.generation_config.eos_token_id == 0
     prompts = [[12, 13, 14], [15, 16, 17]]
     assert generate(model, tokenizer, prompts, Generation(max_new_tokens=40)) == ["Oslo", "Oslo"]
@@ -171,14 +109,14 @@ def test_generation_stops_at_the_end_of_the_turn() -> None:
 def test_an_end_that_is_no_special_token_is_not_in_the_text() -> None:
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}<done>{% endfor %}")
     tokenizer.add_tokens(["<done>"])
-    model = scripted(tokenizer, "Oslo<done>", prompt_length=3)
+    model = scripted(tokenizer, "Oslo<done>")
     assert generate(model, tokenizer, [[12, 13, 14]], Generation(max_new_tokens=40)) == ["Oslo"]
 
 
 def test_a_tokenizer_without_padding_and_end_of_text() -> None:
     tokenizer = byte_tokenizer(eos=None)
     tokenizer.pad_token = None
-    model = scripted(tokenizer, "ab", prompt_length=3)
+    model = scripted(tokenizer, "ab")
     model.generation_config.eos_token_id = None
     assert generate(model, tokenizer, [[12, 13, 14]], Generation(max_new_tokens=4)) == ["abab"]
 

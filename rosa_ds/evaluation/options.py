@@ -79,6 +79,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature; default: 1")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
+    said = "of a reasoning model: drop compares the answer behind the reasoning, keep the whole text; auto (default) drops what the chat template marks"
+    parser.add_argument("--reasoning", choices=("auto", "keep", "drop"), default="auto", help=said)
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the 95 %% intervals; 0: none")
     for name in COLUMNS:
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"as data.{name} of rosa-ds train")

@@ -48,7 +48,8 @@ def evaluate(options: argparse.Namespace) -> None:
     metrics, how, rows = _metrics(options, model), options.how, options.rows
     check_available(metrics)
     if written := [metric for metric in metrics if metric in GENERATED]:
-        figures |= written_metrics(model, tokenizer, options.data, rows, written, how, options.bootstrap)
+        resamples, reasoning = options.bootstrap, options.reasoning
+        figures |= written_metrics(model, tokenizer, options.data, rows, written, how, resamples, reasoning)
     if any(metric in CLASSIFIED for metric in metrics):
         figures |= classify(model, tokenizer, options.data, rows, how.batch_size, options.bootstrap)
     if "perplexity" in metrics:
