@@ -169,6 +169,7 @@ def test_exports_name_the_end_of_the_turn(run: Path, of: str, tmp_path: Path) ->
     written = GenerationConfig.from_pretrained(out)
     assert written.eos_token_id == [0, 4]
     assert written.pad_token_id == 1
+    assert not json.loads((out / "generation_config.json").read_text()).get("_from_model_config")
     model = LlamaForCausalLM.from_pretrained(out)
     assert model.generation_config.eos_token_id == [0, 4]
     peft = export_peft(run, tmp_path / "peft", None)

@@ -88,6 +88,7 @@ def settle_generation(model: PreTrainedModel, source: StoredAdapter, tokenizer: 
     if own is None or not stops or stops in (own.eos_token_id, [own.eos_token_id]):
         return
     own.eos_token_id = stops
+    own._from_model_config = False  # else transformers may take it from config.json again
     if own.pad_token_id is None:  # else transformers takes the first of these, and says so at each generation
         own.pad_token_id = tokenizer.pad_token_id
 
