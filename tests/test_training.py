@@ -70,6 +70,7 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
     mask = load_file(straight / "mask.safetensors")
     assert len(mask) == 42
     adapter = open_adapter(straight / "adapter")
+    assert adapter.description.stop_tokens == (load_tokenizer(ModelSettings()).eos_token_id,)
     assert len(adapter.positions) == 42
     assert all(torch.equal(adapter.positions[name], positions) for name, positions in mask.items())
     assert all(tensor.dtype == torch.float32 for tensor in adapter.trained.values())

@@ -12,6 +12,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 
 import rosa_ds
@@ -194,3 +195,15 @@ def test_a_base_that_stops_there_already_stays_as_it_is(run: Path) -> None:
     source = dataclasses.replace(source, description=dataclasses.replace(source.description, stop_tokens=()))
     config = load_merged(source, torch.float32).generation_config
     assert (config.eos_token_id, config.pad_token_id) == (0, None)
+
+
+def test_a_classifier_has_none(run: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(tmp_path / "base", num_labels=2, pad_token_id=1)
+    base = LlamaForSequenceClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    rosa_ds.inject(base, AdapterConfig(method="lora", rank=2), seed=1)
+    origin = {"name_or_path": str(tmp_path / "base"), "task": "classification", "labels": ["a", "b"]}
+    rosa_ds.save_adapter(base, run / "adapter", base=origin)
+    out = export_merged(run, tmp_path / "out", None)
+    assert not (out / "generation_config.json").exists()
+    assert json.loads((export_peft(run, tmp_path / "peft", None) / "rosa_ds.json").read_text())["stop_tokens"] == []

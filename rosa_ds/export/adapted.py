@@ -84,8 +84,10 @@ def settle_generation(model: PreTrainedModel, source: StoredAdapter, tokenizer: 
     """Give a base the padding and the stop tokens that go with what was trained. A stop token of its own stays one."""
     settle_padding(model, tokenizer)
     stops = stops_of(model, source, tokenizer)
+    if not stops:
+        return
     own = model.generation_config
-    if own is None or not stops or stops in (own.eos_token_id, [own.eos_token_id]):
+    if stops in (own.eos_token_id, [own.eos_token_id]):
         return
     own.eos_token_id = stops
     own._from_model_config = False  # else transformers may take it from config.json again
