@@ -149,7 +149,7 @@ def prepare_labelled(
         made: Mapping[str, list[int]] = tokenizer(text, pair, return_token_type_ids=types, verbose=False, **cut)
         return made
 
-    def encode_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    def encode_row(row: dict[str, Any], index: int) -> list[dict[str, Any]]:
         try:
             pair = None if columns.pair is None else _read_text(row, columns.pair)
             texts = _read_text(row, columns.text), pair
@@ -171,7 +171,7 @@ def prepare_labelled(
             raise rows.refused(index, error) from None
         ids = list(encoded["input_ids"])
         parts = list(encoded["token_type_ids"]) if types else []
-        return {"ids": ids, "types": parts, "class": numbers[name], "length": len(ids), "full_length": full}
+        return [{"ids": ids, "types": parts, "class": numbers[name], "length": len(ids), "full_length": full}]
 
     probe = (encode("a", None)["input_ids"], encode("a", "b")["input_ids"])  # special tokens are not in the vocabulary
     encoded = rows.map(encode_row, fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe))

@@ -84,7 +84,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
     rows = load_rows(source, purpose)
     columns = columns_of(settings)
 
-    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+    def encode(row: dict[str, Any], index: int) -> list[dict[str, Any]]:
         try:
             example = parse_row(row, columns)
             tokens = tokenise(example, tokenizer, settings.separator)
@@ -93,7 +93,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
         full = len(tokens.ids)
         if settings.too_long == "truncate":
             tokens = Tokens(tokens.ids[: settings.max_length], tokens.trained[: settings.max_length])
-        return {
+        record = {
             "ids": tokens.ids,
             "trained": tokens.trained,
             "length": len(tokens.ids),
@@ -102,6 +102,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
             "trained_count": sum(tokens.trained[1:]),
             "plain": isinstance(example, PlainText),
         }
+        return [record]
 
     encoded = rows.map(encode, fingerprint(rows, tokenizer, settings, columns))
     lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))

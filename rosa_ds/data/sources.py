@@ -61,13 +61,24 @@ class Rows:
         batches = self.stored.with_format("arrow").iter(batch_size=100)
         return (read_stored(row) for batch in batches for row in batch["row"].to_pylist())
 
-    def map(self, function: Callable[[dict[str, Any], int], Mapping[str, Any]], fingerprint: str) -> datasets.Dataset:
-        """What ``function`` makes of each row and its index. A second call with this ``fingerprint`` finds it on disk."""
+    def map(
+        self, function: Callable[[dict[str, Any], int], list[dict[str, Any]]], fingerprint: str
+    ) -> datasets.Dataset:
+        """What ``function`` makes of each row and its index, one record or several. A second call with this ``fingerprint``
+        finds it on disk.
+        """
         cache = Path(datasets.config.HF_DATASETS_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
+
+        def records(stored: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            rows = (self._read(dict(zip(stored, values, strict=True))) for values in zip(*stored.values(), strict=True))
+            made = [record for row, index in zip(rows, indices, strict=True) for record in function(row, index)]
+            return {name: [record[name] for record in made] for name in made[0]}
+
         return self.stored.map(
-            lambda stored, index: function(self._read(stored), index),
+            records,
             with_indices=True,
+            batched=True,
             remove_columns=self.stored.column_names,
             new_fingerprint=fingerprint,
             cache_file_name=str(cache / f"rosa-{fingerprint}.arrow"),
