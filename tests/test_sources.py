@@ -176,6 +176,9 @@ def test_names_of_columns(tmp_path: Path) -> None:
     assert load(tmp_path / "rows.csv", "\n,text,note,note\n0,a,b,c\n") == [
         {"Unnamed: 0": "0", "text": "a", "note": "b", "note.1": "c"}
     ]
+    assert load(tmp_path / "odd.csv", 'share %s,"a ""b""",{c}\n50 %,\\,\x01\n') == [
+        {"share %s": "50 %", 'a "b"': "\\", "{c}": "\x01"}
+    ]
     assert load(tmp_path / "one.csv", "text\na\n\n  \nb") == [{"text": "a"}, {"text": "  "}, {"text": "b"}]
 
 
