@@ -20,7 +20,7 @@ from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
 from rosa_ds.data.prepare import fingerprint, prepare
 from rosa_ds.data.sources import load_rows
 from rosa_ds.data.sql import generate_pairs
-from rosa_ds.data.tokenise import Tokens, prompt_and_reference, show_sample, tokenise
+from rosa_ds.data.tokenise import Tokens, prompt_and_reference, sequences, show_sample, tokenise
 from rosa_ds.models.grammar import generate_conversations
 from rosa_ds.models.load import load_tokenizer
 
@@ -131,7 +131,8 @@ def test_only_assistant_turns_are_trained(tokenizer: PreTrainedTokenizerBase, te
     chosen = tokenizer if template == "generation markers" else another(template)
     tokens = tokenise(Conversation(TWO_TURNS), chosen, "\n")
     assert trained_text(tokens, chosen) == "Eins.<|end|>Zwei.<|end|>"
-    assert chosen.decode(tokens.ids) == chosen.apply_chat_template(list(TWO_TURNS), tokenize=False)
+    whole = chosen.apply_chat_template(list(TWO_TURNS), tokenize=False)
+    assert chosen.decode(tokens.ids) == whole.rstrip("\n")  # what stands behind the last end of turn is nobody's
 
 
 def test_both_ways_to_find_the_turns_agree(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -143,22 +144,27 @@ def test_both_ways_to_find_the_turns_agree(tokenizer: PreTrainedTokenizerBase) -
 
 
 def test_template_that_rewrites_the_last_turn() -> None:
-    """As reasoning models do: the last turn gets a header that earlier ones do not have."""
+    """As reasoning models do: the last turn has what earlier ones have not. Each turn is trained as the last."""
     template = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if loop.last and m['role'] == 'assistant' %}[think]{% endif %}"
         "{{ m['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     chosen = another(template)
-    tokens = tokenise(Conversation(TWO_TURNS), chosen, "\n")
-    assert trained_text(tokens, chosen) == "Eins.<|end|>[think]Zwei.<|end|>"
+    parts = [show_sample(tokens, chosen) for tokens in sequences(Conversation(TWO_TURNS), chosen, "\n")]
+    begin = "<|system|>Be brief.<|end|><|user|>One?<|end|><|assistant|>"
+    assert parts == [
+        f"{begin}⟦[think]Eins.<|end|>⟧",
+        f"{begin}Eins.<|end|><|user|>Two?<|end|><|assistant|>⟦[think]Zwei.<|end|>⟧",
+    ]
 
 
 def test_template_without_an_end_of_turn() -> None:
     chosen = another(
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    tokens = tokenise(Conversation(TWO_TURNS), chosen, "\n")
-    assert trained_text(tokens, chosen) == "Eins.\nZwei.\n"
+    first, second = sequences(Conversation(TWO_TURNS), chosen, "\n")  # the later prompt has no end of text in it
+    assert (trained_text(first, chosen), trained_text(second, chosen)) == ("Eins.\n<|end|>", "Zwei.\n<|end|>")
+    assert "Eins.\nuser: Two?" in chosen.decode(second.ids)
 
 
 def test_markers_that_leave_the_end_of_turn_out() -> None:
@@ -313,7 +319,7 @@ def test_rows_are_tokenised_once(
     source = "builtin:sql[:8]" if builtin else str(tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     first = prepare(source, "train", tokenizer, DataSettings())
-    monkeypatch.setattr("rosa_ds.data.prepare.tokenise", None)
+    monkeypatch.setattr("rosa_ds.data.prepare.sequences", None)
     assert prepare(source, "train", tokenizer, DataSettings()).digest() == first.digest()
     with pytest.raises(TypeError):
         prepare(source, "train", tokenizer, DataSettings(separator="; "))
@@ -329,7 +335,9 @@ def test_prepare_names_file_and_row(tmp_path: Path, tokenizer: PreTrainedTokeniz
 
 def test_everything_trained_is_an_error_for_pairs(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", PAIRS)
-    greedy = another("{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}")
+    greedy = another(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="every token is trained"):
         prepare(str(path), "train", greedy, DataSettings())
 

@@ -216,6 +216,8 @@ class DataSettings(Section):
     """What to do with an example of more tokens."""
     separator: str = "\n"
     """Put between prompt and completion where the tokenizer has no chat template, and between the texts of a pair where it has no separator token."""
+    train_on: Literal["all", "last"] = "all"
+    """Which of a chat's assistant turns are trained, but for those whose message says weight, train or loss_mask 0 or false."""
     batching: Literal["sorted", "random"] = "sorted"
     """Inside one optimizer step, micro-batches of examples of similar length (less padding) or in drawn order."""
 

@@ -37,9 +37,16 @@ class Template:
             raise ValueError(f"the template {self.text!r} names no column: write {{name}} where a column's text goes")
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The prompt of a row. Raises: ValueError for a column that is not there or has no text."""
-        parts = string.Formatter().parse(self.text)
-        return "".join(text + (text_of(row, name) if name is not None else "") for text, name, _, _ in parts)
+        """The prompt of a row; a column may be empty where another is not.
+
+        Raises: ValueError for a column that is not there or holds no text, or if all are empty.
+        """
+        parts = [(text, name) for text, name, _, _ in string.Formatter().parse(self.text)]
+        names = {name for _, name in parts if name is not None}
+        texts = {name: "" if name in row and row[name] in (None, "") else text_of(row, name) for name in names}
+        if not any(texts.values()):
+            raise ValueError(f"the columns {quoted(names)} are all empty: there is no prompt")
+        return "".join(text + (texts[name] if name is not None else "") for text, name in parts)
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import IGNORE, PADDING_ROW, LabelledBatch
-from rosa_ds.data.prepare import TokenSet, check_lengths, fingerprint
+from rosa_ds.data.prepare import NO_PADDING, TokenSet, check_lengths, fingerprint
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.utils.suggest import did_you_mean
@@ -48,7 +48,9 @@ class LabelledSet(TokenSet):
         """The class of each example."""
         return np.asarray(self.data["class"], dtype=np.int64)
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int) -> LabelledBatch:
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int | None) -> LabelledBatch:
+        if pad_id is None:
+            raise ValueError(NO_PADDING)
         has_types = bool(self.tokens(0).types)
         blank = LabelledTokens([pad_id, pad_id], [False, False], [0, 0] if has_types else [], IGNORE)
         examples = [blank if index == PADDING_ROW else self.tokens(index) for index in indices]
@@ -171,7 +173,15 @@ def prepare_labelled(
             raise rows.refused(index, error) from None
         ids = list(encoded["input_ids"])
         parts = list(encoded["token_type_ids"]) if types else []
-        return [{"ids": ids, "types": parts, "class": numbers[name], "length": len(ids), "full_length": full}]
+        record = {
+            "row": index,
+            "ids": ids,
+            "types": parts,
+            "class": numbers[name],
+            "length": len(ids),
+            "full_length": full,
+        }
+        return [record]
 
     probe = (encode("a", None)["input_ids"], encode("a", "b")["input_ids"])  # special tokens are not in the vocabulary
     encoded = rows.map(encode_row, fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe))

@@ -17,9 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.config.template import Template
 from rosa_ds.data.batches import PADDING_ROW, Batch, collate
-from rosa_ds.data.formats import PlainText, parse_row
+from rosa_ds.data.formats import PlainText, examples_of, parse_row
 from rosa_ds.data.sources import Rows, load_rows
-from rosa_ds.data.tokenise import Tokens, show_sample, tokenise
+from rosa_ds.data.tokenise import Tokens, sequences, show_sample
+
+NO_PADDING = "the model's tokenizer has no padding token: set pad_token in its tokenizer_config.json"
+EXAMPLE = ("row", "ids", "trained", "length", "full_length", "trained_count", "plain")
+"""What is kept of an example; ``row`` is the number of its row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +58,13 @@ class TokenSet:
         row = self.data[int(index)]
         return Tokens(row["ids"], row["trained"])
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int) -> Batch:
-        """The examples of ``indices``; -1 gives a row of two padding tokens without a target."""
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int | None) -> Batch:
+        """The examples of ``indices``; -1 gives a row of two padding tokens without a target.
+
+        Raises: ValueError without a padding token.
+        """
+        if pad_id is None:
+            raise ValueError(NO_PADDING)
         blank = Tokens([pad_id, pad_id], [False, False])
         return collate([blank if index == PADDING_ROW else self.tokens(index) for index in indices], pad_id)
 
@@ -83,26 +92,31 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
     """
     rows = load_rows(source, purpose)
     columns = columns_of(settings)
+    cut = settings.max_length if settings.too_long == "truncate" else None
 
     def encode(row: dict[str, Any], index: int) -> list[dict[str, Any]]:
+        """One training example, or several where an earlier turn is rendered otherwise later."""
         try:
-            example = parse_row(row, columns)
-            tokens = tokenise(example, tokenizer, settings.separator)
+            made = [
+                (tokens, isinstance(example, PlainText))
+                for example in examples_of(parse_row(row, columns))
+                for tokens in sequences(example, tokenizer, settings.separator, settings.train_on == "last")
+            ]
         except ValueError as error:
             raise rows.refused(index, error) from None
-        full = len(tokens.ids)
-        if settings.too_long == "truncate":
-            tokens = Tokens(tokens.ids[: settings.max_length], tokens.trained[: settings.max_length])
-        record = {
-            "ids": tokens.ids,
-            "trained": tokens.trained,
-            "length": len(tokens.ids),
-            "full_length": full,
-            # the first token of a sequence is predicted by nothing
-            "trained_count": sum(tokens.trained[1:]),
-            "plain": isinstance(example, PlainText),
-        }
-        return [record]
+        return [
+            {
+                "row": index,
+                "ids": tokens.ids[:cut],
+                "trained": tokens.trained[:cut],
+                "length": len(tokens.ids[:cut]),
+                "full_length": len(tokens.ids),
+                # the first token of a sequence is predicted by nothing
+                "trained_count": sum(tokens.trained[1:cut]),
+                "plain": plain,
+            }
+            for tokens, plain in made
+        ]
 
     encoded = rows.map(encode, fingerprint(rows, tokenizer, settings, columns))
     lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))
@@ -143,19 +157,19 @@ def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSe
         content = json.loads(backend.to_str())
         vocabulary = json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
     rules = hashlib.sha256((vocabulary + special).encode()).hexdigest()
-    relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate")
-    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v3")
+    relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate", settings.train_on)
+    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v4")
     return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 
 def check_lengths(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> list[str]:
-    """How many rows were cut, or have to be dropped. Raises: ValueError for a row that is too long, if that is an error."""
-    lengths = np.asarray(encoded["length"], dtype=np.int64)
+    """How many examples were cut, or have to be dropped. Raises: ValueError for a row that is too long, if that is an error."""
+    lengths, numbers = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "row"))
     long = np.flatnonzero(lengths > settings.max_length)
     if len(long) and settings.too_long == "error":
         raise ValueError(
-            f"{rows.where(int(long[0]))} has {lengths[long[0]]} tokens, data.max_length is {settings.max_length} "
-            f"({len(long)} of {len(lengths)} rows are longer, the longest has {lengths.max()}): raise data.max_length, or "
+            f"{rows.where(int(numbers[long[0]]))} has {lengths[long[0]]} tokens, data.max_length is {settings.max_length} "
+            f"({len(set(numbers[long]))} of {len(rows)} rows are longer, the longest has {lengths.max()}): raise data.max_length, or "
             "set data.too_long to truncate or drop"
         )
     reasons = []

@@ -1,15 +1,19 @@
-"""Examples become token ids with a mask of the tokens that are trained."""
+"""Examples become token ids with a mask of the tokens that are trained.
+
+What generation is fed and what it is to write are encoded apart, and training sees the one behind the other: a tokenizer
+that would merge the last character of a prompt with the first of its completion cannot make them different.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rosa_ds.data.formats import Conversation, Example, Pair, PlainText
+from rosa_ds.data.chat import Turn, assistant_turns
+from rosa_ds.data.formats import Conversation, Example, Pair, PlainText, as_chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,138 +25,199 @@ class Tokens:
 
 
 def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, separator: str) -> Tokens:
-    """Token ids and loss mask of one example.
+    """As :func:`sequences`, of an example that becomes one sequence."""
+    (tokens,) = sequences(example, tokenizer, separator)
+    return tokens
 
-    Conversations (and pairs, where the tokenizer has a chat template): the template's text; trained are the
-    assistant's contents and the end-of-turn token after each. Other pairs: prompt, separator, completion, end of
-    text; trained are the last two. Plain texts are trained whole.
+
+def sequences(
+    example: Example, tokenizer: PreTrainedTokenizerBase, separator: str, last_turn_only: bool = False
+) -> list[Tokens]:
+    """Token ids and loss masks of one example, which becomes one sequence or several.
+
+    Conversations (and pairs, where the tokenizer has a chat template): every turn of the assistant is trained behind the
+    prompt that generation is fed for it. Turns share a sequence where the later prompt begins with the earlier turn, token by
+    token; where the template renders earlier turns otherwise (without their reasoning), each has a sequence of its own. Other
+    pairs: prompt and separator, completion and end of text. Plain texts are trained whole.
 
     Raises:
         ValueError: messages without a chat template, or a template that hides where an assistant's turn stands.
     """
     if isinstance(example, PlainText):
-        return _with_end(tokenizer, _encode(tokenizer, example.text, [(0, len(example.text), 0)], special=True))
-    if isinstance(example, Pair) and not tokenizer.chat_template:
-        start = len(example.prompt) + len(separator)
-        text = example.prompt + separator + example.completion
-        return _with_end(tokenizer, _encode(tokenizer, text, [(start, len(text), 0)], special=True))
-    _require_template(tokenizer)
-    assert isinstance(tokenizer.chat_template, str), "it was required"
-    messages = as_messages(example)
-    try:
-        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            trained = [bool(flag) for flag in encoded["assistant_masks"]]
-            return _with_end_of_turn(tokenizer, Tokens(list(encoded["input_ids"]), trained))
-        text = _render(tokenizer, messages)
-        spans = assistant_spans(tokenizer, messages, text)
-    except TemplateError as error:
-        raise ValueError(f"the chat template of the model's tokenizer fails here: {error}") from None
-    return _encode(tokenizer, text, spans, special=False)
-
-
-def assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], text: str
-) -> list[tuple[int, int, int]]:
-    """Where the assistant's turns stand in the rendered ``text``: begin, end of the content, end of the turn.
-
-    A turn begins where the rendering of everything before it (with the generation prompt) ends, and ends where that
-    of everything up to it does. Where a template renders a last turn differently from an earlier one, the turn is
-    taken to end with its content.
-    """
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:index], prompt=True)
-        content = message["content"].strip()
-        at = text.find(content, len(before)) if text.startswith(before) else -1
-        if at < 0:
-            raise ValueError(
-                f"the chat template does not show where message {index + 1} (assistant) stands in the rendered text: use a "
-                "template with {% generation %} markers, or one row per assistant turn"
-            )
-        end = at + len(content)
-        upto = _render(tokenizer, messages[: index + 1])
-        spans.append((len(before), end, max(end, len(upto)) if text.startswith(upto) else end))
-    return spans
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int, int]], special: bool) -> Tokens:
-    """Token ids of ``text``; of each span (begin, end of content, end of turn) its content is trained, and what follows
-    up to the first special token (the end-of-turn token), inside the turn or right behind the content."""
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: load a fast tokenizer for this model")
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    trained = [False] * len(ids)
-    specials = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for begin, end, turn_end in spans:
-        for i, (a, b) in enumerate(offsets):
-            if b <= begin or a == b:
-                continue
-            behind = a >= end
-            if behind and a >= turn_end and not (a == end and ids[i] in specials):
-                break
-            trained[i] = True
-            if behind and ids[i] in specials:
-                break
-    return Tokens(ids, trained)
-
-
-def _with_end_of_turn(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tokens:
-    """Also train the end-of-text token that ends a turn, where a template's markers leave it out."""
-    trained = list(tokens.trained)
-    for i in range(1, len(trained)):
-        if tokens.trained[i - 1] and not tokens.trained[i] and tokens.ids[i] == tokenizer.eos_token_id:
-            trained[i] = True
-    return Tokens(tokens.ids, trained)
-
-
-def _with_end(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tokens:
-    """The tokens with a trained end-of-text token, if the tokenizer did not put one there."""
-    if tokenizer.eos_token_id is None or (tokens.ids and tokens.ids[-1] == tokenizer.eos_token_id):
-        return Tokens(tokens.ids, [*tokens.trained[:-1], True])
-    return Tokens([*tokens.ids, tokenizer.eos_token_id], [*tokens.trained, True])
+        begin, ids, end = _surrounded(tokenizer, example.text)
+        ids = [*begin, *ids, *end]
+        return [Tokens(ids, [True] * len(ids))]
+    chat, chosen = _as_chat(example, tokenizer, last_turn_only)
+    if chat is None:
+        assert isinstance(example, Pair)
+        asked = [_ask_pair(example, tokenizer, separator)]
+    elif chosen:
+        asked = _ask_turns(assistant_turns(chat, tokenizer, chosen), tokenizer)
+    else:  # none is trained: the row stays, to be counted
+        last = _ask_last(chat, tokenizer)
+        asked = [dataclasses.replace(last, trained=[False] * len(last.written))]
+    made: list[Tokens] = []
+    for turn in asked:
+        shared = made.pop() if made else Tokens([], [])
+        if turn.prompt[: len(shared.ids)] != shared.ids:
+            made.append(shared)
+            shared = Tokens([], [])
+        between = [False] * (len(turn.prompt) - len(shared.ids))
+        made.append(Tokens([*turn.prompt, *turn.written], [*shared.trained, *between, *turn.trained]))
+    return made
 
 
 def prompt_and_reference(example: Example, tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], str]:
-    """Token ids that ask for the last completion, and the completion that is expected.
+    """Token ids that ask for the last completion, as training has them before it, and the completion that is expected.
 
     Raises:
         ValueError: a plain text, which asks for nothing.
     """
     if isinstance(example, PlainText):
         raise ValueError("a row with only 'text' has no prompt to generate from: use metric perplexity")
-    if isinstance(example, Pair) and not tokenizer.chat_template:
-        ids = tokenizer(example.prompt + separator)["input_ids"]
-        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-        return list(ids), example.completion
-    _require_template(tokenizer)
-    messages = as_messages(example)
-    text = _render(tokenizer, messages[:-1], prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), str(messages[-1]["content"])
+    chat, _ = _as_chat(example, tokenizer, last_turn_only=True)
+    if chat is None:
+        assert isinstance(example, Pair)
+        return _ask_pair(example, tokenizer, separator).prompt, example.completion
+    asked = _ask_last(chat, tokenizer)
+    content = str(chat.messages[-1]["content"])
+    return asked.prompt, content if content.strip() else str(tokenizer.decode(asked.written, skip_special_tokens=True))
 
 
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the row holds chat messages, but the model's tokenizer has no chat template: use an instruct model, or rows "
-            "with prompt and completion"
-        )
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """Token ids that generation is fed, those that it is to write, and which of these are trained."""
+
+    prompt: list[int]
+    written: list[int]
+    trained: list[bool]
 
 
-def as_messages(example: Example) -> list[dict[str, Any]]:
-    """The example as chat messages."""
-    if isinstance(example, Conversation):
-        return [dict(message) for message in example.messages]
-    assert isinstance(example, Pair)
-    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+def _as_chat(
+    example: Conversation | Pair, tokenizer: PreTrainedTokenizerBase, last_turn_only: bool
+) -> tuple[Conversation | None, list[int]]:
+    """The example as a chat, None for a pair without a template, and the numbers of the messages that are trained."""
+    if isinstance(example, Pair):
+        if not tokenizer.chat_template:
+            return None, []
+        example = as_chat(example)
+    turns = [number for number, message in enumerate(example.messages) if number and message["role"] == "assistant"]
+    if last_turn_only:
+        turns = turns[-1:]
+    return example, [number for number in turns if number not in example.untrained]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+def _ask_last(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> _Asked:
+    return _ask_turns(assistant_turns(chat, tokenizer, [len(chat.messages) - 1]), tokenizer)[0]
+
+
+def _ask_turns(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[_Asked]:
+    asked = []
+    known, known_ids = "", list[int]()
+    for turn in turns:
+        text, ids = turn.prompt, _encode(tokenizer, turn.prompt, known, known_ids)
+        prompt, trained = ids, list[bool]()
+        for piece, on in turn.pieces:
+            more = _encode_behind(tokenizer, text, ids, piece)
+            text, ids = text + piece, [*ids, *more]
+            trained += [on] * len(more)
+        known, known_ids = text, ids
+        if not turn.ended and tokenizer.eos_token_id is not None:  # nothing else would end what is generated
+            ids = [*ids, tokenizer.eos_token_id]
+            trained.append(True)
+        asked.append(_Asked(prompt, ids[len(prompt) :], trained))
+    return asked
+
+
+def _ask_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase, separator: str) -> _Asked:
+    text = pair.prompt + separator
+    begin, ids, end = _surrounded(tokenizer, text)
+    written = [*_encode_behind(tokenizer, text, ids, pair.completion), *end]
+    return _Asked([*begin, *ids], written, [True] * len(written))
+
+
+def _surrounded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
+    """What the tokenizer puts before a text that is no chat, the text's own token ids, and what ends it.
+
+    A token that the text begins or ends with already is not put there again; the end-of-text token ends every text.
+    """
+    ids = _encode(tokenizer, text)
+    whole = list(tokenizer(text)["input_ids"])
+    at = next((n for n in range(len(whole) - len(ids) + 1) if whole[n : n + len(ids)] == ids), None)
+    assert at is not None, "special tokens stand before and behind a text"
+    begin, end = whole[:at], whole[at + len(ids) :]
+    if begin and ids[: len(begin)] == begin:
+        begin = []
+    if end and ids[-len(end) :] == end:
+        end = []
+    last = end or ids
+    if tokenizer.eos_token_id is not None and (not last or last[-1] != tokenizer.eos_token_id):
+        end = [*end, tokenizer.eos_token_id]
+    return begin, ids, end
+
+
+# -- encoding -----------------------------------------------------------------------------------------------------
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, known: str = "", known_ids: Sequence[int] = ()) -> list[int]:
+    """Token ids without special tokens around them.
+
+    Args:
+        known: a text with its ids. Where ``text`` begins with it and it ends with a special token, only the rest is encoded:
+            tokenizers cut a text at such tokens before anything else.
+    """
+    if known_ids and text.startswith(known):
+        last = known_ids[-1]
+        mark = _cutting_tokens(tokenizer, len(tokenizer)).get(last)
+        if mark is not None and known.endswith(mark):
+            ids = list(tokenizer(mark + text[len(known) :], add_special_tokens=False)["input_ids"])
+            if ids and ids[0] == last:
+                return [*known_ids, *ids[1:]]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@functools.lru_cache(maxsize=4)
+def _cutting_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """The tokens (of ``size`` in all) at which a text is cut whatever follows: special ones that are no part of another."""
+    if not tokenizer.is_fast:
+        return {}
+    added = tokenizer.added_tokens_decoder
+    contents = [token.content for token in added.values()]
+    return {
+        index: token.content
+        for index, token in added.items()
+        if not (token.normalized or token.single_word)
+        and not any(token.content in other and token.content != other for other in contents)
+    }
+
+
+def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, before_ids: Sequence[int], text: str) -> list[int]:
+    """Token ids of a text that follows another.
+
+    As the tokenizer encodes the two together, if that begins with the ids of the first. If it merges across the border, as it
+    encodes the text alone, but without the blank that some tokenizers put before a text.
+    """
+    count = len(before_ids)
+    together = _encode(tokenizer, before + text, *_border(tokenizer, before, before_ids))
+    if together[:count] == list(before_ids):
+        return together[count:]
+    wanted = tokenizer.decode(together)
+    for anchor in ("", "\n", "x", "."):
+        head = _encode(tokenizer, anchor) if anchor else []
+        ids = _encode(tokenizer, anchor + text)
+        if ids[: len(head)] == head and tokenizer.decode([*before_ids, *ids[len(head) :]]) == wanted:
+            return ids[len(head) :]
+    return _encode(tokenizer, text)
+
+
+def _border(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> tuple[str, Sequence[int]]:
+    """The part of a text up to its last special token, with its ids."""
+    marks = _cutting_tokens(tokenizer, len(tokenizer))
+    for count in range(len(ids), 0, -1):
+        if mark := marks.get(ids[count - 1]):
+            end = text.rfind(mark) + len(mark)
+            return (text[:end], ids[:count]) if end >= len(mark) else ("", [])
+    return "", []
 
 
 def show_sample(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:

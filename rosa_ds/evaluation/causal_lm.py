@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rosa_ds import distributed
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import Batch
-from rosa_ds.data.formats import parse_row
+from rosa_ds.data.formats import examples_of, parse_row
 from rosa_ds.data.prepare import columns_of, prepare
 from rosa_ds.data.sources import load_rows
 from rosa_ds.data.tokenise import prompt_and_reference
@@ -162,10 +162,11 @@ def load_questions(source: str, tokenizer: PreTrainedTokenizerBase, settings: Da
     found: dict[tuple[int, ...], list[str]] = {}
     for index, row in enumerate(rows):
         try:
-            ids, reference = prompt_and_reference(parse_row(row, columns_of(settings)), tokenizer, settings.separator)
+            for example in examples_of(parse_row(row, columns_of(settings))):
+                ids, reference = prompt_and_reference(example, tokenizer, settings.separator)
+                found.setdefault(tuple(ids), []).append(reference.strip())
         except ValueError as error:
             raise ValueError(f"{rows.where(index)}: {error}") from None
-        found.setdefault(tuple(ids), []).append(reference.strip())
     return [Question(list(prompt), tuple(references)) for prompt, references in found.items()]
 
 

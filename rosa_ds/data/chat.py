@@ -1,0 +1,330 @@
+"""A conversation's assistant turns as the chat template shows them: what is asked, and what is to be written then."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from rosa_ds.data.formats import Conversation
+
+logger = logging.getLogger(__name__)
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold what is thought before its content."""
+_PROBE = "Zq7probe"
+_OPENED = re.compile(r"<(?P<tag>\w+)>\s*\Z")
+_EMPTY = re.compile(r"<(?P<tag>\w+)>\s*</(?P=tag)>\s*\Z")
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """An assistant's turn.
+
+    Attributes:
+        prompt: the text that generation is fed.
+        pieces: the text that is to follow, to the end-of-turn token, in pieces with whether each is trained.
+        ended: an end-of-turn token is the last of it.
+    """
+
+    prompt: str
+    pieces: tuple[tuple[str, bool], ...]
+    ended: bool
+
+
+def assistant_turns(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chosen: Iterable[int]
+) -> list[Turn]:
+    """The turns of the messages with the numbers ``chosen``, which are the assistant's and not the first.
+
+    The prompt of a turn is the rendering of everything before it with the generation prompt. What follows is the rest of
+    the rendering up to the turn as the last one, so with the reasoning that a template leaves out of earlier turns.
+
+    Raises:
+        ValueError: the template fails, or does not show where a turn stands.
+    """
+    template = template_of(tokenizer)
+    messages = _adapt(conversation.messages, tokenizer, template)
+    if conversation.tools and "tools" not in template:
+        _say(template, "the chat template has no place for tools: the rows' tools are left out")
+    render = functools.partial(_render, tokenizer, template, tools=conversation.tools)
+    found = []
+    for index in chosen:
+        prompt, _ = render(messages[:index], prompt=True)
+        text, marks = render(messages[: index + 1])
+        start, opening = _find_start(prompt, text, conversation.messages[index])
+        if start is None:
+            start = _start_after_another_prompt(tokenizer, template, text, render, messages[:index])
+        if start is None:
+            raise ValueError(
+                f"the chat template does not show where message {index + 1} (assistant) stands in the rendered text: give a "
+                "template that renders the messages in their order as data.chat_template"
+            )
+        body, end, ended = _find_end(text, start, _form_of(tokenizer, template))
+        _check_shown(opening + text[start:end], messages[index], index, template)
+        pieces = [(opening, True)] if opening else []
+        if marks is None:
+            pieces.append((text[start:end], True))
+        else:
+            pieces += _marked_pieces(text, start, body, end, marks)
+        found.append(Turn(prompt, tuple(pieces), ended))
+    return found
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template; of several named ones that is ``default``. Raises: ValueError if there is none."""
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping) and template:
+        if "default" not in template and len(template) > 1:
+            raise ValueError(
+                f"the model's tokenizer has the chat templates {', '.join(sorted(template))} and none is named default: give one "
+                "as data.chat_template"
+            )
+        template = template.get("default", next(iter(template.values())))
+    if not template:
+        raise ValueError(
+            "the row holds chat messages, but the model's tokenizer has no chat template: use an instruct model, give one as "
+            "data.chat_template, or use rows with prompt and completion"
+        )
+    return str(template)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an assistant's turn by the chat template; None if the template ends it with none."""
+    form = _form_of(tokenizer, template_of(tokenizer))
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    return added.get(form.end)
+
+
+# -- where a turn begins ------------------------------------------------------------------------------------------
+
+
+def _find_start(prompt: str, text: str, message: Mapping[str, Any]) -> tuple[int | None, str]:
+    """Where in ``text`` begins what is to follow the prompt, and what is to be written before that.
+
+    The two differ where the generation prompt opens a block of reasoning that the template leaves out of the finished turn,
+    or holds an empty one.
+    """
+    if text.startswith(prompt):
+        return len(prompt), ""
+    if (empty := _EMPTY.search(prompt)) and text.startswith(prompt[: empty.start()]):
+        tag = empty["tag"]
+        block = re.compile(rf"<{tag}>.*?</{tag}>\s*", re.DOTALL).match(text, empty.start())
+        return (block.end() if block else empty.start()), ""
+    if (opened := _OPENED.search(prompt)) and text.startswith(prompt[: opened.start()]):
+        tag, start = opened["tag"], opened.start()
+        if block := re.compile(rf"<{tag}>\s*").match(text, start):
+            return block.end(), ""
+        reasoning = next((str(message[key]) for key in REASONING if message.get(key)), "")
+        if not reasoning and f"</{tag}>" in message["content"]:
+            reasoning = message["content"].split(f"</{tag}>")[0].split(f"<{tag}>")[-1]
+        return start, f"{reasoning.strip()}\n</{tag}>" + ("" if text[start : start + 1].isspace() else "\n\n")
+    return None, ""
+
+
+def _start_after_another_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: str, text: str, render: Any, before: Sequence[dict[str, Any]]
+) -> int | None:
+    """As :func:`_find_start` where the template writes the earlier messages otherwise once they are answered (a system prompt
+    that goes with the last user message): found with an answer of our own in the turn's place.
+    """
+    form = _form_of(tokenizer, template)
+    if form.lead is None:
+        return None
+    other, _ = render([*before, *_adapt([{"role": "assistant", "content": _PROBE}], tokenizer, template)])
+    start = other.rfind(_PROBE) - len(form.lead)
+    if start <= 0 or not other.startswith(form.lead, start) or text[:start] != other[:start]:
+        return None
+    return int(start)
+
+
+def _check_shown(written: str, message: Mapping[str, Any], index: int, template: str) -> None:
+    """Raise ValueError for a turn whose tool calls the template leaves out; say it once where it leaves reasoning out."""
+    for call in message.get("tool_calls", ()):
+        name = call.get("function", call)["name"]
+        if name not in written:
+            raise ValueError(
+                f"the chat template does not show that message {index + 1} calls {name!r}: give one that renders tool_calls as "
+                "data.chat_template"
+            )
+    reasoning = next((str(message[key]).strip() for key in REASONING if message.get(key)), "")
+    if reasoning not in written:
+        _say(template, "the chat template shows no reasoning: what the rows have of it is left out")
+
+
+# -- where it ends ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How a template writes an answer: the text between generation prompt and content (None: not known), the one that ends
+    the turn (empty: none), whether that is a token, and the marks that an end may be made of.
+    """
+
+    lead: str | None
+    end: str
+    end_is_token: bool
+    marks: tuple[str, ...]
+
+
+def _form_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Form:
+    return _form(tokenizer, template, len(tokenizer), repr(tokenizer.special_tokens_map))
+
+
+@functools.lru_cache(maxsize=4)
+def _form(tokenizer: PreTrainedTokenizerBase, template: str, size: int, special: str) -> _Form:
+    """``size`` and ``special`` tell a tokenizer from itself before tokens were added."""
+    added = [(token.content, token.special) for token in tokenizer.added_tokens_decoder.values()]
+    lead, end, end_is_token = None, "", False
+    chat = _adapt([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": _PROBE}], tokenizer, template)
+    try:
+        prompt, _ = _render(tokenizer, template, chat[:1], prompt=True)
+        text, _ = _render(tokenizer, template, chat)
+    except ValueError:  # not a template for so simple a chat: a turn ends with its last special token
+        prompt, text = "", ""
+    if _PROBE in text:
+        before, _, behind = text.rpartition(_PROBE)
+        lead = before[len(prompt) :] if before.startswith(prompt) else None
+        tokens = [(behind.find(content), -len(content), content) for content, _ in added if content in behind]
+        end_is_token = bool(tokens)
+        end = min(tokens)[2] if tokens else behind.strip()
+    marks = {content for content, special in added if special} | {end}
+    return _Form(lead, end, end_is_token, tuple(sorted(marks - {""}, key=len, reverse=True)))
+
+
+def _find_end(text: str, start: int, form: _Form) -> tuple[int, int, bool]:
+    """Where a turn's body ends, where the end-of-turn token behind it does, and whether there is one.
+
+    What a template writes behind that token (a line break, an end of text when no message follows) is not the turn's.
+    """
+    body = len(text)
+    while True:
+        body = start + len(text[start:body].rstrip())
+        mark = next((mark for mark in form.marks if text.endswith(mark, start, body)), None)
+        if mark is None:
+            break
+        body -= len(mark)
+    behind = text[body:]
+    if form.end and form.end in behind:
+        return body, body + behind.index(form.end) + len(form.end), form.end_is_token
+    if behind.strip():
+        return body, body + len(behind.rstrip()), True
+    return len(text), len(text), False
+
+
+def _marked_pieces(
+    text: str, start: int, body: int, end: int, marks: Sequence[tuple[int, int]]
+) -> list[tuple[str, bool]]:
+    """A turn cut where the template's generation markers begin and end. The end of the turn belongs to what is marked."""
+    inside = [(max(a, start), min(b, end)) for a, b in marks if a < end and b > start and max(a, start) < min(b, end)]
+    if inside and body < end:
+        inside.append((max(body, inside[-1][0]), end))
+    pieces, at = [], start
+    for a, b in inside:
+        if a > at:
+            pieces.append((text[at:a], False))
+        if b > at and pieces and pieces[-1][1] and a <= at:
+            pieces[-1] = (pieces[-1][0] + text[at:b], True)
+        elif b > at:
+            pieces.append((text[max(a, at) : b], True))
+        at = max(at, b)
+    return pieces if at == end else [*pieces, (text[at:end], False)]
+
+
+# -- rendering ----------------------------------------------------------------------------------------------------
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] = (),
+    prompt: bool = False,
+) -> tuple[str, list[tuple[int, int]] | None]:
+    """The rendered text, and where generation markers stand in it; None for a template without them."""
+    marked = _MARKED.search(template) is not None and not prompt
+    try:
+        (text,), marks = render_jinja_template(
+            conversations=[list(messages)],
+            tools=list(tools) or None,
+            chat_template=template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=marked,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"the chat template of the model's tokenizer fails here: {error}") from None
+    return text, [(a, b) for a, b in marks[0]] if marked else None
+
+
+def _adapt(
+    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str
+) -> list[dict[str, Any]]:
+    """The messages in the form that the template takes."""
+    adapted = []
+    for message in messages:
+        if message["role"] == "developer" and "developer" not in template:
+            _say(template, "the chat template knows no role developer: those messages are rendered as the system's")
+            message = {**message, "role": "system"}
+        if message.get("tool_calls") and _takes_arguments_as_text(tokenizer, template):
+            message = {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
+        adapted.append(dict(message))
+    if _takes_parts(tokenizer, template):
+        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in adapted]
+    return adapted
+
+
+@functools.lru_cache(maxsize=32)
+def _say(template: str, what: str) -> None:
+    """Once of a template."""
+    logger.warning("%s", what)
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return call
+    function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {**call, "function": function} if "function" in call else function
+
+
+@functools.lru_cache(maxsize=4)
+def _takes_arguments_as_text(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the template cannot render a tool call whose arguments are an object, but one whose arguments are a text."""
+
+    def renders(arguments: dict[str, Any] | str) -> bool:
+        call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "add", "arguments": arguments}}
+        text = _try_to_render(tokenizer, template, {"content": "", "tool_calls": [call]})
+        return text is not None and "{'" not in text  # an object written by Python is no JSON
+
+    return not renders({"a": 1}) and renders('{"a": 1}')
+
+
+@functools.lru_cache(maxsize=4)
+def _takes_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the template shows a content only where it is a list of parts (those of models that see images)."""
+
+    def shows(content: Any) -> bool:
+        return _PROBE in (_try_to_render(tokenizer, template, {"content": content}, content) or "")
+
+    return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
+
+
+def _try_to_render(
+    tokenizer: PreTrainedTokenizerBase, template: str, answer: dict[str, Any], question: Any = "Why?"
+) -> str | None:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", **answer}]
+    try:
+        return _render(tokenizer, template, messages)[0]
+    except ValueError:
+        return None
