@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import string
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.data.chat import Turn, assistant_turns
 from rosa_ds.data.formats import Conversation, Example, Pair, PlainText, as_chat
+
+_ANCHORS = ("", "\n", *string.punctuation, *string.ascii_letters)
+"""What a text is encoded behind, to be encoded as no beginning of a text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +206,7 @@ def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, before_ids: 
     if together[:count] == list(before_ids):
         return together[count:]
     wanted = tokenizer.decode(together)
-    for anchor in ("", "\n", "x", "."):
+    for anchor in _ANCHORS:
         head = _encode(tokenizer, anchor) if anchor else []
         ids = _encode(tokenizer, anchor + text)
         if ids[: len(head)] == head and tokenizer.decode([*before_ids, *ids[len(head) :]]) == wanted:
