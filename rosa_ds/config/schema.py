@@ -201,7 +201,7 @@ class DataSettings(Section):
     prompt_column: str | None = None
     """Column with the prompt, where the column names do not tell."""
     prompt_template: str | None = None
-    """The prompt's text, made of several columns, in place of prompt_column: "{context}\\nQuestion: {question}"."""
+    """The prompt's text, made of several columns, in place of prompt_column: "{context}\\nQuestion: {question}". A backslash and n are a line break, and t a tab; one column may be empty where another is not."""
     completion_column: str | None = None
     """Column with the completion, where the column names do not tell."""
     text_column: str | None = None
@@ -215,11 +215,29 @@ class DataSettings(Section):
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with an example of more tokens."""
     separator: str = "\n"
-    """Put between prompt and completion where the tokenizer has no chat template, and between the texts of a pair where it has no separator token."""
+    """Put between prompt and completion where the tokenizer has no chat template, and between the texts of a pair where it has no separator token. A backslash and n are a line break, and t a tab."""
+    chat_template: str | None = None
+    """Jinja template of chats in place of the tokenizer's: a file, or the text itself. The run's tokenizer keeps it, so evaluation and export use it."""
+    template_arguments: dict[str, Any] = {}
+    """Variables of the chat template, such as {"enable_thinking": false}. They are written into the template of the run's tokenizer as defaults, so evaluation, export and whoever serves the model ask with the same."""
     train_on: Literal["all", "last"] = "all"
     """Which of a chat's assistant turns are trained, but for those whose message says weight, train or loss_mask 0 or false."""
     batching: Literal["sorted", "random"] = "sorted"
     """Inside one optimizer step, micro-batches of examples of similar length (less padding) or in drawn order."""
+
+    @field_validator("separator", "prompt_template")
+    @classmethod
+    def _line_breaks(cls, text: str | None) -> str | None:
+        """A shell gives what is typed as \\n in two characters."""
+        return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _names_of_variables(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in arguments:
+            if not name.isidentifier():
+                raise ValueError(f"data.template_arguments name variables of the chat template, given {name!r}")
+        return arguments
 
     @model_validator(mode="after")
     def _prompt_and_completion(self) -> DataSettings:

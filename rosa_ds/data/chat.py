@@ -8,13 +8,16 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.formats import Conversation
+from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,47 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
             "data.chat_template, or use rows with prompt and completion"
         )
     return str(template)
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> None:
+    """Give the tokenizer the chat template of the settings, else the one named default of its own.
+
+    The arguments of the settings become what the template's variables are unless a caller says otherwise: the template
+    alone, which is saved with the tokenizer, asks as training did.
+
+    Raises:
+        ValueError: there is no such file, the template has no such variable, or there is no template to give arguments to.
+    """
+    if settings.chat_template is not None:
+        tokenizer.chat_template = _read_template(settings.chat_template)
+    elif isinstance(tokenizer.chat_template, Mapping) and "default" in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        tokenizer.chat_template = template_of(tokenizer)
+        _say(tokenizer.chat_template, f"of the tokenizer's chat templates ({names}) the one named default is used")
+    if settings.template_arguments:
+        template = template_of(tokenizer)
+        for name in settings.template_arguments:
+            if re.search(rf"\b{name}\b", template) is None:
+                words = set(re.findall(r"\b[a-z]\w+\b", template))
+                raise ValueError(
+                    f"data.template_arguments gives {name!r}, which the chat template does not use.{did_you_mean(name, words)}"
+                )
+        # templates are rendered with trim_blocks, so these lines leave no trace in the text
+        defaults = (
+            f"{{% set {name} = {name} | default({value!r}) %}}\n" for name, value in settings.template_arguments.items()
+        )
+        tokenizer.chat_template = "".join(defaults) + template
+
+
+def _read_template(given: str) -> str:
+    if "{" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"data.chat_template {given}: no such file, and a template's text has braces.{did_you_mean_path(path)}"
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

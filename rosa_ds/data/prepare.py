@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +17,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config.schema import DataSettings
-from rosa_ds.config.template import Template
+from rosa_ds.config.template import Template, quoted
 from rosa_ds.data.batches import PADDING_ROW, Batch, collate
-from rosa_ds.data.formats import PlainText, examples_of, parse_row
+from rosa_ds.data.chat import end_of_turn
+from rosa_ds.data.formats import Columns, PlainText, examples_of, find_format, parse_row
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens, sequences, show_sample
 
+logger = logging.getLogger(__name__)
 NO_PADDING = "the model's tokenizer has no padding token: set pad_token in its tokenizer_config.json"
 EXAMPLE = ("row", "ids", "trained", "length", "full_length", "trained_count", "plain")
 """What is kept of an example; ``row`` is the number of its row."""
@@ -92,6 +96,9 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
     """
     rows = load_rows(source, purpose)
     columns = columns_of(settings)
+    _say(rows.name, _describe_format(rows, columns), logging.INFO)
+    if missing := _missing_end(tokenizer):
+        _say(rows.name, missing, logging.WARNING)
     cut = settings.max_length if settings.too_long == "truncate" else None
 
     def encode(row: dict[str, Any], index: int) -> list[dict[str, Any]]:
@@ -137,7 +144,38 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
     return TokenSet(encoded, lengths[keep], trained[keep], ", ".join(reasons))
 
 
-def columns_of(settings: DataSettings) -> tuple[str | Template, str] | None:
+def _describe_format(rows: Rows, columns: Columns | None) -> str:
+    """How the rows are read, as the first one shows."""
+    first = rows.data[0]
+    if columns is not None:
+        prompt, completion = columns
+        named = f"the template {prompt.text!r}" if isinstance(prompt, Template) else repr(prompt)
+        return f"read as {named} and {completion!r}"
+    try:
+        found = find_format(first)
+    except ValueError as error:
+        raise rows.refused(0, error) from None
+    used = [name for name in (*found.needs, *found.may_have) if name in first]
+    return f"read as {found.name}, {found.becomes}, of the columns {quoted(used)}"
+
+
+def _missing_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is to be said of a template that ends no turn."""
+    ends = bool(tokenizer.chat_template) and end_of_turn(tokenizer) is not None
+    if tokenizer.eos_token_id is None and not ends:
+        return "the tokenizer has no end-of-text token, and its chat template ends no turn: what is generated will not stop by itself"
+    if tokenizer.chat_template and not ends:
+        return f"the chat template ends no turn with a token: {tokenizer.eos_token!r} is trained behind each"
+    return ""
+
+
+@functools.cache
+def _say(name: str, what: str, level: int) -> None:
+    """Once a source."""
+    logger.log(level, "%s: %s", name, what)
+
+
+def columns_of(settings: DataSettings) -> Columns | None:
     """The named prompt (or its template) and completion column, for :func:`rosa_ds.data.formats.parse_row`."""
     if settings.completion_column is None:
         return None

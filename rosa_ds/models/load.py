@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from rosa_ds.config.schema import ModelSettings
+from rosa_ds.config.schema import DataSettings, ModelSettings
+from rosa_ds.data.chat import choose_template
 from rosa_ds.models.checks import is_finite, not_finite
 from rosa_ds.models.task import auto_class, classes_of, configure, describe_task, mark_new, new_numbers, new_parameters
 from rosa_ds.models.weights import WEIGHT_SUFFIXES, find_safetensors, hash_files, weight_files
@@ -170,8 +171,15 @@ def _check_complete(report: Mapping[str, Any], settings: ModelSettings) -> None:
         )
 
 
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
+def load_tokenizer(settings: ModelSettings, data: DataSettings | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token (the end-of-text token where it has none of its own, else another special one).
+
+    Args:
+        data: with the chat template and its arguments, where they are not the tokenizer's own.
+
+    Raises:
+        ValueError: it cannot be loaded, has no token to pad with, or the template is none for it.
+    """
     name, arguments = resolve(settings.name_or_path)
     arguments.pop("attn_implementation", None)
     try:
@@ -187,6 +195,16 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         raise _refused(settings, error, "the tokenizer of") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None and settings.task == "causal-lm":  # padding is masked: any token will do
+        tokenizer.pad_token = next(
+            (token for token in (tokenizer.unk_token, *tokenizer.all_special_tokens) if token), None
+        )
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"the tokenizer of {settings.name_or_path!r} has neither a padding token nor another special one: set pad_token in its "
+                "tokenizer_config.json"
+            )
+    choose_template(tokenizer, data if data is not None else DataSettings())
     return tokenizer
 
 

@@ -58,7 +58,7 @@ def dry_run(command: CommandLine, ranks: int) -> None:
     logger.info("targets:\n%s", targets(planner))
     problem, data, shape = None, None, Shape(plan.micro_batch_size, settings.data.max_length, settings.data.max_length)
     try:
-        tokenizer = load_tokenizer(settings.model)
+        tokenizer = load_tokenizer(settings.model, settings.data)
         _, data, eval_data = prepare_data(settings, tokenizer)
         check_readable(planner.model, tokenizer, settings, data, eval_data)
         shape = longest(data, plan.micro_batch_size, tokenizer.pad_token_id)

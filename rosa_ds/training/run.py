@@ -91,7 +91,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
             check_mask_file(mask, output)
     # One main_first() in a block of together(): a rank that fails must not skip a barrier.
     with distributed.together(), distributed.main_first():
-        tokenizer = load_tokenizer(settings.model)
+        tokenizer = load_tokenizer(settings.model, settings.data)
     with distributed.together():
         settings, data, eval_data = prepare_data(settings, tokenizer)
 
@@ -191,7 +191,7 @@ def _fill_caches(settings: RunConfig) -> None:
     if distributed.planned_local_rank():
         return
     with contextlib.suppress(ValueError, OSError):
-        prepare_sets(settings, load_tokenizer(settings.model))
+        prepare_sets(settings, load_tokenizer(settings.model, settings.data))
         download(settings.model)
 
 
