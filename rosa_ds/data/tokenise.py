@@ -117,26 +117,27 @@ def _ask_last(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> _Asked:
 
 def _ask_turns(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[_Asked]:
     asked = []
-    known, known_ids = "", list[int]()
+    text, whole = "", list[int]()  # what was rendered last, and its ids as one text
     for turn in turns:
-        text, ids = turn.prompt, _encode(tokenizer, turn.prompt, known, known_ids)
-        prompt, trained = ids, list[bool]()
+        text, whole = turn.prompt, _encode(tokenizer, turn.prompt, text, whole)
+        ids, trained = whole, list[bool]()
         for piece, on in turn.pieces:
-            more = _encode_behind(tokenizer, text, ids, piece)
-            text, ids = text + piece, [*ids, *more]
-            trained += [on] * len(more)
-        known, known_ids = text, ids
+            text, whole = text + piece, _encode_on(tokenizer, text, whole, piece)
+            written = _behind(tokenizer, ids, whole, piece)
+            ids = [*ids, *written]
+            trained += [on] * len(written)
         if not turn.ended and tokenizer.eos_token_id is not None:  # nothing else would end what is generated
             ids = [*ids, tokenizer.eos_token_id]
             trained.append(True)
-        asked.append(_Asked(prompt, ids[len(prompt) :], trained))
+        asked.append(_Asked(ids[: len(ids) - len(trained)], ids[len(ids) - len(trained) :], trained))
     return asked
 
 
 def _ask_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase, separator: str) -> _Asked:
     text = pair.prompt + separator
     begin, ids, end = _surrounded(tokenizer, text)
-    written = [*_encode_behind(tokenizer, text, ids, pair.completion), *end]
+    whole = _encode_on(tokenizer, text, ids, pair.completion)
+    written = [*_behind(tokenizer, ids, whole, pair.completion), *end]
     return _Asked([*begin, *ids], written, [True] * len(written))
 
 
@@ -195,33 +196,31 @@ def _cutting_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, 
     }
 
 
-def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, before_ids: Sequence[int], text: str) -> list[int]:
-    """Token ids of a text that follows another.
-
-    As the tokenizer encodes the two together, if that begins with the ids of the first. If it merges across the border, as it
-    encodes the text alone, but without the blank that some tokenizers put before a text.
-    """
-    count = len(before_ids)
-    together = _encode(tokenizer, before + text, *_border(tokenizer, before, before_ids))
-    if together[:count] == list(before_ids):
-        return together[count:]
-    wanted = tokenizer.decode(together)
-    for anchor in _ANCHORS:
-        head = _encode(tokenizer, anchor) if anchor else []
-        ids = _encode(tokenizer, anchor + text)
-        if ids[: len(head)] == head and tokenizer.decode([*before_ids, *ids[len(head) :]]) == wanted:
-            return ids[len(head) :]
-    return _encode(tokenizer, text)
-
-
-def _border(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> tuple[str, Sequence[int]]:
-    """The part of a text up to its last special token, with its ids."""
+def _encode_on(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], more: str) -> list[int]:
+    """Token ids of a text with more behind it, given its own: only what follows its last special token is encoded."""
     marks = _cutting_tokens(tokenizer, len(tokenizer))
     for count in range(len(ids), 0, -1):
         if mark := marks.get(ids[count - 1]):
             end = text.rfind(mark) + len(mark)
-            return (text[:end], ids[:count]) if end >= len(mark) else ("", [])
-    return "", []
+            return _encode(tokenizer, text + more, text[:end], ids[:count])
+    return _encode(tokenizer, text + more)
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, ids: list[int], whole: list[int], text: str) -> list[int]:
+    """Token ids of a text that follows ``ids``; ``whole`` are those of both as one text.
+
+    They are the rest of the whole, if that begins with ``ids``. If the tokenizer merges across the border, they are as it
+    encodes the text alone, but without the blank that some tokenizers put before a text.
+    """
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    wanted = tokenizer.decode(whole)
+    for anchor in _ANCHORS:
+        head = _encode(tokenizer, anchor) if anchor else []
+        alone = _encode(tokenizer, anchor + text)
+        if alone[: len(head)] == head and tokenizer.decode([*ids, *alone[len(head) :]]) == wanted:
+            return alone[len(head) :]
+    return _encode(tokenizer, text)
 
 
 def show_sample(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:

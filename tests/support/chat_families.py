@@ -127,6 +127,10 @@ TEMPLATES: dict[str, str] = {
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
+    "headers": (  # an empty line before the content, as Llama 3 has it
+        "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n\n' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+    ),
     "inst": (
         "{{ bos_token }}{% for m in messages %}"
         + _SYSTEM
