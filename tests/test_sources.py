@@ -388,7 +388,7 @@ def test_a_file_is_known_by_its_content(
     assert digest() != first
     write("one")
     path = path.rename(tmp_path / f"moved.{suffix}")
-    monkeypatch.setattr("rosa_ds.data.prepare.tokenise", None)
+    monkeypatch.setattr("rosa_ds.data.prepare.sequences", None)
     assert digest() == first
     with pytest.raises(TypeError):
         prepare(f"{path}[:1]", "train", tokenizer, DataSettings(separator="; "))

@@ -26,8 +26,6 @@ from rosa_ds.data.tokenise import Tokens, sequences, show_sample
 
 logger = logging.getLogger(__name__)
 NO_PADDING = "the model's tokenizer has no padding token: set pad_token in its tokenizer_config.json"
-EXAMPLE = ("row", "ids", "trained", "length", "full_length", "trained_count", "plain")
-"""What is kept of an example; ``row`` is the number of its row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +144,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
 
 def _describe_format(rows: Rows, columns: Columns | None) -> str:
     """How the rows are read, as the first one shows."""
-    first = rows.data[0]
+    first = next(iter(rows))
     if columns is not None:
         prompt, completion = columns
         named = f"the template {prompt.text!r}" if isinstance(prompt, Template) else repr(prompt)
