@@ -124,6 +124,12 @@ KINDS: dict[str, tuple[str, dict[str, list[list[str]] | str]]] = {
     "lines": (_LINES, SIMPLE),
     "no system": (_NO_SYSTEM, {**SIMPLE, "system": "fails here: no system role here"}),
     "end of text at the end": (_TEXT_END, SIMPLE),
+    "two tokens at the end": (  # as Command R's: of the answer and of the turn
+        _HEADERS.replace(
+            "m.content | trim + '[E]'", "m.content | trim + ('[C][E]' if m.role == 'assistant' else '[E]')"
+        ),
+        {key: [[turn.replace("[E]", "[C][E]") for turn in value[0]]] for key, value in SIMPLE.items()},
+    ),
     "the last one thinks": (
         _LAST_THINKS,
         {
@@ -246,6 +252,7 @@ def test_the_end_of_turn() -> None:
         "[E]",
     ]
     assert ends["no end of turn"] is None
+    assert ends["two tokens at the end"] == ends["lines"]
 
 
 def test_markers_choose_what_of_a_turn_is_trained() -> None:

@@ -146,7 +146,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that ends an assistant's turn by the chat template; None if the template ends it with none."""
     form = _form_of(tokenizer, template_of(tokenizer))
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-    return added.get(form.end)
+    return added.get(form.stop)
 
 
 # -- where a turn begins ------------------------------------------------------------------------------------------
@@ -211,12 +211,12 @@ def _check_shown(written: str, message: Mapping[str, Any], index: int, template:
 @dataclasses.dataclass(frozen=True)
 class _Form:
     """How a template writes an answer: the text between generation prompt and content (None: not known), the one that ends
-    the turn (empty: none), whether that is a token, and the marks that an end may be made of.
+    the turn (empty: none), the token that is the last of that (empty: none), and the marks that an end may be made of.
     """
 
     lead: str | None
     end: str
-    end_is_token: bool
+    stop: str
     marks: tuple[str, ...]
 
 
@@ -228,21 +228,28 @@ def _form_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Form:
 def _form(tokenizer: PreTrainedTokenizerBase, template: str, size: int, special: str) -> _Form:
     """``size`` and ``special`` tell a tokenizer from itself before tokens were added."""
     added = [(token.content, token.special) for token in tokenizer.added_tokens_decoder.values()]
-    lead, end, end_is_token = None, "", False
-    chat = _adapt([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": _PROBE}], tokenizer, template)
+    lead, end, stop = None, "", ""
+    question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": _PROBE}
+    chat = _adapt([question, answer, question], tokenizer, template)
     try:
         prompt, _ = _render(tokenizer, template, chat[:1], prompt=True)
-        text, _ = _render(tokenizer, template, chat)
+        text, _ = _render(tokenizer, template, chat[:2])
+        longer, _ = _render(tokenizer, template, chat)
     except ValueError:  # not a template for so simple a chat: a turn ends with its last special token
-        prompt, text = "", ""
+        prompt, text, longer = "", "", ""
     if _PROBE in text:
         before, _, behind = text.rpartition(_PROBE)
         lead = before[len(prompt) :] if before.startswith(prompt) else None
-        tokens = [(behind.find(content), -len(content), content) for content, _ in added if content in behind]
-        end_is_token = bool(tokens)
-        end = min(tokens)[2] if tokens else behind.strip()
+        pairs = enumerate(zip(behind, longer.rpartition(_PROBE)[2], strict=False))
+        kept = next((number for number, (a, b) in pairs if a != b), len(behind))
+        contents = sorted((content for content, _ in added if content), key=len, reverse=True)
+        tokens = list(re.finditer("|".join(map(re.escape, contents)), behind)) if contents else []
+        # of several, those that stand there when the chat goes on, too
+        last = next((token for token in reversed(tokens) if token.end() <= kept), tokens[0] if tokens else None)
+        stop = last.group() if last else ""
+        end = behind[: last.end()].lstrip() if last else behind.strip()
     marks = {content for content, special in added if special} | {end}
-    return _Form(lead, end, end_is_token, tuple(sorted(marks - {""}, key=len, reverse=True)))
+    return _Form(lead, end, stop, tuple(sorted(marks - {""}, key=len, reverse=True)))
 
 
 def _find_end(text: str, start: int, form: _Form) -> tuple[int, int, bool]:
@@ -259,7 +266,7 @@ def _find_end(text: str, start: int, form: _Form) -> tuple[int, int, bool]:
         body -= len(mark)
     behind = text[body:]
     if form.end and form.end in behind:
-        return body, body + behind.index(form.end) + len(form.end), form.end_is_token
+        return body, body + behind.index(form.end) + len(form.end), bool(form.stop)
     if behind.strip():
         return body, body + len(behind.rstrip()), True
     return len(text), len(text), False
