@@ -234,9 +234,12 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str, size: int, special:
     try:
         prompt, _ = _render(tokenizer, template, chat[:1], prompt=True)
         text, _ = _render(tokenizer, template, chat[:2])
-        longer, _ = _render(tokenizer, template, chat)
     except ValueError:  # not a template for so simple a chat: a turn ends with its last special token
-        prompt, text, longer = "", "", ""
+        prompt, text = "", ""
+    try:
+        longer, _ = _render(tokenizer, template, chat)
+    except ValueError:  # a template for one question alone
+        longer = ""
     if _PROBE in text:
         before, _, behind = text.rpartition(_PROBE)
         lead = before[len(prompt) :] if before.startswith(prompt) else None
