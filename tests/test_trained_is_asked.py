@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from chat_families import FAMILIES, LOSSLESS, TEMPLATES, wrap
-from rosa_ds.data.formats import Conversation, Pair, as_chat
+from rosa_ds.data.formats import Conversation, Pair, PlainText, as_chat
 from rosa_ds.data.tokenise import prompt_and_reference, sequences
 
 PROMPTS = ("Why?", "Why?\n", "Why? ", "a \n\n", " two  ", "```\n", "naïve", "The answer:", "12", "日本 🙂\n")
@@ -57,6 +57,15 @@ def test_every_pair(name: str) -> None:
         check_pair(name, template, False, prompt, completion, "\n")
     for around, prompt, completion, separator in itertools.product((False, True), PROMPTS, COMPLETIONS, SEPARATORS):
         check_pair(name, None, around, prompt, completion, separator)
+
+
+@pytest.mark.parametrize("text", ["hi", "<s>hi", "hi</s>", "<s>hi</s>"])
+def test_marks_that_a_text_has_already_are_not_put_there_again(text: str) -> None:
+    tokenizer = family("byte level", None, around=True)
+    (tokens,) = sequences(PlainText(text), tokenizer, "\n")
+    assert tokenizer.decode(tokens.ids) == "<s>hi</s>"
+    (tokens,) = sequences(Pair(text.removesuffix("</s>"), "ho"), tokenizer, "\n")
+    assert tokenizer.decode(tokens.ids) == "<s>hi\nho</s>"
 
 
 TEXT = st.text(st.sampled_from("ab1 \n.é日🙂:'"), min_size=1, max_size=12).filter(str.strip)
