@@ -94,7 +94,7 @@ def test_a_head_for_the_same_classes_goes_on(tmp_path: Path, kind: str) -> None:
     make_base(tmp_path / "base", kind)
     first = load_model(settings(tmp_path / "base", "good", "bad"), torch.float32, seed=1)
     first.save_pretrained(tmp_path / "base")
-    assert find_classes(write_rows(tmp_path / "rows.csv", make_rows(8)), DataSettings(), ["good", "bad"]) == [
+    assert find_classes([write_rows(tmp_path / "rows.csv", make_rows(8))], DataSettings(), ["good", "bad"]) == [
         "good",
         "bad",
     ]

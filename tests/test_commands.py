@@ -40,9 +40,9 @@ def test_a_command_gets_the_words_behind_its_name(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "--help"], r"unknown command 'trian'\. Did you mean train\? Give one of init, train, eval"),
-        (["launch"], r"unknown command 'launch'\. Give one of init, train"),
-        ([], r"give a command: one of init, train, .*; rosa-ds --help says what each does"),
+        (["trian", "--help"], r"unknown command 'trian'\. Did you mean train\? Give one of init, prepare, train, eval"),
+        (["launch"], r"unknown command 'launch'\. Give one of init, prepare, train"),
+        ([], r"give a command: one of init, prepare, train, .*; rosa-ds --help says what each does"),
     ],
     ids=["near", "far", "none"],
 )

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import tokenizers
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rosa_ds.commands.dispatch import dispatch
+from rosa_ds.config.command_line import build_config
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.config.template import Template
-from rosa_ds.data.batches import IGNORE, BatchPlan, collate, epoch_order
+from rosa_ds.data.batches import IGNORE, BatchPlan, Part, collate, epoch_order
 from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
-from rosa_ds.data.prepare import fingerprint, prepare
+from rosa_ds.data.prepare import fingerprint, prepare, worker_count
 from rosa_ds.data.sources import load_rows
 from rosa_ds.data.sql import generate_pairs
 from rosa_ds.data.tokenise import Tokens, prompt_and_reference, sequences, show_sample, tokenise
 from rosa_ds.models.grammar import generate_conversations
 from rosa_ds.models.load import load_tokenizer
+from rosa_ds.training.task import prepare_data
+from rosa_ds.utils.errors import RunError
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -342,12 +348,84 @@ def test_everything_trained_is_an_error_for_pairs(tmp_path: Path) -> None:
         prepare(str(path), "train", greedy, DataSettings())
 
 
+# -- several processes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> str:
+    """Rows enough for three processes."""
+    return str(write(tmp_path / "many.jsonl", [{"prompt": f"{n}?", "completion": f"{n + 1}"} for n in range(1100)]))
+
+
+def test_any_number_of_workers_makes_the_same_examples(
+    many: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, environ = [], os.environ
+    for workers in (1, 2, 8):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / str(workers))
+        data = prepare(many, "train", tokenizer, DataSettings(workers=workers))
+        made.append([data.tokens(index) for index in range(1100)])
+    assert made[0] == made[1] == made[2]
+    assert os.environ is environ  # which others hold
+    assert "TOKENIZERS_PARALLELISM" not in environ
+    files = sorted(path.name.partition("_")[2] for path in (tmp_path / "8").glob("rosa-*_of_*.arrow"))
+    assert files == [f"{number:05d}_of_00003.arrow" for number in range(3)]
+    monkeypatch.setattr("rosa_ds.data.prepare.sequences", None)  # nothing is tokenised again
+    assert prepare(many, "train", tokenizer, DataSettings(workers=1)).digest() == data.digest()
+
+
+def test_a_worker_names_the_row_that_is_wrong(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"{n}?", "completion": "x"} for n in range(1100)]
+    rows[700] = {"prompt": "a", "completion": ["b"]}
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 701: "):
+        prepare(str(write(tmp_path / "rows.jsonl", rows)), "train", tokenizer, DataSettings(workers=2))
+
+
+def test_a_worker_that_is_killed_is_told(
+    many: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("rosa_ds.data.prepare.sequences", end)
+    with pytest.raises(
+        RunError, match=r"one of 2 processes that tokenise was ended from outside .*: set data\.workers"
+    ):
+        prepare(many, "train", tokenizer, DataSettings(workers=2, separator=";"))
+
+
+def test_workers_are_the_cores_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert worker_count(DataSettings()) == 16
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert worker_count(DataSettings()) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert worker_count(DataSettings()) == 1
+    assert worker_count(DataSettings(workers=5)) == 5
+
+
+def test_prepare_leaves_what_training_takes(
+    many: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "rosa_ds"):
+        dispatch(["prepare", "--data.train", many, "--data.eval", f"{many}[:8]", "--data.separator", " "])
+    assert "1100 examples" in caplog.text
+    assert f"kept for training in {datasets.config.HF_DATASETS_CACHE}" in caplog.text
+    monkeypatch.setattr("rosa_ds.data.prepare.sequences", None)
+    settings = build_config({"data": {"train": many, "eval": f"{many}[:8]", "separator": " "}})
+    _, data, evaluation = prepare_data(settings, tokenizer)
+    assert evaluation is not None
+    assert (len(data), len(evaluation)) == (1100, 8)
+
+
 # -- batches -----------------------------------------------------------------------------------------------------
 
 
 def plan(world: int, micro: int, sort: bool = True, count: int = 37) -> BatchPlan:
     lengths = np.random.default_rng(0).integers(3, 90, count)
-    return BatchPlan(lengths, 16, micro, world, seed=3, sort_by_length=sort)
+    parts = (Part("rows", 0, count, count),)
+    return BatchPlan(lengths, parts, 16, micro, world, seed=3, sort_by_length=sort)
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 16), (1, 4), (2, 4), (4, 2), (4, 4), (3, 6), (3, 3), (24, 1)])
@@ -368,14 +446,15 @@ def test_each_example_once_an_epoch() -> None:
         seen = np.concatenate([batches.step_indices(3 * epoch + step) for step in range(3)])
         assert sorted(seen[seen >= 0]) == list(range(37))
         assert (seen < 0).sum() == 48 - 37
-    assert not np.array_equal(epoch_order(37, 3, 0), epoch_order(37, 3, 1))
-    assert not np.array_equal(epoch_order(37, 3, 0), epoch_order(37, 4, 0))
+    parts = batches.parts
+    assert not np.array_equal(epoch_order(parts, 3, 0), epoch_order(parts, 3, 1))
+    assert not np.array_equal(epoch_order(parts, 3, 0), epoch_order(parts, 4, 0))
 
 
 def test_sorting_groups_similar_lengths_and_keeps_the_step() -> None:
     by_length, drawn = plan(1, 4), plan(1, 4, sort=False)
     assert sorted(by_length.step_indices(0)) == sorted(drawn.step_indices(0))
-    assert list(drawn.step_indices(0)) == list(epoch_order(37, 3, 0)[:16])
+    assert list(drawn.step_indices(0)) == list(epoch_order(by_length.parts, 3, 0)[:16])
     lengths = by_length.lengths[by_length.step_indices(0)]
     assert list(lengths) == sorted(lengths, reverse=True)
 

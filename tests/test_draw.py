@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import faults
-from launching import ROOT, TRAIN, kill, losses, metrics, run
+from launching import ROOT, TRAIN, go_on, kill, losses, metrics, run
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.prepare import prepare
 from rosa_ds.export.adapted import load_adapted, load_merged
@@ -42,16 +42,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Losses]:
     """A run of 6 steps that draws before every other one."""
     folder = tmp_path_factory.mktemp("straight")
     return folder / "runs" / "default", faults.straight_losses(folder, *SUBSPACE, "--training.keep_checkpoints", "9")
-
-
-def go_on(straight: Path, folder: Path, step: int) -> Path:
-    """A copy of a finished run as if it had been killed after ``step``."""
-    copy = folder / "runs" / "default"
-    shutil.copytree(straight, copy)
-    for path in (copy / "checkpoints").glob("step-*"):
-        if int(path.name[5:]) > step:
-            shutil.rmtree(path)
-    return copy
 
 
 @pytest.mark.ranks

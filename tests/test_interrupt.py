@@ -128,6 +128,22 @@ def test_a_user_asks_for_a_checkpoint_and_nobody_else_gets_the_folder(tmp_path: 
     assert not (folder / "save").exists()
 
 
+def test_a_forked_process_ends_at_once() -> None:
+    """As it would without the handlers, which are those of the run: processes that tokenise are ended with a signal."""
+    with Interruption() as interruption:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(writer, b"here")
+            time.sleep(10)
+            os._exit(0)
+        assert os.read(reader, 4) == b"here"
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        assert not interruption.requested
+
+
 POISON = """
 import os
 from rosa_ds.commands.train import main

@@ -36,7 +36,7 @@ def as_parquet(path: Path, rows: list[dict[str, Any]], names: list[str]) -> str:
 def test_classes_are_found_in_order(tmp_path: Path, labels: list[Any], classes: list[str]) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "fine day", "label": label} for label in labels]
-    assert find_classes(write_rows(path, rows), DataSettings()) == classes
+    assert find_classes([write_rows(path, rows)], DataSettings()) == classes
     data = labelled(path, "roberta", rows)
     assert [classes[label] for label in data.labels()] == [str(label).strip() for label in labels]
     assert data.trained.tolist() == [1, 1, 1]
@@ -45,7 +45,7 @@ def test_classes_are_found_in_order(tmp_path: Path, labels: list[Any], classes: 
 def test_class_labels_keep_their_order_and_names(tmp_path: Path) -> None:
     rows = [{"sentence": "fine day", "label": 2}, {"sentence": "dull day", "label": 0}]
     path = as_parquet(tmp_path / "rows.parquet", rows, ["z", "never", "a"])
-    assert find_classes(path, DataSettings()) == ["z", "never", "a"]
+    assert find_classes([path], DataSettings()) == ["z", "never", "a"]
     data = prepare_labelled(path, "eval", make_tokenizer("bert"), DataSettings(), ["a", "z"])
     assert data.labels().tolist() == [0, 1]
 
@@ -69,7 +69,7 @@ def test_columns(tmp_path: Path, columns: dict[str, Any], given: dict[str, str])
     path = write_rows(tmp_path / "rows.jsonl", [{**columns, "kind": "x"}, {**columns, "kind": "y"}])
     named = DataSettings(label_column="kind", **given)
     tokenizer = make_tokenizer("bert")
-    data = prepare_labelled(path, "train", tokenizer, named, find_classes(path, named), True)
+    data = prepare_labelled(path, "train", tokenizer, named, find_classes([path], named), True)
     pair = "soup" in columns.values()
     assert tokenizer.decode(data.tokens(1).ids) == ("<s> fine </s> soup </s>" if pair else data_text(columns))
     assert data.tokens(1).types == ([0, 0, 0, 1, 1] if pair else [0, 0, 0])
@@ -142,7 +142,7 @@ def test_rows_that_name_no_classes(
     tmp_path: Path, rows: list[dict[str, Any]], given: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        find_classes(write_rows(tmp_path / "rows.jsonl", rows), DataSettings(**given))
+        find_classes([write_rows(tmp_path / "rows.jsonl", rows)], DataSettings(**given))
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_what_is_no_table(tmp_path: Path, content: str, message: str) -> None:
 def test_classes_of_a_table(tmp_path: Path) -> None:
     def classes(*labels: str) -> list[str]:
         (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"x,{label}\n" for label in labels))
-        return find_classes(str(tmp_path / "rows.csv"), DataSettings())
+        return find_classes([str(tmp_path / "rows.csv")], DataSettings())
 
     assert classes("10", "2", "", "-1") == ["-1", "2", "10"]
     assert classes("02", "01") == ["01", "02"]

@@ -211,7 +211,7 @@ def reference_losses(model: Any, groups: list[dict[str, Any]], steps: int) -> li
     """Losses of an ordinary AdamW loop on whole batches, with the run's data order, schedule and clipping."""
     tokenizer = load_tokenizer(ModelSettings())
     data = prepare("builtin:sql[:96]", "train", tokenizer, DataSettings())
-    batches = BatchPlan(data.lengths, 16, 16, 1, seed=42, sort_by_length=True)
+    batches = BatchPlan(data.lengths, data.parts, 16, 16, 1, seed=42, sort_by_length=True)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -459,7 +459,7 @@ def test_exports_replace_nothing_but_exports(straight: Path, tmp_path: Path) -> 
 def first_batch() -> Batch:
     tokenizer = load_tokenizer(ModelSettings())
     data = prepare("builtin:sql[:96]", "train", tokenizer, DataSettings())
-    batches = BatchPlan(data.lengths, 16, 16, 1, seed=42, sort_by_length=True)
+    batches = BatchPlan(data.lengths, data.parts, 16, 16, 1, seed=42, sort_by_length=True)
     return data.batch(batches.step_indices(0), tokenizer.pad_token_id)
 
 

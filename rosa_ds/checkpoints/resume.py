@@ -34,6 +34,7 @@ MAY_CHANGE = frozenset(
         "mask.device_memory_gib",
         "data.eval",
         "data.batching",
+        "data.workers",
         "model.attn_implementation",
         "model.name_or_path",
         "model.revision",

@@ -15,6 +15,7 @@ from rosa_ds.utils.suggest import did_you_mean
 
 COMMANDS = {
     "init": "write a folder to start from: configs, recipes, SLURM scripts",
+    "prepare": "tokenise the data of a run, before it is trained",
     "train": "train adapters, or the whole model",
     "eval": "measure a run or a model on rows of your own, or on lm-eval's tasks",
     "export": "merge a run's adapter into its base, or write it as a PEFT folder",

@@ -6,6 +6,7 @@ The tree is what a user may write in the section ``"rosa"`` of a DeepSpeed JSON 
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -191,13 +192,27 @@ class DrawSettings(Section):
         return int(count) * (1 if unit.startswith("step") else steps_per_epoch)
 
 
+class MixedSource(Section):
+    """One source of several that are trained together."""
+
+    source: str
+    weight: Annotated[float, Field(gt=0)] | None = None
+    examples: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_share(self) -> MixedSource:
+        if self.weight is not None and self.examples is not None:
+            raise ValueError(f"{self.source}: weight and examples both say how much of it is trained: give one")
+        return self
+
+
 class DataSettings(Section):
     """Where the examples come from and how they become tokens."""
 
-    train: str = "builtin:sql"
-    """File (.jsonl .json .csv .parquet), folder or hub name, each with an optional slice such as data.jsonl[:700]; or builtin:sql (generated)."""
-    eval: str | None = None
-    """As data.train. Where not given: a held-out set for builtin:sql, else no evaluation."""
+    train: str | list[MixedSource] = "builtin:sql"
+    """File (.jsonl .json .csv .parquet), folder or hub name, each with an optional slice such as data.jsonl[:700]; or builtin:sql (generated). Several: a list of these, each alone or as {"source": ..., "examples": N} for N examples of it an epoch, or {"source": ..., "weight": W} for its share of an epoch."""
+    eval: str | list[str] | None = None
+    """As data.train; several are a list, and the loss of each is told. Where not given: a held-out set for builtin:sql, else no evaluation."""
     prompt_column: str | None = None
     """Column with the prompt, where the column names do not tell."""
     prompt_template: str | None = None
@@ -222,8 +237,43 @@ class DataSettings(Section):
     """Variables of the chat template, such as {"enable_thinking": false}. They are written into the template of the run's tokenizer as defaults, so evaluation, export and whoever serves the model ask with the same."""
     train_on: Literal["all", "last"] = "all"
     """Which of a chat's assistant turns are trained, but for those whose message says weight, train or loss_mask 0 or false."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Processes that tokenise, on the first rank of each node. null: the node's cores divided by its ranks."""
     batching: Literal["sorted", "random"] = "sorted"
     """Inside one optimizer step, micro-batches of examples of similar length (less padding) or in drawn order."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _list_of_sources(cls, given: Any) -> Any:
+        """On a command line a list is JSON."""
+        if isinstance(given, str) and given.lstrip().startswith("["):
+            try:
+                given = json.loads(given)
+            except ValueError as error:
+                raise ValueError(f"a list of sources is JSON, given {given}: {error}") from None
+        return given
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _bare_sources(cls, given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
+        return [{"source": source} if isinstance(source, str) else source for source in given]
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _distinct_sources(cls, given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
+        names = [source if isinstance(source, str) else source.source for source in given]
+        if not names:
+            raise ValueError("an empty list of sources")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} is named twice: give it once, with examples or a weight")
+        weights = [isinstance(source, MixedSource) and source.weight is not None for source in given]
+        if any(weights) and not all(weights):
+            raise ValueError(f"weights divide an epoch among all sources: {names[weights.index(False)]} has none")
+        return given
 
     @field_validator("separator", "prompt_template")
     @classmethod
@@ -238,6 +288,11 @@ class DataSettings(Section):
             if not name.isidentifier():
                 raise ValueError(f"data.template_arguments name variables of the chat template, given {name!r}")
         return arguments
+
+    @property
+    def mixture(self) -> list[MixedSource]:
+        """The sources of data.train."""
+        return [MixedSource(source=self.train)] if isinstance(self.train, str) else self.train
 
     @model_validator(mode="after")
     def _prompt_and_completion(self) -> DataSettings:

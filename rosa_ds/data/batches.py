@@ -21,15 +21,26 @@ PADDING_ROW = -1
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A source's examples in a set: ``count`` of them from number ``first`` on, of which an epoch takes ``taken``."""
+
+    name: str
+    first: int
+    count: int
+    taken: int
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchPlan:
     """Divides each optimizer step's examples into micro-batches for all ranks.
 
     The last step of an epoch may have fewer examples, and the ranks' micro-batches more places than examples; rows
-    without any trained token stand in for the missing ones, so that each example is seen once an epoch and every rank
-    has as many micro-batches.
+    without any trained token stand in for the missing ones, so that each example is seen once an epoch (of several
+    sources: as often as :func:`epoch_order` says) and every rank has as many micro-batches.
     """
 
     lengths: NDArray[np.int64]
+    parts: tuple[Part, ...]
     batch_size: int
     micro_batch_size: int
     world_size: int
@@ -38,12 +49,12 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return -(-sum(part.taken for part in self.parts) // self.batch_size)
 
     def step_indices(self, step: int) -> NDArray[np.int64]:
         """The examples of a step, (batch_size,), padded with -1; longest first if ``sort_by_length``."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = epoch_order(len(self.lengths), self.seed, epoch)
+        order = epoch_order(self.parts, self.seed, epoch)
         chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
         if self.sort_by_length:
             chosen = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
@@ -62,9 +73,23 @@ class BatchPlan:
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of ``count`` examples that depends on seed and epoch alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count).astype(np.int64)
+def epoch_order(parts: tuple[Part, ...], seed: int, epoch: int) -> NDArray[np.int64]:
+    """The examples of an epoch in their order, which depends on these arguments alone.
+
+    Of each part ``taken``, cut from its passes one behind the other: each pass has all of its examples in another order.
+    """
+    chosen = np.concatenate([_of_part(part, seed, number, epoch) for number, part in enumerate(parts)])
+    return chosen[np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(chosen))]
+
+
+def _of_part(part: Part, seed: int, number: int, epoch: int) -> NDArray[np.int64]:
+    if part.taken == part.count:
+        return np.arange(part.first, part.first + part.count)
+    start, stop = epoch * part.taken, (epoch + 1) * part.taken
+    passes = range(start // part.count, -(-stop // part.count))
+    orders = [np.random.default_rng([seed, number, which]).permutation(part.count) for which in passes]
+    begin = start - passes.start * part.count
+    return part.first + np.concatenate(orders)[begin : begin + part.taken]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import IGNORE, PADDING_ROW, LabelledBatch
-from rosa_ds.data.prepare import NO_PADDING, TokenSet, check_lengths, fingerprint
+from rosa_ds.data.prepare import NO_PADDING, TokenSet, check_lengths, column, fingerprint, whole, worker_count
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.utils.suggest import did_you_mean
@@ -30,6 +31,17 @@ PAIRS = (
     ("question", "passage"),
 )
 SINGLE = ("text", "sentence")
+_FEATURES = datasets.Features(
+    {
+        "row": datasets.Value("int64"),
+        "ids": datasets.List(datasets.Value("int32")),
+        "types": datasets.List(datasets.Value("int8")),
+        "class": datasets.Value("int64"),
+        "length": datasets.Value("int64"),
+        "full_length": datasets.Value("int64"),
+        "largest_id": datasets.Value("int64"),
+    }
+)
 LABEL = "label"
 NUMBER = re.compile(r"[+-]?(\d+|\d*\.\d+|\d+\.)([eE][+-]?\d+)?")
 
@@ -46,7 +58,7 @@ class LabelledSet(TokenSet):
 
     def labels(self) -> NDArray[np.int64]:
         """The class of each example."""
-        return np.asarray(self.data["class"], dtype=np.int64)
+        return column(self.data, "class")
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int | None) -> LabelledBatch:
         if pad_id is None:
@@ -89,7 +101,7 @@ class LabelledTokens(Tokens):
     label: int
 
 
-def find_classes(source: str, settings: DataSettings, known: Sequence[str] = ()) -> list[str]:
+def find_classes(sources: Sequence[str], settings: DataSettings, known: Sequence[str] = ()) -> list[str]:
     """The classes of training data, in order: those of its ClassLabel, or all that occur, numbers and texts sorted.
 
     Args:
@@ -97,15 +109,22 @@ def find_classes(source: str, settings: DataSettings, known: Sequence[str] = ())
 
     Raises: ValueError for fewer than two, for labels that are no classes, or if none are there.
     """
-    rows = load_rows(source, "train")
-    column = find_columns(rows, settings).label
-    classes = rows.class_names(column) or _classes_that_occur(rows, column)
+    found = [_classes_of(load_rows(source, "train"), settings) for source in sources]
+    classes, every = found[0], {name for names in found for name in names}
+    if set(classes) < every:
+        numbers = all(name.lstrip("+-").isdigit() for name in every)
+        classes = sorted(every, key=lambda name: (int(name), name) if numbers else name)
     if len(classes) < 2:
         raise ValueError(
-            f"{rows.name}: {column!r} has {'one class, ' + classes[0] if classes else 'no class'}: a classifier tells two or more "
-            "apart; name those that do not occur with model.labels"
+            f"{', '.join(sources)}: {settings.label_column or LABEL!r} has {'one class, ' + classes[0] if classes else 'no class'}: a classifier tells "
+            "two or more apart; name those that do not occur with model.labels"
         )
     return list(known) if set(known) == set(classes) else classes
+
+
+def _classes_of(rows: Rows, settings: DataSettings) -> list[str]:
+    column = find_columns(rows, settings).label
+    return rows.class_names(column) or _classes_that_occur(rows, column)
 
 
 def _classes_that_occur(rows: Rows, column: str) -> list[str]:
@@ -172,28 +191,31 @@ def prepare_labelled(
         except ValueError as error:
             raise rows.refused(index, error) from None
         ids = list(encoded["input_ids"])
-        parts = list(encoded["token_type_ids"]) if types else []
         record = {
             "row": index,
             "ids": ids,
-            "types": parts,
+            "types": list(encoded["token_type_ids"]) if types else [],
             "class": numbers[name],
             "length": len(ids),
             "full_length": full,
+            "largest_id": max(ids),
         }
         return [record]
 
     probe = (encode("a", None)["input_ids"], encode("a", "b")["input_ids"])  # special tokens are not in the vocabulary
-    encoded = rows.map(encode_row, fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe))
+    key = fingerprint(rows, tokenizer, settings, columns, tuple(classes), types, probe)
+    encoded = rows.map(encode_row, key, _FEATURES, worker_count(settings))
     reasons = check_lengths(encoded, rows, settings)
-    lengths = np.asarray(encoded["length"], dtype=np.int64)
+    lengths = column(encoded, "length")
     keep = lengths <= settings.max_length
     if not keep.any():
         raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
     if not keep.all():
         encoded = encoded.select(np.flatnonzero(keep))
     lengths = lengths[keep]
-    return LabelledSet(encoded, lengths, np.ones_like(lengths), ", ".join(reasons), tuple(classes))
+    return LabelledSet(
+        encoded, lengths, np.ones_like(lengths), ", ".join(reasons), whole(source, encoded), tuple(classes)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,24 +7,37 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rosa_ds import distributed
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.config.template import Template, quoted
-from rosa_ds.data.batches import PADDING_ROW, Batch, collate
+from rosa_ds.data.batches import PADDING_ROW, Batch, Part, collate
 from rosa_ds.data.chat import end_of_turn
 from rosa_ds.data.formats import Columns, PlainText, examples_of, find_format, parse_row
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens, sequences, show_sample
 
 logger = logging.getLogger(__name__)
+_FEATURES = datasets.Features(
+    {
+        "row": datasets.Value("int64"),
+        "ids": datasets.List(datasets.Value("int32")),
+        "trained": datasets.List(datasets.Value("bool")),
+        "length": datasets.Value("int64"),
+        "full_length": datasets.Value("int64"),
+        "trained_count": datasets.Value("int64"),
+        "largest_id": datasets.Value("int64"),
+        "plain": datasets.Value("bool"),
+    }
+)
 NO_PADDING = "the model's tokenizer has no padding token: set pad_token in its tokenizer_config.json"
 
 
@@ -33,16 +46,22 @@ class TokenSet:
     """Tokenised examples.
 
     ``lengths`` and ``trained`` are the number of tokens and of trained tokens of each example (int64).
-    ``dropped`` says how many rows were left out and why.
+    ``dropped`` says how many rows were left out and why. ``parts`` are the sources, and what an epoch takes of each.
     """
 
     data: datasets.Dataset
     lengths: NDArray[np.int64]
     trained: NDArray[np.int64]
     dropped: str
+    parts: tuple[Part, ...]
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def name(self) -> str:
+        """Of its sources."""
+        return ", ".join(part.name for part in self.parts)
 
     def digest(self) -> str:
         """A hash of all lengths and of the tokens of up to 64 examples: the same data gives the same."""
@@ -53,8 +72,7 @@ class TokenSet:
 
     def largest_id(self) -> int:
         """Of all tokens."""
-        chunks = self.data.with_format("arrow")["ids"].chunks if len(self) else []
-        return max((pc.max(chunk.flatten()).as_py() for chunk in chunks if len(chunk.flatten())), default=0)
+        return int(column(self.data, "largest_id").max())
 
     def tokens(self, index: int) -> Tokens:
         row = self.data[int(index)]
@@ -73,6 +91,15 @@ class TokenSet:
     def summary(self) -> str:
         """How much there is to train on, in words."""
         return f"{self._size()}, {100 * self.trained.sum() / self.lengths.sum():.1f} % trained{self._left_out()}"
+
+    def shares(self) -> list[str]:
+        """What an epoch takes of each source, in words."""
+        means = [self.trained[part.first : part.first + part.count].mean() for part in self.parts]
+        tokens = [part.taken * mean for part, mean in zip(self.parts, means, strict=True)]
+        return [
+            f"{part.name}: {part.taken} examples an epoch of {part.count}, {100 * share / sum(tokens):.1f} % of the trained tokens"
+            for part, share in zip(self.parts, tokens, strict=True)
+        ]
 
     def _size(self) -> str:
         return f"{len(self)} examples, {self.lengths.sum():,} tokens"
@@ -112,23 +139,24 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
         return [
             {
                 "row": index,
-                "ids": tokens.ids[:cut],
-                "trained": tokens.trained[:cut],
+                "ids": np.asarray(tokens.ids[:cut], dtype=np.int32),
+                "trained": np.asarray(tokens.trained[:cut]),
                 "length": len(tokens.ids[:cut]),
                 "full_length": len(tokens.ids),
                 # the first token of a sequence is predicted by nothing
                 "trained_count": sum(tokens.trained[1:cut]),
+                "largest_id": max(tokens.ids[:cut], default=0),
                 "plain": plain,
             }
             for tokens, plain in made
         ]
 
-    encoded = rows.map(encode, fingerprint(rows, tokenizer, settings, columns))
-    lengths, trained = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "trained_count"))
+    encoded = rows.map(encode, fingerprint(rows, tokenizer, settings, columns), _FEATURES, worker_count(settings))
+    lengths, trained = (column(encoded, name) for name in ("length", "trained_count"))
     reasons = check_lengths(encoded, rows, settings)
     if trained.sum() == 0:
         raise ValueError(f"{rows.name}: no token is trained: the completions are empty, or cut off by data.max_length")
-    if not any(encoded["plain"]) and trained.sum() >= (lengths - 1).sum():
+    if not column(encoded, "plain").any() and trained.sum() >= (lengths - 1).sum():
         raise ValueError(
             f"{rows.name}: every token is trained, so no prompt was found: check columns and chat template"
         )
@@ -139,7 +167,12 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
         raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
     if not keep.all():
         encoded = encoded.select(np.flatnonzero(keep))
-    return TokenSet(encoded, lengths[keep], trained[keep], ", ".join(reasons))
+    return TokenSet(encoded, lengths[keep], trained[keep], ", ".join(reasons), whole(source, encoded))
+
+
+def whole(source: str, encoded: datasets.Dataset) -> tuple[Part, ...]:
+    """The parts of a set that is one source, all of which an epoch takes."""
+    return (Part(source, 0, len(encoded), len(encoded)),)
 
 
 def _describe_format(rows: Rows, columns: Columns | None) -> str:
@@ -194,13 +227,25 @@ def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSe
         vocabulary = json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
     rules = hashlib.sha256((vocabulary + special).encode()).hexdigest()
     relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate", settings.train_on)
-    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v4")
+    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v5")
     return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+
+
+def column(data: datasets.Dataset, name: str) -> NDArray[np.int64]:
+    """The whole numbers (or truth values) of a column, (examples,) int64."""
+    found = data.select_columns(name).with_format("arrow")[:][name]
+    return np.asarray(found.to_numpy(), dtype=np.int64)
+
+
+def worker_count(settings: DataSettings) -> int:
+    """Processes that tokenise: as set, or this node's cores (those that this process may use) divided by its ranks."""
+    ranks = distributed.planned_local_size(distributed.planned_world_size())
+    return settings.workers or max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def check_lengths(encoded: datasets.Dataset, rows: Rows, settings: DataSettings) -> list[str]:
     """How many examples were cut, or have to be dropped. Raises: ValueError for a row that is too long, if that is an error."""
-    lengths, numbers = (np.asarray(encoded[name], dtype=np.int64) for name in ("length", "row"))
+    lengths, numbers = (column(encoded, name) for name in ("length", "row"))
     long = np.flatnonzero(lengths > settings.max_length)
     if len(long) and settings.too_long == "error":
         raise ValueError(
@@ -209,7 +254,7 @@ def check_lengths(encoded: datasets.Dataset, rows: Rows, settings: DataSettings)
             "set data.too_long to truncate or drop"
         )
     reasons = []
-    if cut := int((np.asarray(encoded["full_length"]) > lengths).sum()):
+    if cut := int((column(encoded, "full_length") > lengths).sum()):
         reasons.append(f"{cut} cut to {settings.max_length} tokens")
     if len(long):
         reasons.append(f"{len(long)} dropped, longer than {settings.max_length} tokens")

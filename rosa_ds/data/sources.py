@@ -22,6 +22,7 @@ import datasets.data_files
 
 from rosa_ds.data.readers import file_type, hash_of, is_table, not_text, place_of, read_stored, store_text
 from rosa_ds.data.sql import generate_pairs
+from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.suggest import did_you_mean_path
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -30,6 +31,8 @@ KNOWN = {*TEXTS, ".parquet"}
 BUILTIN = "builtin:sql"
 BUILTIN_TRAIN_ROWS, BUILTIN_EVAL_ROWS = 1600, 200
 _NAME = re.compile(r"(?P<name>.+?)(?:@(?P<config>[\w.-]+))?(?::(?P<split>\w+))?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_ROWS_AT_ONCE, _ROWS_OF_A_WORKER = 100, 500
+"""How many are in memory at once, and how many are worth the start of a process."""
 _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
 """What datasets says of a file without rows; the second of parquet."""
 
@@ -62,10 +65,21 @@ class Rows:
         return (read_stored(row) for batch in batches for row in batch["row"].to_pylist())
 
     def map(
-        self, function: Callable[[dict[str, Any], int], list[dict[str, Any]]], fingerprint: str
+        self,
+        function: Callable[[dict[str, Any], int], list[dict[str, Any]]],
+        fingerprint: str,
+        features: datasets.Features,
+        workers: int = 1,
     ) -> datasets.Dataset:
         """What ``function`` makes of each row and its index, one record or several. A second call with this ``fingerprint``
-        finds it on disk.
+        finds it on disk, whatever its ``workers``.
+
+        Args:
+            features: types of the records.
+            workers: processes at most; few rows take fewer.
+
+        Raises:
+            RunError: a worker was ended by the system.
         """
         cache = Path(datasets.config.HF_DATASETS_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
@@ -73,17 +87,30 @@ class Rows:
         def records(stored: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             rows = (self._read(dict(zip(stored, values, strict=True))) for values in zip(*stored.values(), strict=True))
             made = [record for row, index in zip(rows, indices, strict=True) for record in function(row, index)]
-            return {name: [record[name] for record in made] for name in made[0]}
+            return {name: [record[name] for record in made] for name in features}
 
-        return self.stored.map(
-            records,
-            with_indices=True,
-            batched=True,
-            remove_columns=self.stored.column_names,
-            new_fingerprint=fingerprint,
-            cache_file_name=str(cache / f"rosa-{fingerprint}.arrow"),
-            desc=f"tokenising {self.name}",
-        )
+        processes = min(workers, -(-len(self) // _ROWS_OF_A_WORKER))
+        try:
+            with _same_environment():
+                return self.stored.map(
+                    records,
+                    with_indices=True,
+                    batched=True,
+                    batch_size=_ROWS_AT_ONCE,
+                    remove_columns=self.stored.column_names,
+                    features=features,
+                    new_fingerprint=fingerprint,
+                    cache_file_name=str(cache / f"rosa-{fingerprint}.arrow"),
+                    num_proc=processes if processes > 1 else None,
+                    desc=f"tokenising {self.name}",
+                )
+        except RuntimeError as error:
+            if "abruptly died" not in str(error):
+                raise
+            raise RunError(
+                f"{self.name}: one of {processes} processes that tokenise was ended from outside (out of memory? Ctrl-C?): set "
+                "data.workers lower, or run rosa-ds prepare first where there is more memory"
+            ) from None
 
     def _read(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """A row as its source has it, and the names of its classes, of which Arrow keeps the numbers."""
@@ -316,6 +343,20 @@ def _load_saved(name: str, folder: Path) -> Rows:
         raise ValueError(f"data source {name}, as Dataset.save_to_disk writes it, cannot be read: {error}") from error
     files = [Path(file["filename"]) for file in data.cache_files]
     return Rows(data, name, "-".join(hash_of(path) for path in [folder / "state.json", *files]))
+
+
+@contextlib.contextmanager
+def _same_environment() -> Iterator[None]:
+    """datasets puts a copy in the place of os.environ once it has started processes: whoever holds it would not see changes."""
+    environ, parallelism = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
+    try:
+        yield
+    finally:
+        os.environ = environ  # noqa: B003 - the object itself is wanted back
+        if parallelism is None:
+            environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            environ["TOKENIZERS_PARALLELISM"] = parallelism
 
 
 @contextlib.contextmanager

@@ -60,12 +60,12 @@ def dry_run(command: CommandLine, ranks: int) -> None:
     try:
         tokenizer = load_tokenizer(settings.model, settings.data)
         _, data, eval_data = prepare_data(settings, tokenizer)
-        check_readable(planner.model, tokenizer, settings, data, eval_data)
+        check_readable(planner.model, tokenizer, data, eval_data)
         shape = longest(data, plan.micro_batch_size, tokenizer.pad_token_id)
     except ValueError as error:
         problem = error
         logger.warning("tokenizer or data would end the run; the plan is for rows of %d tokens", shape.length)
-    steps = -(-len(data) // plan.batch_size) if data is not None else 0
+    steps = -(-sum(part.taken for part in data.parts) // plan.batch_size) if data is not None else 0
     if steps or settings.training.max_steps:
         logger.info("steps:\n%s", phases(build_schedule(settings, steps)))
     _show_plan(planner, plan, settings, ranks, shape)

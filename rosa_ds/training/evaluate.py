@@ -54,20 +54,33 @@ def visit_batches(
 
 def evaluate(
     model: Any, data: TokenSet, batch_size: int, pad_id: int, interrupted: Callable[[], bool] = bool
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     """``loss``, the mean negative log-likelihood of all targets of ``data`` in nats, and ``accuracy`` where these are classes: the
-    same on every rank. Arguments as :func:`visit_batches`; ``None`` if interrupted.
+    same on every rank. Of several sources also ``losses`` and ``accuracies``, source -> its own. Arguments as
+    :func:`visit_batches`; ``None`` if interrupted.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=model.device)
     has_classes = isinstance(data, LabelledSet)
+    firsts = np.asarray([part.first for part in data.parts])
+    sums = torch.zeros(len(firsts), 2, dtype=torch.float64, device=model.device)  # losses and hits of each source
 
-    def add(_: NDArray[np.int64], batch: Batch, logits: Tensor) -> None:
+    def add(indices: NDArray[np.int64], batch: Batch, logits: Tensor) -> None:
         targets = batch.targets.to(logits.device)
-        totals[0] += loss_of(logits, targets).double()
-        if has_classes:
-            totals[1] += (logits.argmax(-1) == targets).sum()
+        numbers = np.searchsorted(firsts, indices, side="right") - 1
+        for number in np.unique(numbers):
+            rows = torch.from_numpy(np.flatnonzero(numbers == number)).to(logits.device)
+            own, their = (logits, targets) if len(rows) == len(indices) else (logits[rows], targets[rows])
+            sums[number, 0] += loss_of(own, their).double()
+            if has_classes:
+                sums[number, 1] += (own.argmax(-1) == their).sum()
 
     if not visit_batches(model, data, batch_size, pad_id, add, interrupted):
         return None
-    loss, hits = (distributed.sum_over_ranks(totals) / int(data.trained.sum())).tolist()
-    return {"loss": loss, **({"accuracy": hits} if has_classes else {})}
+    totals = distributed.sum_over_ranks(sums)
+    counts = np.add.reduceat(data.trained, firsts)
+    names = ["loss", "accuracy"] if has_classes else ["loss"]
+    means: dict[str, Any] = dict(zip(names, (totals.sum(0) / int(counts.sum())).tolist(), strict=False))
+    if len(firsts) > 1:
+        of_each = (totals.cpu() / torch.from_numpy(counts)[:, None]).T.tolist()
+        for name, figures in zip(("losses", "accuracies")[: len(names)], of_each, strict=False):
+            means[name] = {part.name: figure for part, figure in zip(data.parts, figures, strict=True)}
+    return means

@@ -29,6 +29,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.received: str = ""
+        self._process = os.getpid()
         self._interrupted_at: float | None = None  # the first Ctrl-C, in seconds of the monotonic clock
         self._before: dict[signal.Signals, Any] = {}
 
@@ -43,6 +44,9 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a process forked from this one (data.workers) just ends
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.received = signal.Signals(number).name
         if number != signal.SIGINT:
             return

@@ -326,8 +326,9 @@ class Loop:
         self._evaluation_due = False
         seconds = time.monotonic() - start
         self.log.write(step=self.step, event="eval", **figures, examples=len(data), seconds=seconds)
-        shown = ", ".join(f"{name} {number:.4f}" for name, number in figures.items())
-        logger.info("evaluation after step %d: %s (%.1f s)", self.step, shown, seconds)
+        shown = [f"{name} {number:.4f}" for name, number in figures.items() if not isinstance(number, dict)]
+        shown += [f"{source} {loss:.4f}" for source, loss in figures.get("losses", {}).items()]
+        logger.info("evaluation after step %d: %s (%.1f s)", self.step, ", ".join(shown), seconds)
 
     def save(self) -> None:
         """Write a checkpoint of the state between two steps."""

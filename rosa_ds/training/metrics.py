@@ -45,10 +45,8 @@ class MetricsLog:
         """Add a line; ``step`` is required. Numbers (also inside dictionaries) are drawn by TensorBoard."""
         if self._stream is None:
             return
-        # JSON knows no NaN
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         try:
-            self._stream.write(json.dumps(line) + "\n")
+            self._stream.write(json.dumps(_without_nan(fields)) + "\n")
         except OSError as error:
             self.error = error  # the loop tells the other ranks
         if self._board is not None:
@@ -64,6 +62,13 @@ class MetricsLog:
             self._stream.close()
         if self._board is not None:
             self._board.close()
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no number for what is not finite."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_kept(line: str, resume_step: int, evaluation_due: bool) -> bool:

@@ -121,15 +121,11 @@ def check_positions(model: PreTrainedModel, data: Mapping[str, TokenSet]) -> Non
 
 
 def check_readable(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RunConfig,
-    data: TokenSet,
-    eval_data: TokenSet | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TokenSet, eval_data: TokenSet | None
 ) -> None:
     """Raise ValueError for data that the model, also one without numbers, cannot read."""
-    sets = {settings.data.train: data, settings.data.eval or "the evaluation data": eval_data}
-    known = {name: tokens for name, tokens in sets.items() if tokens is not None}
+    sets = {"data.train": data, "data.eval": eval_data}
+    known = {f"{what} ({tokens.name})": tokens for what, tokens in sets.items() if tokens is not None}
     check_vocabulary(model, known, tokenizer)
     check_positions(model, known)
 
@@ -148,7 +144,7 @@ def load_checked_base(
     with distributed.together():
         model, numbers = load_base(settings, plan)
         pad_id = settle_padding(model, tokenizer)
-        check_readable(model, tokenizer, settings, data, eval_data)
+        check_readable(model, tokenizer, data, eval_data)
     return model, numbers, pad_id
 
 

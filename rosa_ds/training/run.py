@@ -114,7 +114,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     identity = Identity(record, plan.batch_size, base, data.digest())
     if not distributed.same_everywhere(f"{base['hash']} {identity.data}".encode()):
         raise ValueError(
-            f"the ranks see different weights of {settings.model.name_or_path} or different examples of {settings.data.train}: "
+            f"the ranks see different weights of {settings.model.name_or_path} or different examples of {data.name}: "
             "give folders that all hosts share, or the same files on each"
         )
     if saved is not None:
@@ -124,6 +124,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     # The schedule, and before DeepSpeed takes the parameters what a restart puts back; then the engine.
     batches = BatchPlan(
         lengths=data.lengths,
+        parts=data.parts,
         batch_size=plan.batch_size,
         micro_batch_size=plan.micro_batch_size,
         world_size=distributed.world_size(),

@@ -125,5 +125,5 @@ def settings(base: Path | str, *labels: str) -> ModelSettings:
 
 
 def labelled(path: Path, kind: str, rows: list[dict[str, Any]], **more: Any) -> LabelledSet:
-    classes = find_classes(write_rows(path, rows), DataSettings())
+    classes = find_classes([write_rows(path, rows)], DataSettings())
     return prepare_labelled(str(path), "train", make_tokenizer(kind), DataSettings(**more), classes, kind == "bert")

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,3 +144,13 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int, timeo
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, f"step {step} not reached in {timeout} s"
         time.sleep(0.02)
+
+
+def go_on(straight: Path, folder: Path, step: int) -> Path:
+    """A copy of a finished run as if it had been killed after ``step``."""
+    copy = folder / "runs" / "default"
+    shutil.copytree(straight, copy)
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    return copy
