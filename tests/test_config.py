@@ -66,6 +66,31 @@ def test_values_of_every_kind() -> None:
     assert config.data.separator == " "
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("q_proj, k_proj", ["q_proj", "k_proj"]),
+        ("[q_proj,k_proj]", ["q_proj", "k_proj"]),
+        ('["q_proj","k_proj"]', ["q_proj", "k_proj"]),
+        (r'[".*\\.(q|v)_proj"]', [r".*\.(q|v)_proj"]),
+        (r".*layers\.[0-9]{1,2}\..*(q,v)_proj,o_proj", [r".*layers\.[0-9]{1,2}\..*(q,v)_proj", "o_proj"]),
+        (r'["é","a\"b","c,d"]', ["é", 'a"b', "c,d"]),
+        ("[]", []),
+    ],
+    ids=["one", "two", "brackets", "json", "escape", "expression", "quotes", "none"],
+)
+def test_a_list_is_json_or_has_commas(text: str, expected: list[str]) -> None:
+    assert parse_command_line(["--adapter.modules_to_save", text]).config.adapter.modules_to_save == expected
+
+
+def test_a_list_that_is_no_json_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"--adapter.target_modules .* is no JSON list: .*a backslash is written twice"
+    ):
+        parse_command_line(["--adapter.target_modules", r'[".*\.q_proj"]'])
+
+
 def choices() -> Iterator[tuple[str, Any]]:
     """Every setting that is one of some words, with each of them."""
     for name in setting_names():

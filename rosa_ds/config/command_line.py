@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from rosa_ds.config.schema import RunConfig, setting_names
+from rosa_ds.config.schema import RunConfig, list_settings, setting_names
 from rosa_ds.config.validation import validation_message
 from rosa_ds.utils.json_files import read_json
 from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
@@ -58,8 +58,14 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     for dotted, text in split.deepspeed.items():
         if dotted.split(".")[0] == "rosa":
             raise ValueError(f"--ds.{dotted}: our own settings are given without it: --{dotted.removeprefix('rosa.')}")
-        _override(deepspeed, dotted, text)
-    source = f"--config {split.config}{' and the command line' if split.ours else ''}" if section else "settings"
+        _override(deepspeed, f"--ds.{dotted}", dotted, _as_json(text))
+    source = (
+        f"--config {split.config}{' and the command line' if split.ours or split.lists else ''}"
+        if section
+        else "settings"
+    )
+    for dotted, items in split.lists.items():
+        _override(section, f"--{dotted}", dotted, items)
     config = build_config(section, split.ours, source)
     if split.gpus is not None:
         if not split.dry_run:
@@ -79,6 +85,14 @@ class _SplitArguments:
     gpus: str | None = None
     deepspeed: dict[str, str] = dataclasses.field(default_factory=dict)
     ours: list[str] = dataclasses.field(default_factory=list)
+    lists: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+
+    def take(self, name: str, text: str) -> None:
+        """A setting of ours."""
+        if name in list_settings():
+            self.lists[name] = read_list(f"--{name}", text)
+        else:
+            self.ours += _as_arguments(f"--{name}", text)
 
 
 def _split(arguments: Sequence[str]) -> _SplitArguments:
@@ -120,7 +134,7 @@ def _split(arguments: Sequence[str]) -> _SplitArguments:
         elif name.startswith("ds."):
             split.deepspeed[name[3:]] = value_of(flag, inline)
         elif name in known:
-            split.ours += _as_arguments(flag, value_of(flag, inline))
+            split.take(name, value_of(flag, inline))
         else:
             allowed = [*known, "config", "resume", "dry-run", "help"]
             raise ValueError(f"unknown setting --{name}.{did_you_mean(name, allowed)} --help lists all settings")
@@ -151,17 +165,53 @@ def _read_json(path: str) -> dict[str, Any]:
         raise ValueError(f"--config {error}: give a DeepSpeed JSON file") from None
 
 
-def _override(config: dict[str, Any], dotted: str, text: str) -> None:
-    """Set ``a.b.c`` in nested dictionaries; the text is read as JSON where it is JSON, else as a string."""
+def _override(config: dict[str, Any], flag: str, dotted: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested dictionaries."""
     *sections, last = dotted.split(".")
     for section in sections:
         config = config.setdefault(section, {})
         if not isinstance(config, dict):
-            raise ValueError(f"--ds.{dotted}: {section} is not a section of the DeepSpeed file but {config!r}")
+            raise ValueError(f"{flag}: {section} is not a section of --config's file but {config!r}")
+    config[last] = value
+
+
+def _as_json(text: str) -> Any:
+    """What a text says in JSON, or itself where it is none."""
     try:
-        config[last] = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError:
-        config[last] = text
+        return text
+
+
+def read_list(flag: str, text: str) -> list[Any]:
+    """A list from a command line: JSON, or names and expressions with commas between them.
+
+    A comma inside brackets, as in ``[0-9]{1,2}``, is the expression's.
+
+    Raises: ValueError for JSON that is not whole, or no list.
+    """
+    found: Any = _as_json(text)
+    if isinstance(found, list):
+        return found
+    text = text.strip()
+    if text.startswith("[") and '"' in text:
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            twice = "; in JSON a backslash is written twice" if "escape" in error.msg else ""
+            raise ValueError(
+                f"{flag} {text} is no JSON list: {error.msg} at character {error.pos + 1}{twice}"
+            ) from None
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    items, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    return [item.strip() for item in items if item.strip()]
 
 
 def build_config(section: Mapping[str, Any], arguments: Sequence[str] = (), source: str = "settings") -> RunConfig:

@@ -414,6 +414,17 @@ class RunConfig(Section):
         return self.parts.sparse and not known and RANKINGS[self.mask.score].gradient is not None
 
 
+def list_settings() -> list[str]:
+    """Dotted names of the settings that are lists of texts."""
+    return [
+        f"{section}.{name}"
+        for section, outer in RunConfig.model_fields.items()
+        if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel)
+        for name, field in outer.annotation.model_fields.items()
+        if field.annotation == list[str]
+    ]
+
+
 def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Dotted names of all settings, e.g. ``adapter.rank``."""
     names = []
