@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import rosa_ds
 from rosa_ds import AdapterConfig
+from rosa_ds.config.schema import ModelSettings
+from rosa_ds.models.stream import stream_base
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 GROUPED = SMALL | {"num_key_value_heads": 2}
@@ -91,3 +94,22 @@ def test_a_convolution_is_no_expert(caplog: pytest.LogCaptureFixture) -> None:
     model = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3), torch.nn.Linear(4, 4))
     rosa_ds.inject(model, AdapterConfig(method="lora", rank=2))
     assert "three dimensions" not in caplog.text
+
+
+GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, "gptj", "codegen"])
+def test_a_sharded_base_has_the_buffers_of_a_loaded_one(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """Tables of rotations, too, which transformers computes in float32 and then rounds."""
+    config = FAMILIES.get(family, GPTJ)
+    build(family, config).float().save_pretrained(tmp_path, save_original_format=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    sharded, base = stream_base(ModelSettings(name_or_path=str(tmp_path)), dtype)
+    base.close()
+    expected = dict(loaded.named_buffers())
+    assert expected.keys() == dict(sharded.named_buffers()).keys()
+    for name, buffer in sharded.named_buffers():
+        assert buffer.dtype == expected[name].dtype
+        torch.testing.assert_close(buffer, expected[name], rtol=0, atol=0)

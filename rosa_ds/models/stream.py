@@ -72,8 +72,20 @@ def build_on_meta(config: Any, settings: ModelSettings, dtype: torch.dtype) -> P
             model = auto_class(settings.task).from_config(config, dtype=dtype, trust_remote_code=False, **more)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        _compute_buffers(model)
     model.tie_weights()
     return model
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute buffers again as ``from_pretrained`` does: in float32, and then rounded to the model's type.
+
+    A model that is built in a type of 16 bits has computed them in it: GPT-J's table of rotations is off by 0.36 then.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 @contextlib.contextmanager
