@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AlbertConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AlbertConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
 
 import rosa_ds
 from classifiers import (
@@ -118,6 +124,26 @@ def test_a_head_for_the_same_classes_goes_on(tmp_path: Path, kind: str) -> None:
                 or "bias" in name
                 or not torch.equal(numbers, first_)
             )
+
+
+def test_a_head_that_a_language_model_has_goes_on(tmp_path: Path) -> None:
+    """ModernBERT's dense layer and norm, as transformers loads them; only the classifier is new."""
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    ModernBertForMaskedLM(config).save_pretrained(tmp_path)
+    given = settings(tmp_path, "good", "bad")
+    expected = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    model = load_model(given, torch.float32)
+    _, base = stream_base(given, torch.float32)
+    assert base.new.keys() == {"classifier.weight", "classifier.bias"}
+    assert whole_modules(model) == ["head", "classifier"]
+    for name, parameter in expected.named_parameters():
+        if not name.startswith("classifier"):
+            torch.testing.assert_close(model.get_parameter(name), parameter, rtol=0, atol=0)
+            torch.testing.assert_close(base.rows(name, slice(None)), parameter.data, rtol=0, atol=0)
+    base.close()
 
 
 def test_labels_that_transformers_makes_up_are_numbers(tmp_path: Path) -> None:

@@ -93,9 +93,9 @@ def base_classes(settings: ModelSettings) -> list[str]:
 
 
 def keeps_head(settings: ModelSettings) -> bool:
-    """Whether training goes on with the base's own head: one for just these classes, or for any where none are given."""
-    classes = base_classes(settings) if settings.task == "classification" else []
-    return bool(classes) and settings.labels in ([], classes)
+    """Whether what the base has of a classifier's head goes on: not where it tells other classes apart."""
+    classes = base_classes(settings)
+    return not classes or settings.labels in ([], classes)
 
 
 def read_config(settings: ModelSettings) -> Any:

@@ -82,12 +82,12 @@ def new_parameters(model: nn.Module, missing: Collection[str], keeps_head: bool)
 
     Args:
         missing: names of the model's parameters that the base's files do not have.
-        keeps_head: the base is a classifier of the same classes, whose head goes on if all of it is there.
+        keeps_head: what the files have of a head goes on; else all of it is new.
     """
     inside = tuple(f"{name}." for name in head_modules(model))
     head = [name for name, _ in model.named_parameters() if name.startswith(inside)] if inside else []
     poolers = _new_poolers(missing) if inside else []
-    fresh = {*poolers, *(() if keeps_head and not set(head) & set(missing) else head)}
+    fresh = {*poolers, *(set(head) & set(missing) if keeps_head else head)}
     new = [name for name, _ in model.named_parameters() if name in fresh]
     return new, [name for name in missing if name not in fresh]
 
