@@ -35,6 +35,7 @@ MAY_CHANGE = frozenset(
         "data.eval",
         "data.batching",
         "data.workers",
+        "data.template_clock",  # if it changes an example, that is told
         "model.attn_implementation",
         "model.name_or_path",
         "model.revision",
@@ -76,8 +77,16 @@ def check_resumable(saved: Checkpoint, identity: Identity) -> None:
             f"({saved.base['name_or_path']}): give the same base"
         )
     if saved.data != identity.data:
+        showed, shows = old.get("data.template_clock"), new.get("data.template_clock")
+        clock = ""
+        if showed is None and shows is not None:
+            clock = (
+                "; their chat template writes the date, and the run has not kept which: give it as data.template_clock"
+            )
+        elif showed != shows:
+            clock = f", and leave data.template_clock as it was, {showed}"
         raise ValueError(
-            "--resume: the examples of data.train are not those that the run began with: give the same data"
+            f"--resume: the examples of data.train are not those that the run began with: give the same data{clock}"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -235,6 +236,8 @@ class DataSettings(Section):
     """Jinja template of chats in place of the tokenizer's: a file, or the text itself. The run's tokenizer keeps it, so evaluation and export use it."""
     template_arguments: dict[str, Any] = {}
     """Variables of the chat template, such as {"enable_thinking": false}. They are written into the template of the run's tokenizer as defaults, so evaluation, export and whoever serves the model ask with the same."""
+    template_clock: str | None = None
+    """Date, or date and time, in ISO 8601 that a chat template which reads the clock (strftime_now) writes in training. Where not given: when the run begins, also for what a resumed run goes on with. Evaluation, export and whoever serves the model write the date of the day."""
     train_on: Literal["all", "last"] = "all"
     """Which of a chat's assistant turns are trained, but for those whose message says weight, train or loss_mask 0 or false."""
     workers: Annotated[int, Field(ge=1)] | None = None
@@ -293,6 +296,16 @@ class DataSettings(Section):
     def mixture(self) -> list[MixedSource]:
         """The sources of data.train."""
         return [MixedSource(source=self.train)] if isinstance(self.train, str) else self.train
+
+    @field_validator("template_clock")
+    @classmethod
+    def _moment(cls, text: str | None) -> str | None:
+        try:
+            return None if text is None else datetime.fromisoformat(text).isoformat()
+        except ValueError:
+            raise ValueError(
+                f"data.template_clock is a date or a date and time, as 2026-11-30 or 2026-11-30T09:00:00, given {text!r}"
+            ) from None
 
     @model_validator(mode="after")
     def _prompt_and_completion(self) -> DataSettings:

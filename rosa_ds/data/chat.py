@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rosa_ds.config.schema import DataSettings
+from rosa_ds.data.clock import reads_clock
 from rosa_ds.data.formats import Conversation
 from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
 
@@ -26,6 +27,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 _PROBE = "Zq7probe"
 _OPENED = re.compile(r"<(?P<tag>\w+)>\s*\Z")
 _EMPTY = re.compile(r"<(?P<tag>\w+)>\s*</(?P=tag)>\s*\Z")
+_DRAWN = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+"""What of Jinja is random."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -84,7 +87,10 @@ def assistant_turns(
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template; of several named ones that is ``default``. Raises: ValueError if there is none."""
+    """The chat template; of several named ones that is ``default``.
+
+    Raises: ValueError if there is none, or one that renders a chat otherwise each time.
+    """
     template = tokenizer.chat_template
     if isinstance(template, Mapping) and template:
         if "default" not in template and len(template) > 1:
@@ -98,6 +104,11 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
             "the row holds chat messages, but the model's tokenizer has no chat template: use an instruct model, give one as "
             "data.chat_template, or use rows with prompt and completion"
         )
+    if drawn := _DRAWN.search(template):
+        raise ValueError(
+            f"the chat template draws at random ({drawn.group().strip('| (')}), so nobody asks as it was trained: give one that does not "
+            "as data.chat_template"
+        )
     return str(template)
 
 
@@ -108,7 +119,8 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) 
     alone, which is saved with the tokenizer, asks as training did.
 
     Raises:
-        ValueError: there is no such file, the template has no such variable, or there is no template to give arguments to.
+        ValueError: there is no such file, the template has no such variable, there is no template to give arguments to, or a
+            time is given to one that reads no clock.
     """
     if settings.chat_template is not None:
         tokenizer.chat_template = _read_template(settings.chat_template)
@@ -116,6 +128,11 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) 
         names = ", ".join(sorted(tokenizer.chat_template))
         tokenizer.chat_template = template_of(tokenizer)
         _say(tokenizer.chat_template, f"of the tokenizer's chat templates ({names}) the one named default is used")
+    if settings.template_clock is not None and not reads_clock(tokenizer):
+        raise ValueError(
+            f"data.template_clock is given ({settings.template_clock}), but no chat template here reads the clock (strftime_now): "
+            "leave it out"
+        )
     if settings.template_arguments:
         template = template_of(tokenizer)
         for name in settings.template_arguments:

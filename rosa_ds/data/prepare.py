@@ -21,6 +21,7 @@ from rosa_ds.config.schema import DataSettings
 from rosa_ds.config.template import Template, quoted
 from rosa_ds.data.batches import PADDING_ROW, Batch, Part, collate
 from rosa_ds.data.chat import end_of_turn
+from rosa_ds.data.clock import stop_clock
 from rosa_ds.data.formats import Columns, PlainText, examples_of, find_format, parse_row
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens, sequences, show_sample
@@ -120,6 +121,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
             trained or not at all, each with what to do.
     """
     rows = load_rows(source, purpose)
+    tokenizer = stop_clock(tokenizer, settings.template_clock)
     columns = columns_of(settings)
     _say(rows.name, _describe_format(rows, columns), logging.INFO)
     if missing := _missing_end(tokenizer):

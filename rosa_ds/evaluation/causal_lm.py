@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rosa_ds import distributed
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import Batch
+from rosa_ds.data.clock import stop_clock
 from rosa_ds.data.formats import examples_of, parse_row
 from rosa_ds.data.prepare import columns_of, prepare
 from rosa_ds.data.sources import load_rows
@@ -159,6 +160,7 @@ def load_questions(source: str, tokenizer: PreTrainedTokenizerBase, settings: Da
     Raises: ValueError for a row that has no prompt and answer, with its number.
     """
     rows = load_rows(source, "eval")
+    tokenizer = stop_clock(tokenizer, settings.template_clock)
     found: dict[tuple[int, ...], list[str]] = {}
     for index, row in enumerate(rows):
         try:

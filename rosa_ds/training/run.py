@@ -23,6 +23,7 @@ from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.deepspeed import DeepSpeedPlan, keep_batch
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import BatchPlan
+from rosa_ds.data.clock import reads_clock
 from rosa_ds.data.turn_end import stop_tokens
 from rosa_ds.memory.account import Account, table
 from rosa_ds.memory.estimate import predict
@@ -39,7 +40,7 @@ from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
 from rosa_ds.training.settle import build_schedule, settle, warn_of
-from rosa_ds.training.task import prepare_data, prepare_sets
+from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
 from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.files import move_aside, write_json
 from rosa_ds.utils.logs import begin_log, log_to
@@ -70,7 +71,7 @@ def train(command: CommandLine) -> Path:
 
 def _train(command: CommandLine, interruption: Interruption) -> Path:
     begin_log()
-    _fill_caches(command.config)
+    _fill_caches(command)
     plan, settings = _join_ranks(command)
     output = Path(settings.training.output_dir)
     with distributed.together():
@@ -92,6 +93,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     # One main_first() in a block of together(): a rank that fails must not skip a barrier.
     with distributed.together(), distributed.main_first():
         tokenizer = load_tokenizer(settings.model, settings.data)
+    settings = settle_clock(settings, tokenizer, saved)
     with distributed.together():
         settings, data, eval_data = prepare_data(settings, tokenizer)
 
@@ -185,14 +187,17 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     return folder
 
 
-def _fill_caches(settings: RunConfig) -> None:
+def _fill_caches(command: CommandLine) -> None:
     """What may take long and needs no other rank, on the first rank of each node, before the ranks wait for each other in
     collectives: download and tokenise. An error is left to the same work later, which tells it to all ranks.
     """
     if distributed.planned_local_rank():
         return
+    settings = command.config
     with contextlib.suppress(ValueError, OSError):
-        prepare_sets(settings, load_tokenizer(settings.model, settings.data))
+        tokenizer = load_tokenizer(settings.model, settings.data)
+        if command.resume is None or not reads_clock(tokenizer):  # a resumed run has a date of its own
+            prepare_sets(settings, tokenizer)
         download(settings.model)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds import distributed
 from rosa_ds.config.schema import MixedSource, RunConfig
+from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.data.clock import reads_clock
 from rosa_ds.data.labelled import find_classes, prepare_labelled
 from rosa_ds.data.mixture import mix
 from rosa_ds.data.prepare import TokenSet, prepare
@@ -54,6 +57,23 @@ def prepare_sets(
         purpose: [prepare_labelled(source.source, purpose, tokenizer, data, labels, types) for source in found]
         for purpose, found in wanted.items()
     }
+
+
+def settle_clock(settings: RunConfig, tokenizer: PreTrainedTokenizerBase, saved: Checkpoint | None) -> RunConfig:
+    """The settings with the one moment that a chat template which reads the clock shows in the whole run: the one given, else
+    that of the checkpoint, else now, the same on every rank. Collective.
+    """
+    now = distributed.gather_objects(datetime.now().isoformat(timespec="seconds"))[0]
+    if settings.model.task != "causal-lm" or not reads_clock(tokenizer):
+        return settings
+    before = saved.config["data"].get("template_clock") if saved is not None else None
+    clock = settings.data.template_clock or before or now
+    logger.info(
+        "the chat template reads the clock (strftime_now): %s is trained; evaluation, and whoever serves the model, ask with the date "
+        "of the day",
+        clock,
+    )
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"template_clock": clock})})
 
 
 def prepare_data(
