@@ -388,6 +388,12 @@ def test_wrong_command_lines(tmp_path: Path) -> None:
         (["tiny", "--data", "builtin:sql", "--prompt-template", "{a}"], "belong together"),
         (["tiny", "--data", "builtin:sql", "--metric", "mcc"], "--metric mcc: tiny is a language model"),
         (["tiny", "--data", "builtin:sql[:3]", "--metric", "answer_match"], "has none: use exact_match"),
+        (["tiny", "--data", "builtin:sql", "--template-arguments", "[1]"], 'is a JSON object, as {"enable_thinking"'),
+        (
+            ["tiny", "--data", "builtin:sql", "--template-arguments", '{"a": 1}'],
+            "gives 'a', which the chat template does not use",
+        ),
+        (["tiny", "--data", "builtin:sql", "--chat-template", "none.jinja"], "none.jinja: no such file"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             program(arguments)

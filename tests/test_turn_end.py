@@ -16,7 +16,9 @@ from transformers import (
 )
 
 import rosa_ds
-from rosa_ds.config.schema import AdapterConfig
+from rosa_ds.commands import eval
+from rosa_ds.config.schema import AdapterConfig, DataSettings
+from rosa_ds.data.chat import choose_template
 from rosa_ds.data.turn_end import end_of_turn, stop_tokens
 from rosa_ds.evaluation.generate import Generation, continuations, generate
 from rosa_ds.export.adapted import load_adapted, load_merged
@@ -195,6 +197,32 @@ def test_a_base_that_stops_there_already_stays_as_it_is(run: Path) -> None:
     source = dataclasses.replace(source, description=dataclasses.replace(source.description, stop_tokens=()))
     config = load_merged(source, torch.float32).generation_config
     assert (config.eos_token_id, config.pad_token_id) == (0, None)
+
+
+@pytest.mark.parametrize("of", ["run", "base"])
+def test_a_template_for_an_evaluation(of: str, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A base is asked with it, and a run with it in place of its own, which is said."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    out = tmp_path / "out.json"
+    asked = ("--data", str(tmp_path / "rows.jsonl"), "--max-new-tokens", "2", "--bootstrap", "0", "--output", str(out))
+    template = "{% if style %}{{ style }}: {% endif %}" + CHATML
+
+    def prompt(*arguments: str) -> str:
+        caplog.clear()
+        eval.main([str(run if of == "run" else tmp_path / "base"), *asked, *arguments])
+        said = [record for record in caplog.records if "is not asked as it was trained" in record.getMessage()]
+        assert len(said) == (of == "run" and bool(arguments))
+        return str(json.loads(out.read_text())["samples"][0]["prompt"])
+
+    chat = "<im_start>user\nq<im_end>\n<im_start>assistant\n"
+    assert prompt() == (chat if of == "run" else "q\n")
+    assert prompt("--chat-template", template) == chat
+    assert prompt("--chat-template", template, "--template-arguments", '{"style": "brief"}') == f"brief: {chat}"
+    tokenizer = byte_tokenizer(template)
+    choose_template(tokenizer, DataSettings(template_arguments={"style": "long"}))
+    tokenizer.save_pretrained(run / "tokenizer" if of == "run" else tmp_path / "base")
+    assert prompt() == f"long: {chat}"
+    assert prompt("--template-arguments", '{"style": "brief"}') == f"brief: {chat}"
 
 
 def test_a_classifier_has_none(run: Path, tmp_path: Path) -> None:

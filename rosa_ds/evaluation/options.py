@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,6 +24,8 @@ METRICS = (*GENERATED, "perplexity", *CLASSIFIED)
 COLUMNS = ("prompt_column", "prompt_template", "completion_column", "text_column", "pair_column", "label_column")
 OF_THE_RUN = ("max_length", "too_long", "separator")
 """Settings of data that are the run's where they are not given; columns are the file's."""
+TEMPLATE = ("chat_template", "template_arguments")
+"""Settings of data that are the tokenizer's, a run's or a model's, where they are not given."""
 GENERATION = ("batch_size", "max_new_tokens", "temperature", "top_p", "seed")
 
 
@@ -52,15 +56,29 @@ def parse(arguments: Sequence[str], description: str = "") -> argparse.Namespace
         require_harness()
     check_available(options.metric or [])
     options.how = Generation(**{name: getattr(options, name) for name in GENERATION})
+    if options.template_arguments is not None:
+        options.template_arguments = _read_arguments(options.template_arguments)
     config = run_folder(Path(options.model)) / "config.json"
     data = read_json(config).get("data", {}) if config.is_file() else {}
     of_run = {name: data[name] for name in OF_THE_RUN if name in data}
-    given = {name: value for name in (*COLUMNS, *OF_THE_RUN) if (value := getattr(options, name)) is not None}
+    given = {
+        name: value for name in (*COLUMNS, *OF_THE_RUN, *TEMPLATE) if (value := getattr(options, name)) is not None
+    }
     try:
         options.rows = DataSettings(**of_run | given)
     except ValidationError as error:
         raise ValueError(validation_message(error, "data", list(DataSettings.model_fields))) from None
     return options
+
+
+def _read_arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f'--template-arguments is a JSON object, as {{"enable_thinking": false}}, given {text!r}')
+    return arguments
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -88,6 +106,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
         kind = int if name == "max_length" else str
         said = f"as data.{name} of rosa-ds train; default: the run's, else its"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=said)
+    said = "as data.chat_template of rosa-ds train, a file or the text; default: the tokenizer's, of a run the one that it trained with"
+    parser.add_argument("--chat-template", metavar="FILE", help=said)
+    said = "as data.template_arguments of rosa-ds train, e.g. '{\"enable_thinking\": false}'; of a run they go before its own"
+    parser.add_argument("--template-arguments", metavar="JSON", help=said)
     parser.add_argument("--harness", action="append", metavar="TASK", help="of lm-eval; may be given more than once")
     parser.add_argument("--harness-tasks", type=Path, metavar="FOLDER", help="with task files of your own")
     parser.add_argument("--harness-limit", type=int, metavar="N", help="rows of each of lm-eval's tasks")

@@ -16,6 +16,7 @@ from rosa_ds import distributed, zero
 from rosa_ds.adapters.folder import is_adapter
 from rosa_ds.checkpoints.checkpoint import is_checkpoint
 from rosa_ds.config.schema import ModelSettings
+from rosa_ds.data.chat import choose_template
 from rosa_ds.evaluation.causal_lm import perplexity, written_metrics
 from rosa_ds.evaluation.classification import classify
 from rosa_ds.evaluation.harness import harness_metrics
@@ -69,13 +70,19 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
     if any(part.exists() for part in run) or is_adapter(path) or is_checkpoint(path):
         source = open_source(path)
         model = load_adapted(source, dtype) if options.unmerged else load_merged(source, dtype)
-        return model, run_tokenizer(source)
+        tokenizer = run_tokenizer(source)
+        if options.rows.chat_template is not None or options.rows.template_arguments:
+            choose_template(tokenizer, options.rows)
+            logger.warning(
+                "%s is not asked as it was trained: its chat template or its arguments are others here", path
+            )
+        return model, tokenizer
     if options.unmerged:
         raise ValueError(f"--unmerged is for runs, checkpoints and adapters; {options.model} is a model")
     base = ModelSettings(name_or_path=options.model)
     if base_classes(base):
         base = base.model_copy(update={"task": "classification"})
-    return load_model(base, dtype), load_tokenizer(base)
+    return load_model(base, dtype), load_tokenizer(base, options.rows)
 
 
 def _metrics(options: argparse.Namespace, model: PreTrainedModel) -> list[str]:
