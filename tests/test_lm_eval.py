@@ -15,6 +15,7 @@ from rosa_ds.config.schema import AdapterConfig, ModelSettings
 from rosa_ds.evaluation.harness import harness_metrics
 from rosa_ds.export.merge import export_merged
 from rosa_ds.models.load import load_model, load_tokenizer
+from scripted import CHATML, byte_tokenizer, scripted
 
 TASK = """\
 task: which_word
@@ -115,3 +116,25 @@ def test_the_harness_sees_what_the_adapter_model_computes(tasks: Path, tmp_path:
         right += scores.index(max(scores)) == sample["doc"]["answer"]
     assert len(result["samples"]["which_word"]) == 4
     assert result["results"]["which_word"]["acc,none"] == right / 4
+
+
+def test_a_text_ends_where_its_turn_ends(tasks: Path) -> None:
+    """At the trained end of a turn, which neither the task nor the model's own configuration names."""
+    task = (
+        TASK.format(rows=tasks.parent / "rows.jsonl")
+        .replace("which_word", "say")
+        .replace("multiple_choice", "generate_until")
+    )
+    task = task.replace('doc_to_target: answer\ndoc_to_choice: "{{choices}}"', "doc_to_target: word")
+    task = (
+        task.replace("metric: acc", "metric: exact_match") + 'generation_kwargs: {until: ["never"], max_gen_toks: 20}\n'
+    )
+    (tasks / "say.yaml").write_text(task)
+    for end, special in (("<im_end>", True), ("</turn>", False)):
+        tokenizer = byte_tokenizer(CHATML.replace("<im_end>", end))
+        if not special:
+            tokenizer.add_tokens([end])
+        model = scripted(tokenizer, f"word{end}word")
+        found = harness_metrics(model, tokenizer, ["say"], tasks)["say"]
+        assert found["exact_match,none"] == 1.0
+        assert model.generation_config.eos_token_id == 0
