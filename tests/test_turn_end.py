@@ -20,6 +20,7 @@ from rosa_ds.commands import eval
 from rosa_ds.config.schema import AdapterConfig, DataSettings
 from rosa_ds.data.chat import choose_template
 from rosa_ds.data.turn_end import end_of_turn, stop_tokens
+from rosa_ds.evaluation.causal_lm import perplexity
 from rosa_ds.evaluation.generate import Generation, continuations, generate
 from rosa_ds.export.adapted import load_adapted, load_merged
 from rosa_ds.export.merge import export_adapter, export_merged, export_peft
@@ -116,12 +117,19 @@ def test_an_end_that_is_no_special_token_is_not_in_the_text() -> None:
     assert generate(model, tokenizer, [[12, 13, 14]], Generation(max_new_tokens=40)) == ["Oslo"]
 
 
-def test_a_tokenizer_without_padding_and_end_of_text() -> None:
+def test_a_tokenizer_without_padding_and_end_of_text(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(eos=None)
     tokenizer.pad_token = None
     model = scripted(tokenizer, "ab")
     model.generation_config.eos_token_id = None
     assert generate(model, tokenizer, [[12, 13, 14]], Generation(max_new_tokens=4)) == ["abab"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a"}\n{"prompt": "q", "completion": "abc"}\n')
+    padded = byte_tokenizer(eos=None)
+    plain = LlamaForCausalLM(model.config).eval()
+    found = [
+        perplexity(plain, each, str(tmp_path / "rows.jsonl"), DataSettings(), 2, 0) for each in (tokenizer, padded)
+    ]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
 
 
 # -- folders -------------------------------------------------------------------------------------------------------

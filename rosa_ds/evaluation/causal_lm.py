@@ -24,7 +24,7 @@ from rosa_ds.data.sources import load_rows
 from rosa_ds.data.tokenise import prompt_and_reference
 from rosa_ds.data.turn_end import end_of_turn, stop_tokens
 from rosa_ds.evaluation.bootstrap import mean_interval
-from rosa_ds.evaluation.generate import Generation, continuations
+from rosa_ds.evaluation.generate import Generation, continuations, padding_of
 from rosa_ds.evaluation.reasoning import Choice, Reasoning, reasoning_of, without_special
 from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, check_references, over_all
 from rosa_ds.models.loss import losses_of
@@ -144,7 +144,7 @@ def perplexity(
         losses = losses_of(logits, batch.targets.to(logits.device))
         sums[torch.from_numpy(indices)] = losses.double().sum(dim=1).cpu()
 
-    visit_batches(model, data, batch_size, tokenizer.pad_token_id, add)
+    visit_batches(model, data, batch_size, padding_of(tokenizer), add)
     sums = distributed.sum_over_ranks(sums.to(distributed.device())).cpu()
     loss = float(sums.sum()) / int(data.trained.sum())
     figures: dict[str, Any] = {"perplexity": math.exp(loss), "loss": loss, "examples": len(data)}

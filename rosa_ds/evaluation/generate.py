@@ -51,6 +51,11 @@ def generate(
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in continuations(model, tokenizer, prompts, how)]
 
 
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that pads what is evaluated. Nothing depends on it, so where the tokenizer has none, another one does."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
 @torch.no_grad()
 def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Generation
@@ -71,9 +76,7 @@ def continuations(
         )
     drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature else {}
     stops = stop_tokens(model.generation_config.eos_token_id, tokenizer)
-    pad_id = (
-        0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-    )  # masked on the left, behind an end on the right
+    pad_id = padding_of(tokenizer)  # masked on the left, behind an end on the right
     config = GenerationConfig(
         max_new_tokens=how.max_new_tokens,
         do_sample=bool(how.temperature),
