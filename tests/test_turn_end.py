@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 import rosa_ds
+from launching import SMALL, TRAIN, kill, start, wait_for_step
 from rosa_ds.commands import eval
 from rosa_ds.config.schema import AdapterConfig, DataSettings
 from rosa_ds.data.chat import choose_template
@@ -243,3 +246,30 @@ def test_a_classifier_has_none(run: Path, tmp_path: Path) -> None:
     out = export_merged(run, tmp_path / "out", None)
     assert not (out / "generation_config.json").exists()
     assert json.loads((export_peft(run, tmp_path / "peft", None) / "rosa_ds.json").read_text())["stop_tokens"] == []
+
+
+@pytest.mark.ranks
+def test_the_checkpoint_of_a_killed_run(tmp_path: Path) -> None:
+    """It asks and stops as the run that has not ended; also where it was taken out of the run's folder."""
+    (tmp_path / "own.jinja").write_text(CHATML.replace("<im_start>", "<|user|>").replace("<im_end>", "<|system|>"))
+    arguments = (*SMALL, "--method", "lora", "--data.chat_template", str(tmp_path / "own.jinja"))
+    process = start(
+        "python", 1, TRAIN, *arguments, "--training.save_steps", "2", "--training.epochs", "99", cwd=tmp_path
+    )
+    folder = tmp_path / "runs" / "default"
+    wait_for_step(process, folder, 3)
+    kill(process)
+    assert not (folder / "adapter").exists()
+    saved = next(path for path in (folder / "checkpoints").glob("step-*"))
+    shutil.copytree(saved, tmp_path / "alone" / "checkpoints" / saved.name)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    for number, path in enumerate((folder, saved, tmp_path / "alone" / "checkpoints" / saved.name)):
+        output = tmp_path / "out.json"
+        eval.main([str(path), "--data", str(tmp_path / "rows.jsonl"), "--max-new-tokens", "2", "--output", str(output)])
+        (sample,) = json.loads(output.read_text())["samples"]
+        assert sample["prompt"] == "<|user|>user\nq<|system|>\n<|user|>assistant\n"
+        out = export_merged(path, tmp_path / str(number), None)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer.chat_template == (tmp_path / "own.jinja").read_text()
+        eos = GenerationConfig.from_pretrained(out).eos_token_id
+        assert eos == tokenizer.convert_tokens_to_ids(["<|end|>", "<|system|>"])

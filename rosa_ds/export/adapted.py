@@ -14,13 +14,15 @@ from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.quantize import load_quantized, open_quantized
 from rosa_ds.adapters.state import fill_adapter
 from rosa_ds.adapters.stored import StoredAdapter
-from rosa_ds.config.schema import ModelSettings
+from rosa_ds.checkpoints.checkpoint import is_checkpoint
+from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.turn_end import stop_tokens
 from rosa_ds.export.source import MergeBase, run_folder
 from rosa_ds.models.checks import is_finite
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import Base, open_base
 from rosa_ds.models.task import settle_padding
+from rosa_ds.utils.json_files import read_json
 
 
 def load_merged(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
@@ -116,12 +118,19 @@ def check_base(source: StoredAdapter) -> ModelSettings:
 
 
 def run_tokenizer(source: StoredAdapter) -> PreTrainedTokenizerBase:
-    """The tokenizer that the run trained with, else the base's."""
+    """The tokenizer that the run trained with; of a checkpoint that lies in no run the base's, with the template of its settings.
+
+    Raises: ValueError where that template's file is gone.
+    """
     folder = run_folder(source.folder) / "tokenizer"
     if folder.is_dir():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         return tokenizer
-    return load_tokenizer(identified(source.description.base))
+    data = DataSettings()
+    if is_checkpoint(source.folder):
+        kept = read_json(source.folder / "state.json")["config"]["data"]
+        data = DataSettings(**{name: kept[name] for name in ("chat_template", "template_arguments") if name in kept})
+    return load_tokenizer(identified(source.description.base), data)
 
 
 def open_adapted(source: StoredAdapter) -> tuple[PreTrainedModel, Base | None]:

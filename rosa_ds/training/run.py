@@ -42,7 +42,7 @@ from rosa_ds.training.model import adapt, divide_positions, load_checked_base
 from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
 from rosa_ds.utils.errors import RunError
-from rosa_ds.utils.files import move_aside, write_json
+from rosa_ds.utils.files import move_aside, write_json, written_folder
 from rosa_ds.utils.logs import begin_log, log_to
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     account = predict(model, plan, memory_terms(model, plan, settings), recomputes)
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
-    folder = _open_folder(settings, plan, account, source, saved.step if saved else 0)
+    folder = _open_folder(settings, plan, account, tokenizer, source, saved.step if saved else 0)
     run = Run(
         settings=settings,
         folder=folder,
@@ -218,9 +218,14 @@ def _join_ranks(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
 
 
 def _open_folder(
-    settings: RunConfig, plan: DeepSpeedPlan, account: Account, resumed_from: Path | None, step: int
+    settings: RunConfig,
+    plan: DeepSpeedPlan,
+    account: Account,
+    tokenizer: PreTrainedTokenizerBase,
+    resumed_from: Path | None,
+    step: int,
 ) -> Path:
-    """Create the run's folder with its resolved configuration.
+    """Create the run's folder with its resolved configuration, and the tokenizer that its checkpoints are asked with.
 
     Going on in the folder that the checkpoint lies in, later checkpoints are set aside. Otherwise an older run in the
     folder is moved aside as a whole.
@@ -243,6 +248,8 @@ def _open_folder(
                 check_free(folder)
                 logger.info("the run that was in %s is in %s now", folder, move_aside(folder))
             folder.mkdir(parents=True, exist_ok=True)
+            with written_folder(folder / "tokenizer") as temporary:
+                tokenizer.save_pretrained(temporary)
             write_json(folder / "config.json", settings.model_dump())
             write_json(folder / "ds_config.json", {**plan.config, **plan.record()})
             write_json(folder / "accounting.json", {"predicted": dataclasses.asdict(account)})
@@ -281,5 +288,3 @@ def _save_result(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
         if distributed.is_main() or partitioned:
             stops = [] if is_classifier(run.model) else stop_tokens(run.model.generation_config.eos_token_id, tokenizer)
             save_adapter(run.model, run.folder / "adapter", run.identity.base, tensors, base_files, stops)
-        if distributed.is_main():
-            tokenizer.save_pretrained(run.folder / "tokenizer")
