@@ -22,6 +22,8 @@ from launching import SMALL, TRAIN, kill, start, wait_for_step
 from rosa_ds.commands import eval
 from rosa_ds.config.schema import AdapterConfig, DataSettings
 from rosa_ds.data.chat import choose_template
+from rosa_ds.data.formats import Pair
+from rosa_ds.data.tokenise import tokenise
 from rosa_ds.data.turn_end import end_of_turn, stop_tokens
 from rosa_ds.evaluation.causal_lm import perplexity
 from rosa_ds.evaluation.generate import Generation, continuations, generate
@@ -83,6 +85,16 @@ def test_one_template_of_several_names() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ messages }}"}
     assert end_of_turn(tokenizer) == SPECIAL.index("<im_end>")
+
+
+def test_arguments_that_decide_the_end() -> None:
+    """They are the template's own defaults, so the end of a turn is that of the chats that are trained."""
+    template = CHATML.replace("<im_end>", "{{ '<return>' if short else '<im_end>' }}")
+    plain, short = byte_tokenizer(template), byte_tokenizer(template)
+    choose_template(short, DataSettings(template_arguments={"short": True}))
+    assert stop_tokens(0, plain) == [0, SPECIAL.index("<im_end>")]
+    assert stop_tokens(0, short) == [0, SPECIAL.index("<return>")]
+    assert tokenise(Pair("q", "a"), short, "\n").ids[-1] == SPECIAL.index("<return>")
 
 
 def test_an_end_that_is_no_special_token() -> None:
