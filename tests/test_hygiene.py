@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import rosa_ds
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rosa_ds", "kernels", "launch", "benchmarks")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+PACKAGED = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("rosa_ds", "kernels")]
 
 
 def python(*arguments: str, cwd: Path) -> str:
@@ -24,14 +28,17 @@ def python(*arguments: str, cwd: Path) -> str:
     ).stdout.strip()
 
 
+def names_of(node: ast.AST) -> set[str]:
+    """What a statement imports."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
+
+
 def imported_names(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in names_of(node)}
 
 
 QUIET = ("transformers", "bitsandbytes", "peft")
@@ -112,6 +119,33 @@ def test_source_rules(path: Path) -> None:
 def test_kernels_need_nothing_of_the_training_system() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not any(name.split(".")[0] in ("rosa_ds", "deepspeed", "transformers") for name in imported_names(path))
+
+
+distributions = functools.cache(packages_distributions)
+
+
+def declared(*extras: str) -> set[str]:
+    """Names of the distributions that pyproject.toml asks for."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]
+    return {Requirement(each).name.replace("-", "_") for each in wanted}
+
+
+EXTRAS = ("gpu", "quantization", "tensorboard", "plots", "compare", "evaluation", "lm-eval", "classification")
+
+
+@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_imported_is_declared(path: Path) -> None:
+    """What a module needs to be imported is installed with the package; what a function imports may be an extra."""
+    at_import = {name for node in ast.parse(path.read_text()).body for name in names_of(node)}
+    if path.name == "triton_kernel.py":  # imported where Triton is there
+        at_import = set()
+    with_it = ["compare"] if path.parent.name == "comparing" else []
+    for names, known in ((at_import, declared(*with_it)), (imported_names(path), declared(*EXTRAS))):
+        for module in {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, "rosa_ds", "rosa_kernels"}:
+            found = {module, *(name.replace("-", "_") for name in distributions().get(module, ()))}
+            assert known & found, f"{module} is no dependency in pyproject.toml"
 
 
 PRIVATE = re.compile(
