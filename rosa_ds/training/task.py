@@ -8,8 +8,8 @@ from datetime import datetime
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds import distributed
-from rosa_ds.config.schema import MixedSource, RunConfig
 from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.config.schema import MixedSource, RunConfig
 from rosa_ds.data.clock import reads_clock
 from rosa_ds.data.labelled import find_classes, prepare_labelled
 from rosa_ds.data.mixture import mix
