@@ -16,10 +16,10 @@ import rosa_ds
 from classifiers import make_base, make_rows, make_tokenizer, write_rows
 from launching import ROOT, losses, metrics, run
 from rosa_ds.adapters.folder import open_adapter
+from rosa_ds.checkpoints.source import open_source
 from rosa_ds.commands import eval
 from rosa_ds.export.adapted import load_adapted
 from rosa_ds.export.merge import export_adapter, export_merged, export_peft
-from rosa_ds.export.source import open_source
 from rosa_ds.export.verify import verify
 
 pytestmark = [

@@ -17,10 +17,10 @@ from transformers import LlamaForCausalLM
 
 import faults
 from launching import ROOT, TRAIN, go_on, kill, losses, metrics, run
+from rosa_ds.checkpoints.source import open_source
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.prepare import prepare
 from rosa_ds.export.adapted import load_adapted, load_merged
-from rosa_ds.export.source import open_source
 from rosa_ds.training.evaluate import evaluate
 from rosa_ds.utils.files import manifest_problem, write_manifest
 

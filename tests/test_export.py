@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, Lla
 import rosa_ds
 from rosa_ds.adapters.state import trained_parameters
 from rosa_ds.adapters.stored import StoredAdapter
-from rosa_ds.config.schema import AdapterConfig, ModelSettings
+from rosa_ds.checkpoints.source import open_source
+from rosa_ds.config.schema import AdapterConfig, MergeBase, ModelSettings
 from rosa_ds.export import adapted, merge, stream
 from rosa_ds.export.merge import export_merged, export_peft
-from rosa_ds.export.source import MergeBase, open_source
 from rosa_ds.models.load import identify, load_tokenizer
 from rosa_kernels.testing import relative_rms
 

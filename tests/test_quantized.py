@@ -20,10 +20,9 @@ import rosa_ds
 from launching import ROOT, SMALL, TRAIN, losses, metrics, run
 from rosa_ds import distributed
 from rosa_ds.adapters.quantize import load_quantized
-from rosa_ds.config.schema import AdapterConfig, ModelSettings, RunConfig
+from rosa_ds.config.schema import AdapterConfig, MergeBase, ModelSettings, RunConfig
 from rosa_ds.config.unused import settings_without_effect
 from rosa_ds.export.merge import export_merged, export_peft
-from rosa_ds.export.source import MergeBase
 from rosa_ds.export.verify import verify
 from rosa_ds.models.load import load_model
 from rosa_ds.models.quantized import Form, Kind, QuantizedLinear

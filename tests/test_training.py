@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 import rosa_ds
 from launching import ROOT, SMALL, TRAIN, kill, losses, metrics, run, start, wait_for_step
 from rosa_ds.adapters.folder import open_adapter
+from rosa_ds.checkpoints.source import open_source
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.batches import IGNORE, Batch, BatchPlan
 from rosa_ds.data.prepare import prepare
 from rosa_ds.export.adapted import load_adapted
 from rosa_ds.export.merge import export_adapter, export_merged
-from rosa_ds.export.source import open_source
 from rosa_ds.export.verify import verify
 from rosa_ds.models.load import TINY_FOLDER, load_tokenizer
 from rosa_ds.training.schedule import lr_factor

@@ -19,6 +19,7 @@ from transformers import (
 
 import rosa_ds
 from launching import SMALL, TRAIN, kill, start, wait_for_step
+from rosa_ds.checkpoints.source import open_source
 from rosa_ds.commands import eval
 from rosa_ds.config.schema import AdapterConfig, DataSettings
 from rosa_ds.data.chat import choose_template
@@ -29,7 +30,6 @@ from rosa_ds.evaluation.causal_lm import perplexity
 from rosa_ds.evaluation.generate import Generation, continuations, generate
 from rosa_ds.export.adapted import load_adapted, load_merged
 from rosa_ds.export.merge import export_adapter, export_merged, export_peft
-from rosa_ds.export.source import open_source
 from scripted import CHATML, SPECIAL, byte_tokenizer, scripted
 
 TEMPLATES = {

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.stored import StoredAdapter
+from rosa_ds.checkpoints.source import open_source
 from rosa_ds.comparing.results import Results
 from rosa_ds.export.adapted import dense_change, open_adapted
-from rosa_ds.export.source import open_source
 from rosa_ds.models.stream import Base
 from rosa_ds.utils.suggest import did_you_mean
 

@@ -20,6 +20,8 @@ from rosa_ds.config.template import Template
 Task = Literal["causal-lm", "classification"]
 Directions = Literal["random", "window", "top", "bottom", "projection"]
 Factorization = Literal["gram", "svd"]
+MergeBase = Literal["dequantized", "original"]
+"""Of a quantised base: merge into the numbers that training saw, or into those that they were made of."""
 
 
 class Section(BaseModel):

@@ -11,12 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from rosa_ds import distributed
+from rosa_ds.checkpoints.source import run_folder
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.config.validation import validation_message
 from rosa_ds.evaluation.generate import Generation
 from rosa_ds.evaluation.harness import require_harness
 from rosa_ds.evaluation.scores import CLASSIFIED, GENERATED, check_available
-from rosa_ds.export.source import run_folder
 from rosa_ds.utils.files import check_place
 from rosa_ds.utils.json_files import read_json
 

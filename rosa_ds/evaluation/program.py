@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rosa_ds import distributed, zero
 from rosa_ds.adapters.folder import is_adapter
 from rosa_ds.checkpoints.checkpoint import is_checkpoint
+from rosa_ds.checkpoints.source import open_source
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.data.chat import choose_template
 from rosa_ds.evaluation.causal_lm import perplexity, written_metrics
@@ -22,7 +23,6 @@ from rosa_ds.evaluation.classification import classify
 from rosa_ds.evaluation.harness import harness_metrics
 from rosa_ds.evaluation.scores import CLASSIFIED, GENERATED, check_available
 from rosa_ds.export.adapted import load_adapted, load_merged, run_tokenizer
-from rosa_ds.export.source import open_source
 from rosa_ds.models.load import base_classes, load_model, load_tokenizer
 from rosa_ds.models.task import is_classifier
 from rosa_ds.utils.files import write_json

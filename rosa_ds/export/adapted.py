@@ -15,9 +15,9 @@ from rosa_ds.adapters.quantize import load_quantized, open_quantized
 from rosa_ds.adapters.state import fill_adapter
 from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.checkpoints.checkpoint import is_checkpoint
-from rosa_ds.config.schema import DataSettings, ModelSettings
+from rosa_ds.checkpoints.source import run_folder
+from rosa_ds.config.schema import DataSettings, MergeBase, ModelSettings
 from rosa_ds.data.turn_end import stop_tokens
-from rosa_ds.export.source import MergeBase, run_folder
 from rosa_ds.models.checks import is_finite
 from rosa_ds.models.load import identified, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.stream import Base, open_base

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from rosa_ds.adapters.folder import is_adapter
 from rosa_ds.adapters.inject import inject
 from rosa_ds.adapters.quantize import quantize_as
-from rosa_ds.config.schema import ModelSettings
+from rosa_ds.checkpoints.source import open_source
+from rosa_ds.config.schema import MergeBase, ModelSettings
 from rosa_ds.export.adapted import check_base, load_merged, open_adapted, run_tokenizer, settle_generation, stops_of
 from rosa_ds.export.peft import write_peft
-from rosa_ds.export.source import MergeBase, open_source
 from rosa_ds.export.stream import MergedRows, write_merged
 from rosa_ds.models.load import stored_dtype
 from rosa_ds.models.stream import NotStreamableError, stream_base

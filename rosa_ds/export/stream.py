@@ -24,8 +24,8 @@ from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.quantize import quantized_forms
 from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
 from rosa_ds.adapters.stored import StoredAdapter
+from rosa_ds.config.schema import MergeBase
 from rosa_ds.export.adapted import rounded
-from rosa_ds.export.source import MergeBase
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base
 from rosa_ds.models.weights import INDEX, SINGLE

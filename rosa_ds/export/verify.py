@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
 from rosa_ds.adapters.targets import linear_layers
+from rosa_ds.checkpoints.source import open_source
+from rosa_ds.config.schema import MergeBase
 from rosa_ds.export.adapted import load_adapted
-from rosa_ds.export.source import MergeBase, open_source
 from rosa_ds.models.load import identified
 from rosa_ds.models.task import auto_class
 

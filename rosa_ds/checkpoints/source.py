@@ -1,18 +1,14 @@
-"""What an export reads: a finished adapter, or a checkpoint of any step, ranks and stage."""
+"""A trained state by the folder of its run: a finished adapter, or a checkpoint of any step, ranks and stage."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from rosa_ds.adapters.folder import is_adapter, is_ours, open_adapter
 from rosa_ds.adapters.stored import AdapterDescription, StoredAdapter
 from rosa_ds.checkpoints import checkpoint
 from rosa_ds.config.schema import AdapterConfig
 from rosa_ds.utils.files import manifest_problem
-
-MergeBase = Literal["dequantized", "original"]
-"""Of a quantised base: merge into the numbers that training saw, or into those that they were made of."""
 
 
 def open_source(path: str | Path) -> StoredAdapter:
