@@ -10,8 +10,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from rosa_ds.config.schema import ModelSettings
@@ -20,6 +28,7 @@ from rosa_ds.data.tokenise import Tokens
 from rosa_ds.models.load import TINY_FOLDER, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.loss import batch_logits
 from rosa_ds.models.pretrain_tiny import build_model, build_tokenizer, pretrain
+from rosa_ds.models.stream import open_base
 
 
 def test_tiny_is_small_and_complete() -> None:
@@ -134,6 +143,34 @@ def test_rejects_models(tmp_path: Path) -> None:
             load_model(settings, torch.float32)
     with pytest.raises(ValueError, match="the tokenizer of .* cannot be loaded"):
         load_tokenizer(ModelSettings(name_or_path="nobody/nothing"))
+
+
+@pytest.mark.parametrize("load", [load_model, open_base], ids=["whole", "streamed"])
+def test_a_base_with_an_adapter_beside_it_is_refused(tmp_path: Path, load: Any) -> None:
+    shutil.copytree(TINY_FOLDER, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(TINY_FOLDER)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"holds a model and a PEFT adapter .*: move adapter_config.json away"):
+        load(ModelSettings(name_or_path=str(tmp_path / "base")), torch.float32)
+
+
+@pytest.mark.parametrize("load", [load_model, open_base], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)),
+        BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16
+            )
+        ),
+    ],
+    ids=["t5", "bart"],
+)
+def test_a_base_with_an_encoder_is_refused(tmp_path: Path, model: Any, load: Any) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has an encoder and a decoder \((t5|bart)\): models that continue a text"):
+        load(ModelSettings(name_or_path=str(tmp_path)), torch.float32)
 
 
 def test_a_model_beside_somebodys_checkpoints_is_a_model(tmp_path: Path) -> None:

@@ -16,14 +16,16 @@ from transformers import AutoModelForCausalLM
 import rosa_ds
 from launching import ROOT, SMALL, TRAIN, kill, losses, metrics, run, start, wait_for_step
 from rosa_ds.adapters.folder import open_adapter
+from rosa_ds.checkpoints import checkpoint
 from rosa_ds.checkpoints.source import open_source
-from rosa_ds.config.schema import DataSettings, ModelSettings
+from rosa_ds.config.schema import DataSettings, ModelSettings, RunConfig
 from rosa_ds.data.batches import IGNORE, Batch, BatchPlan
 from rosa_ds.data.prepare import prepare
 from rosa_ds.export.adapted import load_adapted
 from rosa_ds.export.merge import export_adapter, export_merged
 from rosa_ds.export.verify import verify
-from rosa_ds.models.load import TINY_FOLDER, load_tokenizer
+from rosa_ds.models.load import TINY_FOLDER, identify, load_model, load_tokenizer
+from rosa_ds.training.init_adapter import begin_from
 from rosa_ds.training.schedule import lr_factor
 
 pytestmark = pytest.mark.ranks
@@ -451,6 +453,19 @@ def test_exports_replace_nothing_but_exports(straight: Path, tmp_path: Path) -> 
         export_merged(tmp_path / "nothing", tmp_path / "out", None)
     with pytest.raises(ValueError, match="no such folder"):
         export_merged(tmp_path / "nowhere", tmp_path / "out", None)
+
+
+def test_a_run_begins_with_a_run_a_checkpoint_or_an_adapter(straight: Path) -> None:
+    newest = checkpoint.find(straight, "")
+    expected = open_source(straight / "adapter").trained
+    for folder in (straight, newest, straight / "adapter"):
+        settings = RunConfig(adapter={"init_from": str(folder)})
+        model = load_model(settings.model, torch.float32)
+        settings, start = begin_from(settings, model, identify(settings.model), None)
+        assert settings.method == "robust"
+        assert start is not None
+        assert start.trained.keys() == expected.keys()
+        assert all(torch.equal(start.trained[name], tensor) for name, tensor in expected.items())
 
 
 # -- the distributed mask against dense autograd ---------------------------------------------------------------------

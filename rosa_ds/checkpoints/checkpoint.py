@@ -183,10 +183,14 @@ def save(run: Path, checkpoint: Checkpoint, keep: int, same_base: SavedBase | No
                 write_manifest(temporary, dict(sorted(entries.items())))
                 sync_files([temporary])
                 steps.complete(step)
-    except BaseException:
+    except BaseException as error:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"the checkpoint of step {step} is not written: {error}; earlier ones are whole: make room in {run}, and go on with --resume"
+        ) from error
     with distributed.together():
         if main:
             steps.prune(step, keep)

@@ -60,11 +60,13 @@ def check_resumable(saved: Checkpoint, identity: Identity) -> None:
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     # another method has other defaults, too: it is what was meant to change
     refused = sorted((name for name in changed if name not in MAY_CHANGE), key=lambda name: name != "method")
+    if new.get("training.max_steps") is not None and old.get("training.max_steps") is not None:
+        refused = [name for name in refused if name != "training.epochs"]  # it has no effect
     if refused:
         name = refused[0]
         raise ValueError(
-            f"--resume: {name} was {old.get(name)!r} and is {new.get(name)!r} now: set it back, or start a new run "
-            f"(changed: {', '.join(refused)})"
+            f"--resume: {name} was {old.get(name)!r} and is {new.get(name)!r} now: set it back, or start a new run, which may begin "
+            f"with what this one has learnt (--adapter.init_from RUN) (changed: {', '.join(refused)})"
         )
     if saved.batch_size != identity.batch_size:
         raise ValueError(

@@ -134,7 +134,7 @@ class StartedAdapterSettings(AdapterSettings):
     """:class:`AdapterSettings` of a run, which may begin with an adapter that is there already."""
 
     init_from: str | None = None
-    """Begin with the numbers of an adapter: a folder of ours or of PEFT (LORA, SUPERTUNING, SHIRA). Method, rank, alpha, density, targets and modules_to_save are the folder's where they are not given, and its positions are the mask."""
+    """Begin with the numbers of an adapter: a run, a checkpoint or an adapter of ours, or a folder of PEFT (LORA, SUPERTUNING, SHIRA). Method, rank, alpha, density, targets and modules_to_save are the folder's where they are not given, and its positions are the mask."""
 
 
 class MaskSettings(Section):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.chat import choose_template
@@ -37,6 +37,7 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
     """
     name, arguments = resolve(settings.name_or_path)
     more: dict[str, Any] = {**arguments, "ignore_mismatched_sizes": True}  # they are refused below, by name
+    check_alone(settings)
     if settings.task == "causal-lm":
         check_language_model(settings)
     if settings.attn_implementation is not None:
@@ -78,12 +79,29 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
     return model.eval()
 
 
+def check_alone(settings: ModelSettings) -> None:
+    """Raise ValueError for a base with a PEFT adapter beside it, which transformers would put into it in silence."""
+    name, _ = resolve(settings.name_or_path)
+    if found := find_adapter_config_file(name, revision=settings.revision or "main"):
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r} holds a model and a PEFT adapter ({found}), which transformers puts into "
+            "it: move adapter_config.json away to train the model alone, or merge the two first"
+        )
+
+
 def check_language_model(settings: ModelSettings) -> None:
-    """Raise ValueError for a base that is a classifier, whose output head is none of a language model."""
+    """Raise ValueError for a base that is a classifier, whose output head is none of a language model, or has an encoder."""
     if classes := base_classes(settings):
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r} is a classifier ({', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''}): "
             "give --model.task classification, or a language model"
+        )
+    config = _stored_config(settings)
+    decoder = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    if config.is_encoder_decoder and not decoder:
+        raise ValueError(
+            f"model.name_or_path {settings.name_or_path!r} has an encoder and a decoder ({config.model_type}): models that continue "
+            "a text are trained here, and classifiers"
         )
 
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from rosa_ds import zero
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.checks import is_finite, not_finite
-from rosa_ds.models.load import check_language_model, keeps_head, load_model, read_config, resolve
+from rosa_ds.models.load import check_alone, check_language_model, keeps_head, load_model, read_config, resolve
 from rosa_ds.models.task import auto_class, mark_new, new_numbers, new_parameters
 from rosa_ds.models.weights import SINGLE, find_safetensors
 
@@ -48,6 +48,7 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> 
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
         raise NotStreamableError("it is a .gguf file")
+    check_alone(settings)
     if settings.task == "causal-lm":
         check_language_model(settings)
     config = read_config(settings)

@@ -12,13 +12,14 @@ from typing import Any
 from torch import nn
 
 from rosa_ds import distributed
-from rosa_ds.adapters.folder import open_adapter
+from rosa_ds.adapters.folder import is_peft, open_adapter
 from rosa_ds.adapters.inject import LayerPlan, adapted_layers, plan_layer
 from rosa_ds.adapters.mask import check_mask
 from rosa_ds.adapters.state import check_fit, trained_parameters
 from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.adapters.targets import find_targets, match_names
 from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.checkpoints.source import open_source
 from rosa_ds.config.schema import AdapterConfig, RunConfig, StartedAdapterSettings
 from rosa_ds.utils.files import file_hash
 from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
@@ -60,7 +61,7 @@ def check_start(settings: RunConfig, model: nn.Module, start: StoredAdapter) -> 
 
 
 def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -> StoredAdapter:
-    """The adapter of ``adapter.init_from``. Collective.
+    """The adapter of ``adapter.init_from``: a folder of PEFT, or what :func:`rosa_ds.checkpoints.source.open_source` takes. Collective.
 
     Args:
         model: the base, also on the meta device.
@@ -72,7 +73,7 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
     with distributed.together():
         if not folder.is_dir():
             raise ValueError(f"adapter.init_from {folder}: no such folder")
-        start = open_adapter(folder, model)
+        start = open_adapter(folder, model) if is_peft(folder) else open_source(folder)
         method, origin = start.description.config.method, start.description.base
         if start.base or start.description.config.parts.everything:
             raise ValueError(
@@ -98,7 +99,7 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
                 base["name_or_path"],
                 extra=SAME_ON_ALL_RANKS,
             )
-    digest = "".join(file_hash(path) for path in sorted(folder.glob("*.safetensors")))
+    digest = "".join(file_hash(path) for path in sorted(start.folder.glob("*.safetensors")))
     if not distributed.same_everywhere(digest.encode()):
         raise ValueError(f"the ranks see different adapters in {folder}: give a folder that all hosts share")
     return start

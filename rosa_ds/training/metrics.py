@@ -48,7 +48,8 @@ class MetricsLog:
         try:
             self._stream.write(json.dumps(_without_nan(fields)) + "\n")
         except OSError as error:
-            self.error = error  # the loop tells the other ranks
+            # the loop tells the other ranks
+            self.error = OSError(error.errno, error.strerror, self._stream.name)
         if self._board is not None:
             group = fields.get("event", "train")
             for name, value in fields.items():

@@ -84,9 +84,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
         _fsync(temporary)
         temporary.rename(path)
-    except OSError:
+    except OSError as error:  # a full disk names no file
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     _fsync(path.parent)
 
 
