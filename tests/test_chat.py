@@ -16,6 +16,7 @@ from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.chat import choose_template, end_of_turn
 from rosa_ds.data.formats import Conversation, Pair, parse_row
 from rosa_ds.data.prepare import prepare
+from rosa_ds.data.sources import load_rows
 from rosa_ds.data.tokenise import prompt_and_reference, sequences, show_sample
 from rosa_ds.models.load import load_tokenizer
 
@@ -302,6 +303,32 @@ def test_forms_of_openai() -> None:
     broken = {"function": {"name": "add", "arguments": "{a}"}}
     with pytest.raises(ValueError, match="message 2 calls 'add' with arguments that are no JSON"):
         read({"messages": [user("a"), assistant(None, tool_calls=[broken])]})
+
+
+ARGUMENTS = '{"price": 1.10, "many": [1e5, 0.5, -2.50], "of": {"a": 1.0}, "n": 3}'
+MARKED = (
+    "{% for m in messages %}{{ '[H]' + m.role + '[/H]' }}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    + (
+        _CALLS
+        + "{% endfor %}{{ '[E]' }}{% endgeneration %}{% endfor %}{% if add_generation_prompt %}{{ '[H]assistant[/H]' }}{% endif %}"
+    )
+)
+
+
+@pytest.mark.parametrize("template", [_LINES, _SYSTEM_LAST, MARKED], ids=["as an object", "as a text", "marked"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_numbers_of_a_call_are_written_as_in_the_row(template: str, as_text: bool, tmp_path: Path) -> None:
+    arguments = json.dumps(ARGUMENTS) if as_text else ARGUMENTS
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"messages": [{"role": "user", "content": "How much?"}, {"role": "assistant", "tool_calls": [{"type": "function", '
+        f'"function": {{"name": "add", "arguments": {arguments}}}}}]}}, {{"role": "tool", "content": "1.10"}}, '
+        '{"role": "assistant", "content": "1.10"}]}\n'
+    )
+    (row,) = load_rows(str(path), "train")
+    first, second = trained_stretches(make(template), row)[0]
+    assert ARGUMENTS in first
+    assert second.strip().startswith("1.10")
 
 
 def test_tools_reach_the_template() -> None:

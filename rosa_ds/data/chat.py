@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.clock import reads_clock
 from rosa_ds.data.formats import Conversation
+from rosa_ds.data.readers import Fraction
 from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what is thought before its content."""
 _PROBE = "Zq7probe"
+_HOLDER = ("730184629571", "618403927551")
+"""Digits around the number of a number, which no text has by chance."""
+_HELD = re.compile(rf"{_HOLDER[0]}(?P<number>\d{{6}}){_HOLDER[1]}")
 _OPENED = re.compile(r"<(?P<tag>\w+)>\s*\Z")
 _EMPTY = re.compile(r"<(?P<tag>\w+)>\s*</(?P=tag)>\s*\Z")
 _DRAWN = re.compile(r"\|\s*random\b|\blipsum\s*\(")
@@ -59,10 +63,11 @@ def assistant_turns(
         ValueError: the template fails, or does not show where a turn stands.
     """
     template = template_of(tokenizer)
-    messages = _adapt(conversation.messages, tokenizer, template)
+    numbers: list[str] = []
+    messages = _adapt([_hold_numbers(message, numbers) for message in conversation.messages], tokenizer, template)
     if conversation.tools and "tools" not in template:
         _say(template, "the chat template has no place for tools: the rows' tools are left out")
-    render = functools.partial(_render, tokenizer, template, tools=conversation.tools)
+    render = functools.partial(_render, tokenizer, template, tools=conversation.tools, numbers=numbers)
     found = []
     for index in chosen:
         prompt, _ = render(messages[:index], prompt=True)
@@ -320,8 +325,13 @@ def _render(
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] = (),
     prompt: bool = False,
+    numbers: Sequence[str] = (),
 ) -> tuple[str, list[tuple[int, int]] | None]:
-    """The rendered text, and where generation markers stand in it; None for a template without them."""
+    """The rendered text, and where generation markers stand in it; None for a template without them.
+
+    Args:
+        numbers: as :func:`_hold_numbers` has found them.
+    """
     marked = _MARKED.search(template) is not None and not prompt
     try:
         (text,), marks = render_jinja_template(
@@ -334,7 +344,31 @@ def _render(
         )
     except (TemplateError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"the chat template of the model's tokenizer fails here: {error}") from None
-    return text, [(a, b) for a, b in marks[0]] if marked else None
+
+    def written(upto: int | None = None) -> str:
+        return _HELD.sub(lambda held: numbers[int(held["number"])], text[:upto]) if numbers else text[:upto]
+
+    return written(), [(len(written(a)), len(written(b))) for a, b in marks[0]] if marked else None
+
+
+def _hold_numbers(message: dict[str, Any], numbers: list[str]) -> dict[str, Any]:
+    """The message with whole numbers in its tool calls where JSON would write a fraction otherwise than the row does (1.10).
+
+    A template writes them as they are, and they become the text of the row, which is appended to ``numbers``, in what is
+    rendered.
+    """
+
+    def held(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: held(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [held(inner) for inner in value]
+        if isinstance(value, Fraction) and float.__repr__(value) != value.text:
+            numbers.append(value.text)
+            return int(f"{_HOLDER[0]}{len(numbers) - 1:06d}{_HOLDER[1]}")
+        return value
+
+    return {**message, "tool_calls": held(message["tool_calls"])} if "tool_calls" in message else message
 
 
 def _adapt(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rosa_ds.config.template import Template, quoted, text_of
+from rosa_ds.data.readers import Fraction
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -262,7 +263,7 @@ def _clean_call(number: int, call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = json.loads(arguments, parse_float=Fraction) if arguments.strip() else {}
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"message {number} calls {function['name']!r} with arguments that are no JSON ({error}): {arguments!r}"
@@ -295,7 +296,8 @@ def _from_sharegpt(number: int, message: Any) -> dict[str, Any]:
     if given != "function_call":
         return {**more, "role": SHAREGPT_ROLES[given], "content": message.get("value")}
     try:
-        calls = json.loads(message["value"]) if isinstance(message.get("value"), str) else message.get("value")
+        value = message.get("value")
+        calls = json.loads(value, parse_float=Fraction) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise ValueError(
             f"message {number} is a function_call that is no JSON ({error}): {message['value']!r}"
