@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.config.template import text_of
 from rosa_ds.data import readers
+from rosa_ds.data.formats import Pair, parse_row
 from rosa_ds.data.labelled import find_classes
 from rosa_ds.data.prepare import prepare
 from rosa_ds.data.sources import load_rows
@@ -240,9 +241,10 @@ def test_parquet_keeps_its_types(tmp_path: Path) -> None:
             text_of(second, name)
 
 
-def test_truth_is_no_text() -> None:
-    with pytest.raises(ValueError, match="'answer' is a text that is not empty, given True: write the word"):
-        text_of({"answer": True}, "answer")
+def test_truth_is_written_as_json_has_it(tmp_path: Path) -> None:
+    (row,) = load(tmp_path / "rows.jsonl", '{"question": "Is 2 even?", "answer": true, "other": false}')
+    assert [text_of(row, name) for name in ("answer", "other")] == ["true", "false"]
+    assert parse_row(row) == Pair("Is 2 even?", "true")
 
 
 def test_the_answer_of_a_class_label_is_its_name(tmp_path: Path) -> None:

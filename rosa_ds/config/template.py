@@ -50,17 +50,15 @@ class Template:
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
-    """A row's text in a column, a number as it is written, a date of a typed column as ISO 8601 has it.
+    """A row's text in a column, a number as it is written, true and false as JSON has them, a date of a typed column as ISO 8601.
 
-    Raises: ValueError for a column that is not there or has no text; and for true and false, which are written in many ways.
+    Raises: ValueError for a column that is not there or has no text.
     """
     if column not in row:
         raise ValueError(f"there is no column {column!r}.{did_you_mean(column, row)} Columns: {quoted(row)}")
     value = row[column]
     if isinstance(value, bool):
-        raise ValueError(
-            f"{column!r} is a text that is not empty, given {value!r}: write the word that is meant, as 'yes'"
-        )
+        value = "true" if value else "false"
     if isinstance(value, (int, float, decimal.Decimal)) and math.isfinite(value):
         value = str(value)  # a column of numbers, as in a table of answers
     if isinstance(value, (datetime.date, datetime.time)):
