@@ -8,6 +8,7 @@ import decimal
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -273,9 +274,32 @@ def test_a_folder_of_several_kinds_of_text(tmp_path: Path) -> None:
         f"{folder}/c.csv, row 1 (line 3)",
     ]
     pq.write_table(pa.table({"prompt": ["a"]}), folder / "d.parquet")
-    with pytest.raises(ValueError, match=r"data has files of several types, .*\(.*d.parquet.*name one type"):
+    with pytest.raises(
+        ValueError, match=r"data has files of several types, .*\(.*d.parquet.*name one type, .*data/\*.csv'$"
+    ):
         load(folder)
     assert load(f"{folder}/*.parquet") == [{"prompt": "a"}]
+
+
+@pytest.mark.parametrize("under", ["", "data"])
+def test_what_lies_beside_parquet(under: str, tmp_path: Path) -> None:
+    """Descriptions of the data set are none of its rows; of any other file the message says how to leave it out."""
+    folder = tmp_path / "rows"
+    (folder / under).mkdir(parents=True)
+    for number in (0, 1):
+        pq.write_table(pa.table({"prompt": [str(number)]}), folder / under / f"{number}.parquet")
+    for name in ("README.md", "LICENSE", "dataset_info.json", "dataset_infos.json", ".gitattributes"):
+        (folder / name).write_text('{"default": {}}')
+    assert [row["prompt"] for row in load(folder)] == ["0", "1"]
+    for name in ("stats.json", "more.csv"):
+        (folder / under / name).write_text('{"a": 1}\n')
+        with pytest.raises(
+            ValueError, match=f"several types, .*{re.escape(name)}.*: name one type, as in '.*'"
+        ) as refused:
+            load(folder)
+        pattern = str(refused.value).rsplit("as in ")[1].strip("'")
+        assert [row["prompt"] for row in load(pattern)] == ["0", "1"]
+        (folder / under / name).unlink()
 
 
 def test_splits_with_different_columns(tmp_path: Path) -> None:

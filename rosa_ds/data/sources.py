@@ -13,6 +13,7 @@ import json
 import operator
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -295,11 +296,19 @@ def _load_files(name: str, files: Sequence[Path], config: str | None = None, spl
     if types.keys() <= TEXTS:
         return _load_texts(name, files)
     if len(types) > 1:
+        most, _ = Counter(map(file_type, files)).most_common(1)[0]
         raise ValueError(
             f"data source {name} has files of several types, whose rows cannot be put together "
-            f"({', '.join(path.name for path in types.values())}): name one type, as in '{name}/*{min(types)}'"
+            f"({', '.join(path.name for path in types.values())}): name one type, as in '{_pattern(name, files, most)}'"
         )
     return _load_typed(name, files, config, split)
+
+
+def _pattern(name: str, files: Sequence[Path], kind: str) -> str:
+    """What names the files of one type in a folder, which may lie in folders below it."""
+    folder = Path(name) if Path(name).is_dir() else files[0].parent
+    flat = all(path.parent == folder for path in files if file_type(path) == kind)
+    return f"{folder}/{'' if flat else '**/'}*{kind}"
 
 
 def _load_texts(name: str, files: Sequence[Path]) -> Rows:
