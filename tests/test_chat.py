@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,21 @@ _OPEN_PROMPT = _LAST_THINKS.replace(
     "assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\n<think>\n' }}{% endif %}"
 )  # as Qwen 3.5
 _EMPTY_PROMPT = _LINES.replace("assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\n<think></think>\n' }}{% endif %}")
+_CLOSED_CHANNEL = _LINES.replace(  # as Gemma 4
+    "assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\n<|channel>thought\n<channel|>' }}{% endif %}"
+).replace(
+    "{% if m.tool_calls %}",
+    "{% if m.reasoning %}{{ '<|channel>thought\n' + m.reasoning + '\n<channel|>' }}{% endif %}{% if m.tool_calls %}",
+    1,
+)
+_ONLY_CLOSED = _LINES.replace("assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\n<think>' }}{% endif %}").replace(
+    "{% if m.tool_calls %}",  # as GLM 4.7
+    "{% if m.role == 'assistant' %}{{ '<think>' + m.thinking if m.thinking }}{{ '</think>' }}{% endif %}{% if m.tool_calls %}",
+    1,
+)
+_OPEN_TOKEN = _LINES.replace(  # as Command A
+    "assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\n<|START_THINKING|>' }}{% endif %}"
+)
 _DROPPED = _HEADERS.replace(
     "assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\n<think>\n' }}{% endif %}"
 )  # as DeepSeek R1
@@ -164,6 +180,30 @@ KINDS: dict[str, tuple[str, dict[str, list[list[str]] | str]]] = {
     "the prompt has an empty block": (
         _EMPTY_PROMPT,
         {key: [[turn] for turn in value[0]] for key, value in SIMPLE.items()},
+    ),
+    "the prompt has an empty channel": (
+        _CLOSED_CHANNEL,
+        {key: [[turn] for turn in value[0]] for key, value in SIMPLE.items()},
+    ),
+    "the turn has only the end of a block": (
+        _ONLY_CLOSED,
+        {
+            "one": [["</think>5[E]"]],
+            "two": [["</think>5[E]"], ["</think>6[E]"]],
+            "system": [["</think>5[E]"]],
+            "reasoning": [["count</think>5[E]", "more</think>6[E]"]],
+            "tools": [[f"</think>{_CALLED}[E]"], ["</think>It is 5.[E]"]],
+        },
+    ),
+    "the prompt opens a block with a token": (
+        _OPEN_TOKEN,
+        {
+            "one": [["<|END_THINKING|>5[E]"]],
+            "two": [["<|END_THINKING|>5[E]"], ["<|END_THINKING|>6[E]"]],
+            "system": [["<|END_THINKING|>5[E]"]],
+            "reasoning": [["count<|END_THINKING|>5[E]"], ["more<|END_THINKING|>6[E]"]],
+            "tools": [[f"<|END_THINKING|>{_CALLED}[E]"], ["<|END_THINKING|>It is 5.[E]"]],
+        },
     ),
     "the system prompt goes with the last question": (
         _SYSTEM_LAST,
@@ -337,6 +377,37 @@ def test_tools_reach_the_template() -> None:
         assert '"description": "adds"' in make(_LINES).decode(tokens.ids)
     with pytest.raises(ValueError, match="'tools' is a list of objects or its JSON"):
         read({**ROWS["one"], "tools": "hammer"})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read_by", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_under_another_key(key: str, read_by: str) -> None:
+    template = _LINES.replace(
+        "{{ m.content | trim",
+        f"{{% if m.{read_by} %}}<think>{{{{ m.{read_by} }}}}</think>{{% endif %}}{{{{ m.content | trim",
+    )
+    row = {"messages": [user("2+3?"), assistant("5", **{key: "count"})]}
+    assert trained_stretches(make(template), row) == [["<think>count</think>5[E]"]]
+
+
+def test_reasoning_that_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    said = {
+        _LINES: "the chat template shows no reasoning",
+        _CLOSED_CHANNEL: "generation prompt has an empty reasoning.*enable_thinking",
+    }
+    with caplog.at_level(logging.WARNING):
+        for template, wanted in said.items():
+            caplog.clear()
+            assert trained_stretches(make(template + "{# of this test #}"), ROWS["reasoning"])[0][0] == "5[E]"
+            assert re.search(wanted, caplog.text)
+
+
+def test_a_prompt_that_no_turn_goes_on_from() -> None:
+    template = _LINES.replace("assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\nHere I think: ' }}{% endif %}")
+    with pytest.raises(
+        ValueError, match=r"goes on with 'Here I think: ', the finished turn with '5\[E\]\\n'; give a template"
+    ):
+        trained_stretches(make(template), ROWS["one"])
 
 
 def test_the_developer_is_the_system_where_the_template_knows_none(caplog: pytest.LogCaptureFixture) -> None:

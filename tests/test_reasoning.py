@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from rosa_ds.config.schema import DataSettings
+from rosa_ds.data.reasoning import PAIRS
 from rosa_ds.evaluation.causal_lm import written_metrics
 from rosa_ds.evaluation.generate import Generation
 from rosa_ds.evaluation.options import parse
-from rosa_ds.evaluation.reasoning import CHANNELS, PAIRS, Reasoning, reasoning_of, without_special
+from rosa_ds.evaluation.reasoning import CHANNELS, Reasoning, reasoning_of, without_special
 from scripted import CHATML, byte_tokenizer, scripted
 
 THINK = Reasoning("<think>", "</think>")

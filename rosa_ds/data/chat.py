@@ -16,21 +16,19 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rosa_ds.config.schema import DataSettings
+from rosa_ds.data import reasoning
 from rosa_ds.data.clock import reads_clock
 from rosa_ds.data.formats import Conversation
 from rosa_ds.data.readers import Fraction
 from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
+from rosa_ds.utils.texts import shared_length
 
 logger = logging.getLogger(__name__)
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message that hold what is thought before its content."""
 _PROBE = "Zq7probe"
 _HOLDER = ("730184629571", "618403927551")
 """Digits around the number of a number, which no text has by chance."""
 _HELD = re.compile(rf"{_HOLDER[0]}(?P<number>\d{{6}}){_HOLDER[1]}")
-_OPENED = re.compile(r"<(?P<tag>\w+)>\s*\Z")
-_EMPTY = re.compile(r"<(?P<tag>\w+)>\s*</(?P=tag)>\s*\Z")
 _DRAWN = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 """What of Jinja is random."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -72,16 +70,18 @@ def assistant_turns(
     for index in chosen:
         prompt, _ = render(messages[:index], prompt=True)
         text, marks = render(messages[: index + 1])
-        start, opening = _find_start(prompt, text, conversation.messages[index])
+        start, opening = reasoning.find_start(prompt, text, conversation.messages[index])
         if start is None:
             start = _start_after_another_prompt(tokenizer, template, text, render, messages[:index])
         if start is None:
+            same = shared_length(prompt, text)
             raise ValueError(
-                f"the chat template does not show where message {index + 1} (assistant) stands in the rendered text: give a "
-                "template that renders the messages in their order as data.chat_template"
+                f"the chat template does not show where message {index + 1} (assistant) stands in the rendered text: what asks for "
+                f"it goes on with {_shortened(prompt[same:])}, the finished turn with {_shortened(text[same:])}; give a template "
+                "that renders the messages in their order, and begins a turn as it asks for it, as data.chat_template"
             )
         body, end, ended = _find_end(text, start, _form_of(tokenizer, template))
-        _check_shown(opening + text[start:end], messages[index], index, template)
+        _check_shown(opening + text[start:end], text, messages[index], index, template)
         pieces = [(opening, True)] if opening else []
         if marks is None:
             pieces.append((text[start:end], True))
@@ -174,33 +174,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 # -- where a turn begins ------------------------------------------------------------------------------------------
 
 
-def _find_start(prompt: str, text: str, message: Mapping[str, Any]) -> tuple[int | None, str]:
-    """Where in ``text`` begins what is to follow the prompt, and what is to be written before that.
-
-    The two differ where the generation prompt opens a block of reasoning that the template leaves out of the finished turn,
-    or holds an empty one.
-    """
-    if text.startswith(prompt):
-        return len(prompt), ""
-    if (empty := _EMPTY.search(prompt)) and text.startswith(prompt[: empty.start()]):
-        tag = empty["tag"]
-        block = re.compile(rf"<{tag}>.*?</{tag}>\s*", re.DOTALL).match(text, empty.start())
-        return (block.end() if block else empty.start()), ""
-    if (opened := _OPENED.search(prompt)) and text.startswith(prompt[: opened.start()]):
-        tag, start = opened["tag"], opened.start()
-        if block := re.compile(rf"<{tag}>\s*").match(text, start):
-            return block.end(), ""
-        reasoning = next((str(message[key]) for key in REASONING if message.get(key)), "")
-        if not reasoning and f"</{tag}>" in message["content"]:
-            reasoning = message["content"].split(f"</{tag}>")[0].split(f"<{tag}>")[-1]
-        return start, f"{reasoning.strip()}\n</{tag}>" + ("" if text[start : start + 1].isspace() else "\n\n")
-    return None, ""
-
-
 def _start_after_another_prompt(
     tokenizer: PreTrainedTokenizerBase, template: str, text: str, render: Any, before: Sequence[dict[str, Any]]
 ) -> int | None:
-    """As :func:`_find_start` where the template writes the earlier messages otherwise once they are answered (a system prompt
+    """As :func:`reasoning.find_start` where the template writes the earlier messages otherwise once they are answered (a system prompt
     that goes with the last user message): found with an answer of our own in the turn's place.
     """
     form = _form_of(tokenizer, template)
@@ -213,8 +190,12 @@ def _start_after_another_prompt(
     return int(start)
 
 
-def _check_shown(written: str, message: Mapping[str, Any], index: int, template: str) -> None:
-    """Raise ValueError for a turn whose tool calls the template leaves out; say it once where it leaves reasoning out."""
+def _check_shown(written: str, text: str, message: Mapping[str, Any], index: int, template: str) -> None:
+    """Raise ValueError for a turn whose tool calls the template leaves out; say it once where it leaves reasoning out.
+
+    Args:
+        text: the whole rendering with what is ``written``.
+    """
     for call in message.get("tool_calls", ()):
         name = call.get("function", call)["name"]
         if name not in written:
@@ -222,9 +203,21 @@ def _check_shown(written: str, message: Mapping[str, Any], index: int, template:
                 f"the chat template does not show that message {index + 1} calls {name!r}: give one that renders tool_calls as "
                 "data.chat_template"
             )
-    reasoning = next((str(message[key]).strip() for key in REASONING if message.get(key)), "")
-    if reasoning not in written:
+    thought = reasoning.reasoning_of(message)
+    if thought in written:
+        return
+    if thought in text:
+        _say(
+            template,
+            "the chat template's generation prompt has an empty reasoning: what the rows have of it is left out. Where a variable "
+            'of the template changes that, set it, such as data.template_arguments {"enable_thinking": true}',
+        )
+    else:
         _say(template, "the chat template shows no reasoning: what the rows have of it is left out")
+
+
+def _shortened(text: str) -> str:
+    return repr(text[:40]) + ("..." if len(text) > 40 else "")
 
 
 # -- where it ends ------------------------------------------------------------------------------------------------
@@ -382,7 +375,7 @@ def _adapt(
             message = {**message, "role": "system"}
         if message.get("tool_calls") and _takes_arguments_as_text(tokenizer, template):
             message = {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
-        adapted.append(dict(message))
+        adapted.append(reasoning.under_all_keys(message))
     if _takes_parts(tokenizer, template):
         return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in adapted]
     return adapted

@@ -8,18 +8,11 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rosa_ds.data.reasoning import PAIRS
+
 Choice = Literal["auto", "keep", "drop"]
 CHANNELS = "<|channel|>analysis<|message|>"
 """Begins the reasoning of gpt-oss, whose messages each name their channel."""
-PAIRS = (
-    ("<think>", "</think>"),  # DeepSeek R1, Qwen 3, SmolLM 3, Nemotron, OLMo 3, GLM 4.5, Granite
-    ("[THINK]", "[/THINK]"),  # Magistral
-    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere Command A
-    ("<|channel>thought", "<channel|>"),  # Gemma 4
-    ("<seed:think>", "</seed:think>"),  # Seed-OSS
-    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
-)
-"""What begins and what ends a reasoning."""
 _FINAL = "<|channel|>final<|message|>"
 _ANALYSIS = re.compile(rf"(?:<\|start\|>assistant)?{re.escape(CHANNELS)}.*?<\|end\|>", re.DOTALL)
 
