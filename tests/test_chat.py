@@ -100,6 +100,20 @@ _ONLY_CLOSED = _LINES.replace("assistant[/H]\n\n' }}{% endif %}", "assistant[/H]
 _OPEN_TOKEN = _LINES.replace(  # as Command A
     "assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\n<|START_THINKING|>' }}{% endif %}"
 )
+_UNASKED = (  # as Command R7B: the heading of the next turn stands there always
+    "{{ bos_token }}{% if tools %}{{ '[H]system[/H]' + tools | tojson + '[E]' }}{% endif %}"
+    "{% for m in messages %}{{ '[H]' + m.role + '[/H]' }}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    + _CALLS
+    + "{% endfor %}{{ '[CALL]' }}{% endif %}{{ m.content + ('[C][E]' if m.role == 'assistant' else '[E]') }}{% endfor %}"
+    "{{ '[H]assistant[/H]' }}"
+)
+_FOR_TOOLS = (  # as Hermes 2 Pro's for tool use: none without tools, and results are written otherwise once they are answered
+    "{% for t in tools %}{{ t.function.name }}{% endfor %}{% for m in messages %}{{ '[H]' + m.role + '[/H]' }}"
+    "{% for c in m.tool_calls %}"
+    + _CALLS
+    + "{% endfor %}{{ m.content + ('\n' if m.role == 'tool' and not loop.last else '') + '[E]' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[H]assistant[/H]' }}{% endif %}"
+)
 _DROPPED = _HEADERS.replace(
     "assistant[/H]\n\n' }}{% endif %}", "assistant[/H]\n\n<think>\n' }}{% endif %}"
 )  # as DeepSeek R1
@@ -203,6 +217,23 @@ KINDS: dict[str, tuple[str, dict[str, list[list[str]] | str]]] = {
             "system": [["<|END_THINKING|>5[E]"]],
             "reasoning": [["count<|END_THINKING|>5[E]"], ["more<|END_THINKING|>6[E]"]],
             "tools": [[f"<|END_THINKING|>{_CALLED}[E]"], ["<|END_THINKING|>It is 5.[E]"]],
+        },
+    ),
+    "the next heading is written unasked": (
+        _UNASKED,
+        {
+            "one": [["5[C][E]"]],
+            "two": [["5[C][E]", "6[C][E]"]],
+            "system": [["5[C][E]"]],
+            "reasoning": [["5[C][E]", "6[C][E]"]],
+            "tools": [[_CALLED + "[CALL][C][E]", "It is 5.[C][E]"]],
+        },
+    ),
+    "for tools alone": (
+        _FOR_TOOLS,
+        {
+            **dict.fromkeys(("one", "two", "system", "reasoning"), "'NoneType' object is not iterable"),
+            "tools": [[_CALLED + "[E]", "It is 5.[E]"]],
         },
     ),
     "the system prompt goes with the last question": (

@@ -31,6 +31,10 @@ _HOLDER = ("730184629571", "618403927551")
 _HELD = re.compile(rf"{_HOLDER[0]}(?P<number>\d{{6}}){_HOLDER[1]}")
 _DRAWN = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 """What of Jinja is random."""
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": _PROBE, "description": _PROBE, "parameters": {"type": "object"}},
+}
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -225,13 +229,20 @@ def _shortened(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """How a template writes an answer: the text between generation prompt and content (None: not known), the one that ends
-    the turn (empty: none), the token that is the last of that (empty: none), and the marks that an end may be made of.
+    """How a template writes an answer.
+
+    Attributes:
+        lead: the text between generation prompt and content; None: not known.
+        end: the text that ends the turn; empty: none.
+        stop: the token that is the last of ``end``; empty: none.
+        after: what stands behind ``end`` where no message follows.
+        marks: what an end may be made of, longest first.
     """
 
     lead: str | None
     end: str
     stop: str
+    after: str
     marks: tuple[str, ...]
 
 
@@ -243,31 +254,53 @@ def _form_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Form:
 def _form(tokenizer: PreTrainedTokenizerBase, template: str, size: int, special: str) -> _Form:
     """``size`` and ``special`` tell a tokenizer from itself before tokens were added."""
     added = [(token.content, token.special) for token in tokenizer.added_tokens_decoder.values()]
-    lead, end, stop = None, "", ""
+    lead, end, stop, after = None, "", "", ""
     question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": _PROBE}
     chat = _adapt([question, answer, question], tokenizer, template)
-    try:
-        prompt, _ = _render(tokenizer, template, chat[:1], prompt=True)
-        text, _ = _render(tokenizer, template, chat[:2])
-    except ValueError:  # not a template for so simple a chat: a turn ends with its last special token
-        prompt, text = "", ""
-    try:
-        longer, _ = _render(tokenizer, template, chat)
-    except ValueError:  # a template for one question alone
-        longer = ""
-    if _PROBE in text:
+
+    def render(count: int, prompt: bool = False) -> str:
+        """Empty where it is no template for so simple a chat."""
+        for tools in ((), (_PROBE_TOOL,)):
+            try:
+                return _render(tokenizer, template, chat[:count], tools, prompt)[0]
+            except ValueError:
+                continue
+        return ""
+
+    prompt, text, longer = render(1, prompt=True), render(2), render(3)
+    if prompt and _PROBE in text:
         before, _, behind = text.rpartition(_PROBE)
         lead = before[len(prompt) :] if before.startswith(prompt) else None
-        pairs = enumerate(zip(behind, longer.rpartition(_PROBE)[2], strict=False))
-        kept = next((number for number, (a, b) in pairs if a != b), len(behind))
-        contents = sorted((content for content, _ in added if content), key=len, reverse=True)
-        tokens = list(re.finditer("|".join(map(re.escape, contents)), behind)) if contents else []
-        # of several, those that stand there when the chat goes on, too
-        last = next((token for token in reversed(tokens) if token.end() <= kept), tokens[0] if tokens else None)
-        stop = last.group() if last else ""
-        end = behind[: last.end()].lstrip() if last else behind.strip()
+        asked = prompt.rpartition(str(question["content"]))[2]
+        kept = shared_length(behind, longer.rpartition(_PROBE)[2])
+        last = _last_token(behind, kept, text, asked, [content for content, _ in added if content])
+        if last:
+            stop, end, after = last.group(), behind[: last.end()].lstrip(), behind[last.end() :].rstrip()
+        else:
+            end = behind.strip()
     marks = {content for content, special in added if special} | {end}
-    return _Form(lead, end, stop, tuple(sorted(marks - {""}, key=len, reverse=True)))
+    return _Form(lead, end, stop, after, tuple(sorted(marks - {""}, key=len, reverse=True)))
+
+
+def _last_token(behind: str, kept: int, text: str, asked: str, contents: Sequence[str]) -> re.Match[str] | None:
+    """The last token of a turn in the text ``behind`` its content; None if there is none.
+
+    Args:
+        kept: how much of that text stands there when the chat goes on, too.
+        text: the whole rendering.
+        asked: what asks for an answer, behind a question.
+        contents: of the tokens.
+    """
+    token = "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or r"(?!)"
+    heading = re.match(rf"(?:\s*(?:{token}))*", text)
+    assert heading is not None
+    tokens: list[re.Match[str]] = []
+    for found in re.finditer(token, behind):
+        # some templates write the heading of a next turn unasked: it begins as the whole text does
+        if tokens and found.group() in heading.group() and behind[found.start() :].strip() in asked:
+            break
+        tokens.append(found)
+    return next((found for found in reversed(tokens) if found.end() <= kept), tokens[0] if tokens else None)
 
 
 def _find_end(text: str, start: int, form: _Form) -> tuple[int, int, bool]:
@@ -275,6 +308,7 @@ def _find_end(text: str, start: int, form: _Form) -> tuple[int, int, bool]:
 
     What a template writes behind that token (a line break, an end of text when no message follows) is not the turn's.
     """
+    text = text.rstrip().removesuffix(form.after) if form.after else text
     body = len(text)
     while True:
         body = start + len(text[start:body].rstrip())
