@@ -410,6 +410,16 @@ def test_tools_reach_the_template() -> None:
         read({**ROWS["one"], "tools": "hammer"})
 
 
+def test_tools_that_a_template_does_not_render(caplog: pytest.LogCaptureFixture) -> None:
+    """As Command A's default, which names them and renders none."""
+    with caplog.at_level(logging.WARNING):
+        for template in (_LINES, _UNASKED, "{% set tools = [] %}" + _LINES, "{# tools #}" + TEMPLATES["headers"]):
+            caplog.clear()
+            text = show_sample(sequences(read({**ROWS["one"], "tools": TOOLS}), make(template), "\n")[0], make(None))
+            said = "has no place for tools: the rows' tools are left out" in caplog.text
+            assert said == ("adds" not in text)
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("read_by", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_under_another_key(key: str, read_by: str) -> None:

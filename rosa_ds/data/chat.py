@@ -67,7 +67,7 @@ def assistant_turns(
     template = template_of(tokenizer)
     numbers: list[str] = []
     messages = _adapt([_hold_numbers(message, numbers) for message in conversation.messages], tokenizer, template)
-    if conversation.tools and "tools" not in template:
+    if conversation.tools and not _shows_tools(tokenizer, template):
         _say(template, "the chat template has no place for tools: the rows' tools are left out")
     render = functools.partial(_render, tokenizer, template, tools=conversation.tools, numbers=numbers)
     found = []
@@ -440,6 +440,16 @@ def _takes_arguments_as_text(tokenizer: PreTrainedTokenizerBase, template: str) 
         return text is not None and "{'" not in text  # an object written by Python is no JSON
 
     return not renders({"a": 1}) and renders('{"a": 1}')
+
+
+@functools.lru_cache(maxsize=4)
+def _shows_tools(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the descriptions of tools stand in what the template renders."""
+    question = _adapt([{"role": "user", "content": "Why?"}], tokenizer, template)
+    try:
+        return _PROBE in _render(tokenizer, template, question, (_PROBE_TOOL,), prompt=True)[0]
+    except ValueError:  # what is wrong with them, the rows' own will tell
+        return True
 
 
 @functools.lru_cache(maxsize=4)
