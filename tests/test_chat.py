@@ -420,6 +420,17 @@ def test_tools_that_a_template_does_not_render(caplog: pytest.LogCaptureFixture)
             assert said == ("adds" not in text)
 
 
+def test_a_system_prompt_that_a_template_does_not_render(caplog: pytest.LogCaptureFixture) -> None:
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ '[H]' + m.role + '[M]' + m.content + '[E]' }}{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}{{ '[H]assistant[M]' }}{% endif %}"
+    for row, said in (("one", False), ("system", True)):
+        with caplog.at_level(logging.WARNING):
+            assert trained_stretches(make(template), ROWS[row]) == SIMPLE[row]
+        assert ("the rows' system prompts are left out" in caplog.text) == said
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("read_by", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_under_another_key(key: str, read_by: str) -> None:

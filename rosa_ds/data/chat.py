@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -67,8 +67,10 @@ def assistant_turns(
     template = template_of(tokenizer)
     numbers: list[str] = []
     messages = _adapt([_hold_numbers(message, numbers) for message in conversation.messages], tokenizer, template)
-    if conversation.tools and not _shows_tools(tokenizer, template):
+    if conversation.tools and not _shows(tokenizer, template, "tools"):
         _say(template, "the chat template has no place for tools: the rows' tools are left out")
+    if any(message["role"] == "system" for message in messages) and not _shows(tokenizer, template, "system"):
+        _say(template, "the chat template has no place for a system prompt: the rows' system prompts are left out")
     render = functools.partial(_render, tokenizer, template, tools=conversation.tools, numbers=numbers)
     found = []
     for index in chosen:
@@ -442,13 +444,16 @@ def _takes_arguments_as_text(tokenizer: PreTrainedTokenizerBase, template: str) 
     return not renders({"a": 1}) and renders('{"a": 1}')
 
 
-@functools.lru_cache(maxsize=4)
-def _shows_tools(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the descriptions of tools stand in what the template renders."""
-    question = _adapt([{"role": "user", "content": "Why?"}], tokenizer, template)
+@functools.lru_cache(maxsize=8)
+def _shows(tokenizer: PreTrainedTokenizerBase, template: str, what: Literal["tools", "system"]) -> bool:
+    """Whether the descriptions of tools, or a system prompt, stand in what the template renders."""
+    chat = [{"role": "user", "content": "Why?"}]
+    if what == "system":
+        chat = [{"role": "system", "content": _PROBE}, *chat]
+    tools = (_PROBE_TOOL,) if what == "tools" else ()
     try:
-        return _PROBE in _render(tokenizer, template, question, (_PROBE_TOOL,), prompt=True)[0]
-    except ValueError:  # what is wrong with them, the rows' own will tell
+        return _PROBE in _render(tokenizer, template, _adapt(chat, tokenizer, template), tools, prompt=True)[0]
+    except ValueError:  # the rows' own will tell what is wrong with them
         return True
 
 
