@@ -431,6 +431,26 @@ def test_a_system_prompt_that_a_template_does_not_render(caplog: pytest.LogCaptu
         assert ("the rows' system prompts are left out" in caplog.text) == said
 
 
+def test_a_template_of_one_call_a_message() -> None:
+    """As gpt-oss's, which writes the first alone."""
+    template = _LINES.replace("{% for c in m.tool_calls %}", "{% for c in m.tool_calls[:1] %}")
+    other = {**CALL, "function": {"name": "add", "arguments": {"a": 4, "b": 5}}}
+    row = {"messages": [user("2+3? 4+5?"), assistant(None, tool_calls=[CALL, other])]}
+    with pytest.raises(ValueError, match="shows 1 of the 2 times that message 2 calls 'add'.*make them a message each"):
+        trained_stretches(make(template), row)
+    second = _CALLED.replace("2", "4").replace("3", "5")
+    assert trained_stretches(make(_LINES), row) == [[f"{_CALLED}{second}[E]"]]
+
+
+def test_content_beside_a_call(caplog: pytest.LogCaptureFixture) -> None:
+    row = {"messages": [user("2+3?"), assistant("I add.", tool_calls=[CALL])]}
+    without = _LINES.replace("{{ m.content | trim", "{{ ('' if m.tool_calls else m.content) | trim")
+    for template, content in ((_LINES + "{# of this test #}", "I add."), (without, "")):
+        with caplog.at_level(logging.WARNING):
+            assert trained_stretches(make(template), row) == [[f"{_CALLED}{content}[E]"]]
+        assert ("shows no content beside tool calls" in caplog.text) == (not content)
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("read_by", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_under_another_key(key: str, read_by: str) -> None:

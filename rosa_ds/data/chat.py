@@ -87,7 +87,7 @@ def assistant_turns(
                 "that renders the messages in their order, and begins a turn as it asks for it, as data.chat_template"
             )
         body, end, ended = _find_end(text, start, _form_of(tokenizer, template))
-        _check_shown(opening + text[start:end], text, messages[index], index, template)
+        _check_shown(opening + text[start:end], text, conversation.messages[index], index, template)
         pieces = [(opening, True)] if opening else []
         if marks is None:
             pieces.append((text[start:end], True))
@@ -197,18 +197,25 @@ def _start_after_another_prompt(
 
 
 def _check_shown(written: str, text: str, message: Mapping[str, Any], index: int, template: str) -> None:
-    """Raise ValueError for a turn whose tool calls the template leaves out; say it once where it leaves reasoning out.
+    """Raise ValueError for a turn of whose tool calls the template leaves one out; say it once where it leaves out other things.
 
     Args:
         text: the whole rendering with what is ``written``.
     """
-    for call in message.get("tool_calls", ()):
-        name = call.get("function", call)["name"]
+    names = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
+    for name in dict.fromkeys(names):
         if name not in written:
             raise ValueError(
                 f"the chat template does not show that message {index + 1} calls {name!r}: give one that renders tool_calls as "
                 "data.chat_template"
             )
+        if (shown := written.count(name)) < (calls := names.count(name)):
+            raise ValueError(
+                f"the chat template shows {shown} of the {calls} times that message {index + 1} calls {name!r}: give one that renders "
+                "several tool_calls as data.chat_template, or make them a message each"
+            )
+    if names and message["content"].strip() not in written:
+        _say(template, "the chat template shows no content beside tool calls: what the rows have of it is left out")
     thought = reasoning.reasoning_of(message)
     if thought in written:
         return
