@@ -44,19 +44,35 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
     names = match_names(wanted, [name for name, _ in model.named_modules() if name], "adapter.target_modules")
     not_linear = [name for name in names if name not in layers]
     if not_linear:
-        kind = type(model.get_submodule(not_linear[0])).__name__
+        module = model.get_submodule(not_linear[0])
+        own = "whose forward is its own" if isinstance(module, nn.Linear) else "which is none"
         raise ValueError(
-            f"adapter.target_modules names {not_linear[0]}, a {kind}: only nn.Linear and Conv1D can be adapted; "
-            "use adapter.modules_to_save to train it whole"
+            f"adapter.target_modules names {not_linear[0]}, a {type(module).__name__}: only nn.Linear and Conv1D can be adapted, and "
+            f"{own}; use adapter.modules_to_save to train it whole"
         )
     _check_untied(model, names, layers)
     return {name: layers[name] for name in names}
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """All ``nn.Linear`` and ``Conv1D`` layers, quantised or not, by name, in the model's order."""
+    """All ``nn.Linear`` and ``Conv1D`` layers, quantised or not, by name, in the model's order: those that multiply with their
+    weight and do nothing else.
+    """
     kinds = (nn.Linear, Conv1D, QuantizedLinear)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not _has_own_forward(module)
+    }
+
+
+def own_forwards(model: nn.Module) -> list[str]:
+    """Names of layers that only inherit from ``nn.Linear``, such as routers that also choose experts."""
+    return [name for name, module in model.named_modules() if _has_own_forward(module)]
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def head_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:

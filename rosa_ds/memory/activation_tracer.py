@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -174,6 +175,18 @@ def _attention_of(model: Any, padded: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's tracebacks of operators that ask for numbers: callers tell what that means."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+@contextlib.contextmanager
 def _dequantising() -> Iterator[None]:
     """bitsandbytes' tables are real tensors, which meet no others here: only what a weight becomes is made."""
     before = Form.unpack
@@ -214,15 +227,11 @@ def _batch(model: Any, ids: Tensor, kept: int) -> Batch:
     return Batch(ids, ids, torch.zeros(kept, dtype=torch.int64), torch.zeros(len(ids), kept, dtype=torch.int64))
 
 
-def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
-    """Forward and backward of one micro-batch of a model that :func:`without_numbers` has emptied."""
+@contextlib.contextmanager
+def running(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Iterator[Callable[[], Tensor]]:
+    """While it is entered, the loss of a micro-batch of a model that :func:`without_numbers` has emptied can be asked for."""
     rows, length, kept = shape.rows, shape.length, min(shape.kept, shape.length)
-    model.train()
-    live = LiveBytes()
     with mode:
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.grad = None
-            live.know(tensor)
         # four dimensions: transformers takes such a mask as it is, and does not ask for its numbers; none: rows of one length
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool) if shape.padded else None
         ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -232,10 +241,22 @@ def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
             return arguments, named | {"attention_mask": mask}
 
         masked = model.register_forward_pre_hook(with_mask, with_kwargs=True)
-        with masked, _attention_of(model, shape.padded), _dequantising(), live:
+        with masked, _attention_of(model, shape.padded), _dequantising(), _quiet():
+            yield lambda: token_loss_sum(model, batch, torch.device("cpu"))
+
+
+def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
+    """Forward and backward of one micro-batch of a model that :func:`without_numbers` has emptied."""
+    model.train()
+    live = LiveBytes()
+    with running(model, mode, shape) as loss_of_batch:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.grad = None
+            live.know(tensor)
+        with live:
             saved = SavedBytes(model)
             with saved:
-                loss = token_loss_sum(model, batch, torch.device("cpu"))
+                loss = loss_of_batch()
             known = saved.bytes
             grads = watch_gradients(model, live)
             loss.backward()

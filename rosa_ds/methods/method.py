@@ -29,7 +29,7 @@ class Context:
 
     Attributes:
         state: the trained parameters, their master weights and moments.
-        micro_batches: of one rank in an optimizer step.
+        gradients_a_step: that a layer has on one rank: the micro-batches of a step, times how often a forward pass calls it.
         base: name and hash of the base.
         record: writes a line of ``metrics.jsonl``; fields ``step`` and ``event`` are required.
         leave_if_asked: to call before work that takes long. If a signal asked the run to stop, it saves and ends there.
@@ -38,7 +38,7 @@ class Context:
     model: nn.Module
     state: TrainedState
     folder: Path
-    micro_batches: int
+    gradients_a_step: int
     base: Mapping[str, Any]
     record: Callable[..., None]
     leave_if_asked: Callable[[], None]

@@ -80,7 +80,7 @@ class Method(method.Method):
             self.collector = self._start_collecting()
 
     def _start_collecting(self) -> MaskCollector:
-        collector = build_collector(self.layers, self.settings.mask, self.context.micro_batches)
+        collector = build_collector(self.layers, self.settings.mask, self.context.gradients_a_step)
         collector.attach()
         return collector
 
@@ -248,8 +248,10 @@ def mask_owners(layers: Mapping[str, AdaptedLinear]) -> dict[str, int]:
     return distributed.owners_by_cost(sizes, distributed.world_size())
 
 
-def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings, micro_batches: int) -> MaskCollector:
-    """A collector whose gradients are summed over all ranks. ``micro_batches``: of one rank in an optimizer step."""
+def build_collector(
+    layers: Mapping[str, AdaptedLinear], settings: MaskSettings, gradients_a_step: int
+) -> MaskCollector:
+    """A collector whose gradients are summed over all ranks. ``gradients_a_step``: of a layer on one rank."""
     owners = mask_owners(layers)
     limit = settings.device_memory_gib
     collector = MaskCollector(
@@ -258,7 +260,7 @@ def build_collector(layers: Mapping[str, AdaptedLinear], settings: MaskSettings,
         owners,
         distributed.rank(),
         distributed.sum_to_owner,
-        single=settings.steps == 1 and micro_batches == 1,
+        single=settings.steps == 1 and gradients_a_step == 1,
         steps=settings.steps,
         device_bytes=distributed.free_memory() // 2 if limit is None else int(limit * 2**30),
         agree=lambda name: distributed.same_everywhere(name.encode()),

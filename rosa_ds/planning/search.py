@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from rosa_ds.memory.estimate import activation_terms, predict
 from rosa_ds.memory.fake_model import ActivationPlan, build_skeleton
 from rosa_ds.methods import memory_terms
 from rosa_ds.models.load import read_config
+from rosa_ds.training.reach import settle_targets
 from rosa_ds.zero.engine import settle_zero
 
 GIB = 2**30
@@ -75,6 +77,7 @@ class Planner:
 
     def __init__(self, settings: RunConfig, deepspeed: Mapping[str, Any], config: Any = None) -> None:
         config = read_config(settings.model) if config is None else config
+        settings = settle_targets(settings, copy.deepcopy(config))
         _, settled = plan_deepspeed(dict(deepspeed), settings, 1, gpu_has_bfloat16=True)
         self.dtype = getattr(torch, settled.model.dtype)
         self.settings, self.deepspeed = settings, dict(deepspeed)

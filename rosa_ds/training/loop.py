@@ -50,6 +50,7 @@ class Run:
     Attributes:
         methods: what acts around steps; ``restart``: what they begin again with.
         identity: what a resumed run must have again.
+        calls_a_pass: how often a forward pass calls the adapted layer that it calls most.
     """
 
     settings: RunConfig
@@ -67,6 +68,7 @@ class Run:
     identity: Identity
     account: Account
     interruption: Interruption
+    calls_a_pass: int = 1
 
 
 class Loop:
@@ -87,7 +89,7 @@ class Loop:
             model=run.model,
             state=run.state,
             folder=run.folder,
-            micro_batches=run.engine.gradient_accumulation_steps(),
+            gradients_a_step=run.engine.gradient_accumulation_steps() * run.calls_a_pass,
             base=run.identity.base,
             record=log.write,
             leave_if_asked=self._leave_if_asked,

@@ -39,6 +39,7 @@ from rosa_ds.training.interrupt import Interruption
 from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
+from rosa_ds.training.reach import probe, settle_targets
 from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
 from rosa_ds.utils.errors import RunError
@@ -102,6 +103,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     with distributed.together():
         base = identify(settings.model)
     settings, start = begin_from(settings, model, base, saved)
+    with distributed.together():
+        settings = settle_targets(settings)
     warn_of(settings)
     settings = with_head(settings, model)
     with distributed.together():
@@ -144,6 +147,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     account = predict(model, plan, memory_terms(model, plan, settings), recomputes)
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
+    calls = probe(engine, model, data, pad_id)
+
     folder = _open_folder(settings, plan, account, tokenizer, source, saved.step if saved else 0)
     run = Run(
         settings=settings,
@@ -161,6 +166,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         identity=identity,
         account=account,
         interruption=interruption,
+        calls_a_pass=calls,
     )
     distributed.start_watch(60 * settings.training.stall_minutes)
     with contextlib.ExitStack() as closing:

@@ -1,0 +1,215 @@
+"""Which layers the loss depends on: found by one small forward pass, before a layer is adapted for nothing.
+
+Layers can be there and not be used: those whose weight the model reads itself (``dt_proj`` of Mamba), the towers for images and
+sounds of a model that is given text, what a fused kernel passes by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.adapters.targets import find_targets, linear_layers
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.data.batches import Batch, collate
+from rosa_ds.data.labelled import LabelledSet
+from rosa_ds.data.prepare import TokenSet
+from rosa_ds.data.tokenise import Tokens
+from rosa_ds.memory.activation_tracer import Shape, running, without_numbers
+from rosa_ds.models.load import read_config
+from rosa_ds.models.loss import batch_logits, loss_of
+from rosa_ds.models.stream import build_on_meta
+from rosa_ds.models.task import is_classifier
+
+logger = logging.getLogger(__name__)
+_LENGTH = 16
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Of the logits' standard deviation: more than the order of a sum makes of it, less than a token that is seen."""
+_ROWS = Shape(rows=2, length=8, kept=8, padded=False)
+_NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What a forward pass does with a layer: how often it calls it, and whether the loss depends on what that gives."""
+
+    calls: int
+    reaches_loss: bool
+
+
+def uses(model: nn.Module, layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[str, Use]:
+    """What one call of ``loss``, a forward pass of ``model`` with gradients, does with each of ``layers``."""
+    nodes: dict[str, list[Any]] = {name: [] for name in layers}
+
+    def mark(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            output = output.view_as(output)  # a node of this call alone
+            nodes[name].append(output.grad_fn)
+            return output
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(mark(name)))
+        hooks.enter_context(_without_checkpointing(model))
+        hooks.enter_context(torch.enable_grad())
+        reached = _ancestors(loss().grad_fn)
+    return {name: Use(len(found), any(node in reached for node in found)) for name, found in nodes.items()}
+
+
+def _ancestors(node: Any) -> set[Any]:
+    """All nodes of a graph of autograd that a backward pass from ``node`` would come to."""
+    found, waiting = {node}, [node]
+    while waiting:
+        for before, _ in waiting.pop().next_functions:
+            if before is not None and before not in found:
+                found.add(before)
+                waiting.append(before)
+    return found
+
+
+@contextlib.contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """A block that recomputes itself in backward may have no graph in forward."""
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for block in blocks:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def unreached(found: Mapping[str, Use]) -> list[str]:
+    """The layers that the loss does not depend on. Experts that few tokens do not choose count as reached."""
+    return [name for name, use in found.items() if not use.reaches_loss and "expert" not in name]
+
+
+def settle_targets(settings: RunConfig, config: Any = None) -> RunConfig:
+    """The settings with ``all-linear`` resolved where it would adapt layers that the loss does not depend on; says which.
+
+    The model goes through a forward pass without numbers: nothing of its weights is read, and every stage and quantised base
+    gives the same answer.
+
+    Args:
+        config: of transformers; by default the base's.
+
+    Raises: ValueError for such a layer that ``adapter.target_modules`` names, or that would be quantised.
+    """
+    if settings.parts.everything:
+        return settings
+    begun = time.monotonic()
+    config = read_config(settings.model) if config is None else config
+    text = config.get_text_config()
+    text.pad_token_id = text.pad_token_id or 0  # it tells classifiers where rows end
+    model = build_on_meta(config, settings.model, torch.bfloat16)  # in which all operators have a shape
+    layers = linear_layers(model)
+    mode = without_numbers(model)
+    try:
+        with running(model, mode, _ROWS) as loss:
+            idle = unreached(uses(model, layers, loss))
+    except _NOT_TRACED as error:  # experts that are chosen by numbers; the first pass with numbers looks again
+        logger.debug("which layers the loss depends on is not known yet (%s: %s)", type(error).__name__, error)
+        return settings
+    wanted = find_targets(model, settings.adapter.target_modules)
+    dead = [name for name in wanted if name in set(idle)]
+    if dead and settings.model.quantization != "none":
+        raise ValueError(
+            f"model.quantization {settings.model.quantization}: the model reads the weight of {dead[0]} itself, or text never reaches "
+            f"it ({len(dead)} such layers: {summary(dead)}): it cannot be quantised; use model.quantization none"
+        )
+    if not dead:
+        return settings
+    if settings.adapter.target_modules != ["all-linear"]:
+        raise ValueError(_refusal("adapter.target_modules names", dead, wanted))
+    logger.warning(
+        "all-linear leaves out %d of %d layers, whose weight the model reads itself or which text never reaches: %s (found in %.1f s)",
+        len(dead),
+        len(wanted),
+        summary(dead),
+        time.monotonic() - begun,
+    )
+    kept = [name for name in wanted if name not in set(dead)]
+    adapter = settings.adapter.model_copy(update={"target_modules": kept})
+    return settings.model_copy(update={"adapter": adapter})
+
+
+def probe(engine: Any, model: PreTrainedModel, data: TokenSet, pad_id: int) -> int:
+    """One forward pass of two short rows with the adapters, on the device and by the kernels of the run. Collective.
+
+    Returns: how often it calls the layer that it calls most.
+    Raises: ValueError for adapted layers that the loss does not depend on, or a language model that sees the tokens that it
+        is to predict.
+    """
+    begun = time.monotonic()
+    layers = adapted_layers(model)
+    device = engine.device
+    batch = _short_batch(data, pad_id)
+    seen: list[Tensor] = []
+
+    def loss() -> Tensor:
+        seen.append(batch_logits(engine, batch, device))
+        return loss_of(seen[0], batch.targets.to(device))
+
+    engine.eval()
+    found = uses(model, layers, loss)
+    if dead := unreached(found):
+        raise ValueError(_refusal("there are adapters on", dead, layers))
+    if not is_classifier(model):
+        _check_causal(model, seen[0].detach())
+    logger.info("one forward pass of two rows of %d tokens: %.2f s", batch.input_ids.shape[1], time.monotonic() - begun)
+    return max((use.calls for use in found.values()), default=1)
+
+
+def _short_batch(data: TokenSet, pad_id: int) -> Batch:
+    """Two rows: the shortest, or for a language model the beginning of the first, and the same with another last token."""
+    if isinstance(data, LabelledSet):
+        return data.batch([int(data.lengths.argmin())] * 2, pad_id)
+    ids = data.tokens(0).ids[:_LENGTH]
+    other = [*ids[:-1], next((token for token in ids if token != ids[-1]), pad_id)]
+    return collate([Tokens(row, [True] * len(row)) for row in (ids, other)], pad_id)
+
+
+def _check_causal(model: PreTrainedModel, logits: Tensor) -> None:
+    """Raise ValueError if what is said before the last token depends on it. Shapes: logits (2, K, V) of the K positions before it."""
+    wide = logits.float()
+    if float((wide[0] - wide[1]).abs().max()) > _ROUNDING.get(logits.dtype, 1e-3) * float(wide.std()):
+        raise ValueError(
+            f"{type(model).__name__} sees the tokens that it is to predict (another last token changes what it says before it): it "
+            "is no language model that continues a text; encoders have a setting such as is_decoder in config.json, or use "
+            "model.task classification"
+        )
+
+
+def summary(names: Iterable[str]) -> str:
+    """Names with their numbers left out, each with how many there are: ``3 × layers.*.mixer.dt_proj``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        kind = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        counts[kind] = counts.get(kind, 0) + 1
+    shown = [f"{count} × {kind}" for kind, count in counts.items()]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} kinds more" if len(shown) > 8 else "")
+
+
+def _refusal(what: str, dead: list[str], wanted: Iterable[str]) -> str:
+    kept = list(dict.fromkeys(name.rpartition(".")[2] for name in wanted if name not in set(dead)))
+    spoilt = {name.rpartition(".")[2] for name in dead}
+    names = [name for name in kept if name not in spoilt]
+    remedy = f"name others, such as {','.join(names)}" if names else "name others"
+    return (
+        f"{what} {len(dead)} layers that no gradient reaches, because the model reads their weight itself or text never comes to "
+        f"them: {summary(dead)}; {remedy}"
+    )

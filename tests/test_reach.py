@@ -1,0 +1,196 @@
+"""Layers that the loss does not depend on, or more than once, and models that see what they are to predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
+
+import rosa_ds
+from classifiers import SIZES, make_base, make_rows, write_rows
+from launching import ROOT, TRAIN, metrics, run
+from rosa_ds.adapters.targets import find_targets, linear_layers
+from rosa_ds.config.command_line import build_config
+from rosa_ds.config.schema import DataSettings, ModelSettings
+from rosa_ds.data.prepare import prepare
+from rosa_ds.models.load import load_model
+from rosa_ds.training.reach import probe, settle_targets, unreached, uses
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+GROUPED = SMALL | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}
+VISION = {k: v for k, v in SMALL.items() if k != "vocab_size"} | {"image_size": 28, "patch_size": 14}
+
+
+def config_of(family: str, **values: Any) -> Any:
+    return AutoConfig.for_model(family, **values)
+
+
+def gemma3() -> Any:
+    return config_of(
+        "gemma3",
+        text_config=GROUPED | {"head_dim": 8},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_index=60,
+    )
+
+
+MAMBA = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 16, "vocab_size": 64}
+JAMBA = EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "left_out"),
+    [
+        (config_of("mamba", **MAMBA), {"dt_proj"}),
+        (config_of("jamba", **JAMBA), {"dt_proj"}),
+        (gemma3(), {"vision_tower", "multi_modal_projector"}),
+        (config_of("llama", **GROUPED), set()),
+        (config_of("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2), set()),
+        (config_of("qwen3_moe", **EXPERTS, moe_intermediate_size=24, head_dim=8), set()),
+    ],
+    ids=lambda value: value.model_type if not isinstance(value, set) else None,
+)
+def test_all_linear_takes_the_layers_that_the_loss_depends_on(
+    config: Any, left_out: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a backward pass of a model with numbers says it, too."""
+    settings = settle_targets(build_config({"method": "lora"}), config)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    every, taken = find_targets(model, ["all-linear"]), find_targets(model, settings.adapter.target_modules)
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert (
+        set(unreached(uses(model, every, lambda: model(input_ids=ids, labels=ids).loss))) == every.keys() - taken.keys()
+    )
+    assert all(any(part in name for part in left_out) for name in every.keys() - taken.keys())
+    assert bool(left_out) == ("all-linear leaves out" in caplog.text)
+    rosa_ds.inject(model, settings.adapter_config())
+    model(input_ids=ids, labels=ids).loss.backward()
+    dead = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert dead == []
+
+
+def test_a_layer_that_is_named_and_not_used_is_refused() -> None:
+    settings = build_config({"adapter": {"target_modules": ["in_proj", "dt_proj"]}})
+    with pytest.raises(
+        ValueError, match=r"names 2 layers that no gradient reaches, .*dt_proj; name others, such as in_proj"
+    ):
+        settle_targets(settings, config_of("mamba", **MAMBA))
+    settings = build_config({"model": {"quantization": "nf4"}})
+    with pytest.raises(
+        ValueError, match=r"reads the weight of backbone.layers.0.mixer.dt_proj itself.* cannot be quantised"
+    ):
+        settle_targets(settings, config_of("mamba", **MAMBA))
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
+def test_a_router_that_inherits_from_linear_is_left_out(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    more = {"intermediate_size_mlp": 48, "head_dim": 8, "attn_temperature_tuning": False} if "4" in family else {}
+    model = AutoModelForCausalLM.from_config(
+        config_of(family, **GROUPED, num_local_experts=4, num_experts_per_tok=1 + ("4" not in family), **more)
+    )
+    routers = [
+        name for name, module in model.named_modules() if name.endswith("router") and isinstance(module, nn.Linear)
+    ]
+    assert routers
+    assert not linear_layers(model).keys() & set(routers)
+    report = rosa_ds.inject(model, rosa_ds.AdapterConfig(method="lora", rank=2))
+    assert not set(report.adapted) & set(routers)
+    assert f"all-linear leaves out {len(routers)} layers that inherit from nn.Linear" in caplog.text
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    with pytest.raises(ValueError, match=r"router, a \w+: only nn.Linear .*whose forward is its own"):
+        find_targets(model, ["router"])
+
+
+class Uneven(nn.Module):
+    """Calls one layer twice, reads the weight of another, and drops what a third one gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.read, self.dropped, self.idle = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dropped(x)
+        return self.twice(self.twice(x)) @ self.read.weight
+
+
+def test_uses() -> None:
+    model = Uneven().requires_grad_(False)
+    found = uses(model, dict(model.named_children()), lambda: model(torch.ones(2, 4)).sum())
+    assert {name: (use.calls, use.reaches_loss) for name, use in found.items()} == {
+        "twice": (2, True),
+        "read": (0, False),
+        "dropped": (1, False),
+        "idle": (0, False),
+    }
+
+
+def test_the_first_pass_of_a_run_looks_again(tokenizer: PreTrainedTokenizerBase) -> None:
+    """At what runs, which kernels on a GPU may do otherwise."""
+    data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
+    model = load_model(ModelSettings(), torch.float32)
+    rosa_ds.inject(model, rosa_ds.AdapterConfig(method="lora", rank=2))
+    assert probe(model, model, data, 0) == 1
+    model.model.layers[1].mlp.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"adapters on 3 layers that no gradient reaches, .*layers.\*.mlp.down_proj"):
+        probe(model, model, data, 0)
+
+
+@pytest.mark.parametrize("is_decoder", [True, False], ids=["decoder", "encoder"])
+def test_a_model_that_sees_the_future_is_refused(is_decoder: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    sizes = SMALL | {"vocab_size": len(tokenizer), "max_position_embeddings": 300}
+    model = RobertaForCausalLM(RobertaConfig(**sizes, is_decoder=is_decoder)).eval()
+    data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
+    rosa_ds.inject(model, rosa_ds.AdapterConfig(method="lora", rank=2))
+    if is_decoder:
+        assert probe(model, model, data, 0) == 1
+        return
+    with pytest.raises(ValueError, match="RobertaForCausalLM sees the tokens that it is to predict"):
+        probe(model, model, data, 0)
+
+
+@pytest.mark.ranks
+def test_layers_used_twice_get_a_mask_from_one_micro_batch(tmp_path: Path) -> None:
+    """ALBERT runs one block several times, so gradients of a step are summed although there is one micro-batch."""
+    torch.manual_seed(0)
+    make_base(tmp_path / "albert", "bert")  # for its tokenizer
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    albert = AlbertConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(tmp_path / "albert")), embedding_size=32, **sizes
+    )
+    AlbertForMaskedLM(albert).save_pretrained(tmp_path / "albert")
+    rows = write_rows(tmp_path / "rows.csv", make_rows(16))
+    arguments = (
+        *("--config", str(ROOT / "ds_configs" / "zero2.json"), "--model.name_or_path", "albert", "--data.train", rows),
+        *(
+            "--model.task",
+            "classification",
+            "--training.max_steps",
+            "2",
+            "--mask.warmup_steps",
+            "1",
+            "--mask.steps",
+            "1",
+        ),
+        *("--adapter.rank", "2", "--adapter.density", "0.05", "--ds.train_batch_size", "8"),
+        *("--ds.train_micro_batch_size_per_gpu", "8"),
+    )
+    output = run("fork", 1, TRAIN, *arguments, cwd=tmp_path)
+    assert "one forward pass of two rows of" in output
+    assert [line["phase"] for line in metrics(tmp_path / "runs" / "default") if "phase" in line][-1] == "train"
