@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import rosa_ds
 from launching import ROOT, SMALL, TRAIN, losses, metrics, run
@@ -464,3 +464,23 @@ def test_draws_like_those_of_the_dense_model(tmp_path: Path, dequantised: Path, 
     run("fork", 2, TRAIN, *zero, *common, "--training.output_dir", "nf4", "--resume", cwd=tmp_path)
     assert losses(tmp_path / "nf4") == found
     assert verify(tmp_path / "nf4", export_merged(tmp_path / "nf4", tmp_path / "out", None)).passed
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_stays_dense_is_told_with_its_share(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    """Experts are weights of three dimensions, and most of such a base."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    model = MixtralForCausalLM(config)
+    with caplog.at_level("INFO", "rosa_ds"):
+        rosa_ds.quantize(model, kind)
+    dense = sum(p.nbytes for name, p in model.named_parameters() if "self_attn" not in name)
+    share = dense / sum(p.nbytes for p in model.parameters())
+    assert f", {share:.0%} of it, stay dense (model.layers.*.mlp.experts.gate_up_proj 0.000, " in caplog.text

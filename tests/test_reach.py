@@ -24,9 +24,13 @@ from classifiers import SIZES, make_base, make_rows, write_rows
 from launching import ROOT, TRAIN, metrics, run
 from rosa_ds.adapters.targets import find_targets, linear_layers
 from rosa_ds.config.command_line import build_config
+from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.prepare import prepare
+from rosa_ds.memory.activation_tracer import Shape
+from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.models.load import load_model
+from rosa_ds.training.model import adapt
 from rosa_ds.training.reach import probe, settle_targets, unreached, uses
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -194,3 +198,21 @@ def test_layers_used_twice_get_a_mask_from_one_micro_batch(tmp_path: Path) -> No
     output = run("fork", 1, TRAIN, *arguments, cwd=tmp_path)
     assert "one forward pass of two rows of" in output
     assert [line["phase"] for line in metrics(tmp_path / "runs" / "default") if "phase" in line][-1] == "train"
+
+
+def test_a_model_that_cannot_be_traced_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Experts in float32 have no shape without numbers; torch's own traceback of it does not look like an error of the run."""
+    settings = build_config({"adapter": {"target_modules": ["q_proj"]}})
+    config = config_of("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(ValueError, match="activations of MixtralForCausalLM cannot be predicted: it asks for numbers"):
+        ActivationPlan(config, settings, torch.float32).measure(Shape(1, 8, 8), checkpointing=False)
+    assert not [record for record in caplog.records if record.name.startswith("torch")]
+
+
+def test_a_routers_loss_that_is_left_out_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_config(
+        config_of("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    )
+    settings = build_config({"method": "full"})
+    adapt(model, None, settings, plan_deepspeed({"train_batch_size": 1}, settings, 1, gpu_has_bfloat16=False)[0])
+    assert "the routers' auxiliary loss (router_aux_loss_coef) is not part of the loss" in caplog.text

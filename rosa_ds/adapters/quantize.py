@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import get_args
 
@@ -19,7 +22,11 @@ from rosa_ds.models.load import stored_dtype
 from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear
 from rosa_ds.models.stream import Base, NotStreamableError, allocate, load_whole, stream_base
 from rosa_ds.models.task import whole_modules
+from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 from rosa_ds.utils.packages import require_bitsandbytes
+from rosa_ds.utils.texts import without_numbers
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 8
 """Layers that the ranks quantise at the same time, one each."""
@@ -68,7 +75,31 @@ def quantize(
         packed = None if layer.weight.is_meta else form.pack(layer.weight.detach().to(device))
         new = QuantizedLinear(form, isinstance(layer, Conv1D), layer.bias, packed)
         set_submodule(model, name, new.train(layer.training))
+    _say(_what_stays_dense(model))
     return model
+
+
+def _what_stays_dense(model: nn.Module) -> str:
+    packed = {f"{name}.{part}" for name in quantized_forms(model) for part in (PACKED, SCALES)}
+    sizes: Counter[str] = Counter()
+    small = 0
+    for name, parameter in model.named_parameters():
+        if name in packed:
+            small += parameter.nbytes
+        else:
+            sizes[without_numbers(name)] += parameter.nbytes
+    dense = sizes.total()
+    largest = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.most_common(4))
+    return (
+        f"quantised are {small / 2**30:.3f} GiB of the base; {dense / 2**30:.3f} GiB, {dense / (dense + small):.0%} of it, stay dense "
+        f"({largest})"
+    )
+
+
+@functools.cache
+def _say(what: str) -> None:
+    """Once, although plans make a model many times."""
+    logger.info("%s", what, extra=SAME_ON_ALL_RANKS)
 
 
 def _stay_dense(model: nn.Module, skip: Iterable[str]) -> set[str]:

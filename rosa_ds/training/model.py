@@ -76,6 +76,8 @@ def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: 
     Raises: ValueError for targets that match nothing.
     """
     report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
+    if settings.parts.everything and getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
+        logger.warning("the routers' auxiliary loss (router_aux_loss_coef) is not part of the loss that is trained")
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)
     if report.adapted:
         chosen = rosa_kernels.explain(distributed.device())

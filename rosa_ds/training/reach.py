@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -30,6 +29,7 @@ from rosa_ds.models.load import read_config
 from rosa_ds.models.loss import batch_logits, loss_of
 from rosa_ds.models.stream import build_on_meta
 from rosa_ds.models.task import is_classifier
+from rosa_ds.utils.texts import summary
 
 logger = logging.getLogger(__name__)
 _LENGTH = 16
@@ -192,16 +192,6 @@ def _check_causal(model: PreTrainedModel, logits: Tensor) -> None:
             "is no language model that continues a text; encoders have a setting such as is_decoder in config.json, or use "
             "model.task classification"
         )
-
-
-def summary(names: Iterable[str]) -> str:
-    """Names with their numbers left out, each with how many there are: ``3 × layers.*.mixer.dt_proj``."""
-    counts: dict[str, int] = {}
-    for name in names:
-        kind = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        counts[kind] = counts.get(kind, 0) + 1
-    shown = [f"{count} × {kind}" for kind, count in counts.items()]
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} kinds more" if len(shown) > 8 else "")
 
 
 def _refusal(what: str, dead: list[str], wanted: Iterable[str]) -> str:
