@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def gradient_bytes(engine: Any, model: nn.Module) -> tuple[int, int | None]:
@@ -13,7 +13,12 @@ def gradient_bytes(engine: Any, model: nn.Module) -> tuple[int, int | None]:
     flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
     if flat is not None:  # stage 3
         return flat.nbytes, sum(bucket.buffer.nbytes for bucket in optimizer.ipg_buckets.values())
-    averaged = getattr(optimizer, "averaged_gradients", None)
-    if averaged is not None:  # stages 1 and 2
-        return sum(t.nbytes for group in averaged.values() if group is not None for t in group), None
+    if hasattr(optimizer, "averaged_gradients"):  # stages 1 and 2
+        return sum(gradient.nbytes for gradient in averaged_gradients(optimizer)), None
     return sum(p.grad.nbytes for p in model.parameters() if p.grad is not None), None
+
+
+def averaged_gradients(optimizer: Any) -> list[Tensor]:
+    """What this rank will step with at stages 1 and 2; empty at others, whose gradients hang on their parameters."""
+    groups = getattr(optimizer, "averaged_gradients", None) or {}
+    return [gradient for group in groups.values() for gradient in group or ()]

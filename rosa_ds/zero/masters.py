@@ -7,11 +7,12 @@ every rank does it in the same order.
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rosa_ds import distributed, zero
@@ -39,10 +40,6 @@ class Masters(Protocol):
 
     def stepped(self, group: int) -> list[Tensor]:
         """The tensors of a parameter group that the inner optimizer steps; its state is kept by them."""
-        ...
-
-    def link(self) -> None:
-        """Called when the optimizer's state was made or replaced."""
         ...
 
 
@@ -75,9 +72,6 @@ class OwnMasters:
     def stepped(self, group: int) -> list[Tensor]:
         return list(self.inner.param_groups[group]["params"])
 
-    def link(self) -> None:
-        pass
-
 
 class DividedMasters(abc.ABC):
     """Each rank keeps some numbers of a parameter.
@@ -109,31 +103,58 @@ class DividedMasters(abc.ABC):
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this rank's numbers of a parameter are: ``numel`` from ``start`` of the flat parameter, from ``at`` of its group's master."""
+
+    group: int
+    start: int
+    at: int
+    numel: int
+
+
 class FlatMasters(DividedMasters):
-    """Stages 1 and 2, and ``BF16_Optimizer``: flat partitions, which DeepSpeed maps to parameters."""
+    """Stages 1 and 2, and ``BF16_Optimizer``: the parameters of a group are views of one flat vector, of which each rank keeps
+    the master of a part.
+
+    Where a parameter lies is read from its memory, since that is what DeepSpeed copies masters to. Its order need not be
+    the group's: ``round_robin_gradients`` changes it, and ``_hp_mapping`` of DeepSpeed 0.19.8 does not know; and
+    ``parameter_alignment`` leaves gaps.
+    """
+
+    def __init__(self, optimizer: Any, groups: Groups) -> None:
+        super().__init__(optimizer, groups)
+        self.places: dict[str, Place] = {}
+        zero_optimizer = hasattr(optimizer, "bit16_groups_flat")
+        parts = optimizer.parallel_partitioned_bit16_groups if zero_optimizer else optimizer.bf16_partitioned_groups
+        self.flat: list[Tensor] = (
+            optimizer.single_partition_of_fp32_groups if zero_optimizer else optimizer.fp32_groups_flat_partition
+        )
+        for number, (group, divided) in enumerate(zip(groups.values(), parts, strict=True)):
+            own = divided[dist.get_rank(optimizer.real_dp_process_group[number])]
+            whole = sum(part.numel() for part in divided)
+            assert own.numel() == self.flat[number].numel(), "a master of another size than what it is copied to"
+            for name, parameter in group.items():
+                begin = (parameter.data_ptr() - divided[0].data_ptr()) // own.itemsize
+                assert 0 <= begin <= whole - parameter.numel(), f"{name} lies outside of DeepSpeed's flat vector"
+                at = begin - (own.data_ptr() - divided[0].data_ptr()) // own.itemsize
+                start, stop = max(0, -at), min(parameter.numel(), own.numel() - at)
+                self.places[name] = (
+                    Place(number, start, at + start, stop - start) if start < stop else Place(number, 0, 0, 0)
+                )
 
     def _own(self, name: str, key: str | None) -> tuple[int, Tensor]:
-        parameter: Any = self.parameters[name]  # what DeepSpeed hangs on it is no part of torch's type
-        mapping = parameter._hp_mapping
-        if mapping is None:  # other ranks have all of it
-            return 0, torch.empty(0)
-        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach().reshape(-1)
+        place = self.places[name]
+        flat = self.flat[place.group]
+        whole = flat if key is None else self.optimizer.optimizer.state[flat][key]
+        return place.start, whole.detach().narrow(0, place.at, place.numel)
 
     def write(self, name: str, key: str | None, value: Tensor) -> None:
-        parameter = self.parameters[name]
-        value = value.to(parameter.device, torch.float32)
-        if key is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
+        start, own = self._own(name, key)
+        own.copy_(value.reshape(-1)[start : start + own.numel()])
 
     def stepped(self, group: int) -> list[Tensor]:
         return list(self.optimizer.optimizer.param_groups[group]["params"])
-
-    def link(self) -> None:
-        """DeepSpeed 0.19 links moments once, after the first group's first step, when the others have none yet."""
-        self.optimizer._hp_optimizer_states_linked = False
-        self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 class PartitionedMasters(DividedMasters):
@@ -159,9 +180,6 @@ class PartitionedMasters(DividedMasters):
         flat = self.optimizer.fp32_partitioned_groups_flat
         owners = self.optimizer.sub_group_to_group_id
         return [tensor for index, tensor in enumerate(flat) if owners[index] == group]
-
-    def link(self) -> None:
-        pass
 
 
 def find_masters(optimizer: Any, groups: Groups) -> Masters:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rosa_ds import distributed, zero
 from rosa_ds.zero.eight_bit import MOMENTS, collapse, expand, is_bitsandbytes
+from rosa_ds.zero.gradients import averaged_gradients
 from rosa_ds.zero.masters import Groups, Wanted, find_masters
 
 BATCH_BYTES = 64 * 2**20
@@ -53,14 +54,12 @@ class TrainedState:
             return
         tensors = [(index, tensor) for index in range(len(self.groups)) for tensor in self.masters.stepped(index)]
         originals = expand(self.inner, tensors)
-        self.masters.link()
         self._expands = False
         try:
             yield
         finally:
             self._expands = True
             collapse(self.inner, tensors, originals)
-            self.masters.link()
 
     @torch.no_grad()
     def read(self, owners: Mapping[str, int] | None = None) -> dict[str, Tensor]:
@@ -116,7 +115,6 @@ class TrainedState:
 
     def moment_keys(self, group: str) -> list[str]:
         """The moments that the optimizer keeps of a parameter group; none before it has stepped."""
-        self.masters.link()
         state = next(iter(self._states(list(self.groups).index(group))), {})
         if state and self._expands:
             return sorted(MOMENTS)
@@ -132,7 +130,10 @@ class TrainedState:
     @torch.no_grad()
     def drop_gradients(self) -> None:
         """Replace all gradients by zeros, after the last backward of a step and before it is applied."""
-        for parameter in self.parameters.values():
+        averaged = averaged_gradients(self.optimizer)
+        for gradient in averaged:
+            gradient.zero_()
+        for parameter in () if averaged else self.parameters.values():
             if hasattr(parameter, "ds_id"):
                 safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
             elif (grad := safe_get_full_grad(parameter)) is not None:
@@ -163,7 +164,6 @@ class TrainedState:
         -> key -> number on every rank.
         """
         with self.float32_moments():
-            self.masters.link()
             tensors: dict[str, Tensor] = {}
             scalars: dict[str, dict[str, float]] = {}
             for index, (group, members) in enumerate(self.groups.items()):
@@ -184,7 +184,6 @@ class TrainedState:
                 for master in self.masters.stepped(index):
                     state: dict[str, Any] = {key: torch.tensor(value) for key, value in scalars[group].items()}
                     self.inner.state[master] = state | {key: torch.zeros_like(master) for key in keys}
-            self.masters.link()
             for full_name, tensor in tensors.items():
                 name, _, key = full_name.rpartition("/")
                 self.masters.write(name, key, tensor)
