@@ -106,6 +106,7 @@ class Loop:
         if saved.moments:
             state.write_optimizer(saved.moments, saved.optimizer_scalars)
         state.write_scaler(saved.loss_scaler)
+        state.check("after the resume")
         self.step, self.trained_tokens = saved.step, saved.trained_tokens
         self._evaluation_due = saved.evaluation_due
 
@@ -114,6 +115,7 @@ class Loop:
         for method in self.run.methods:
             method.begin_with(start)
         self.run.state.write(start.trained)
+        self.run.state.check("after adapter.init_from")
         settings = self.run.settings
         logger.info("beginning with the %s adapter of %s", settings.method, settings.adapter.init_from)
 

@@ -14,6 +14,7 @@ from rosa_ds.zero.sharded import (
     full_numel,
     full_shape,
     gather,
+    held_numbers,
     is_partitioned,
     keep_numbers,
     own_numbers,

@@ -90,6 +90,7 @@ def build_engine(
         adapters: ``id`` of the parameters that are parts of adapters.
 
     Returns: the engine and access to its trained parameters.
+    Raises: RunError if DeepSpeed keeps masters that are not the parameters' (:meth:`TrainedState.check`).
     """
     import deepspeed  # a slow import that only training needs
 
@@ -102,4 +103,5 @@ def build_engine(
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.config)
     state = TrainedState(engine.optimizer, groups)
     state.reset_optimizer(groups)  # some of DeepSpeed's optimizers count a step while they are built
+    state.check("before the first step")
     return engine, state

@@ -28,6 +28,9 @@ Wanted = tuple[str, str | None]
 class Masters(Protocol):
     """Access to float32 masters and moments."""
 
+    divided: bool
+    """Whether a number has one master, on one rank; else each rank has all, which are equal."""
+
     def read(self, wanted: Sequence[Wanted]) -> list[Tensor | None]:
         """Each whole, in the parameter's shape; ``None`` for a moment of a parameter that never had a gradient. Collective."""
         ...
@@ -45,6 +48,8 @@ class Masters(Protocol):
 
 class OwnMasters:
     """Stage 0: in float32 the parameters themselves, in 16 bits ``FP16_UnfusedOptimizer``'s clone of each."""
+
+    divided = False
 
     def __init__(self, inner: torch.optim.Optimizer, groups: Groups) -> None:
         self.inner = inner
@@ -79,6 +84,8 @@ class DividedMasters(abc.ABC):
     DeepSpeed's own functions read one parameter with one collective; here as many as are wanted take one, since adapters
     have hundreds of small parameters and a collective's delay is longer than its data take.
     """
+
+    divided = True
 
     def __init__(self, optimizer: Any, groups: Groups) -> None:
         self.optimizer = optimizer

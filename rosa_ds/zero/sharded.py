@@ -135,6 +135,16 @@ def whole_of(parameter: Tensor, own: Tensor) -> Tensor:
     return gather(parameter, own) if is_partitioned(parameter) else own
 
 
+def held_numbers(parameter: Any) -> list[tuple[slice, Tensor]]:
+    """Which of a parameter's flat numbers are on this rank, and they: its share, and all of one that is whole or gathered."""
+    partition, held = partition_of(parameter), parameter.detach().reshape(-1)
+    if partition is None:
+        return [(slice(0, held.numel()), held)]
+    own = partition.own
+    gathered = [(slice(0, held.numel()), held)] if parameter.data.shape == partition.shape else []
+    return [(own, partition.share[: own.stop - own.start]), *gathered]
+
+
 def read_to_owners(parameters: Mapping[str, Tensor], owners: Mapping[str, int] | None = None) -> dict[str, Tensor]:
     """Named parameters, whole, one after another, on the CPU of the ranks that own them. Collective if one is partitioned.
 

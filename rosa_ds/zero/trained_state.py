@@ -10,6 +10,7 @@ All methods are collective: every rank calls them in the same order. What they r
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_fu
 from torch import Tensor
 
 from rosa_ds import distributed, zero
+from rosa_ds.utils.errors import RunError
 from rosa_ds.zero.eight_bit import MOMENTS, collapse, expand, is_bitsandbytes
 from rosa_ds.zero.gradients import averaged_gradients
 from rosa_ds.zero.masters import Groups, Wanted, find_masters
@@ -63,9 +65,61 @@ class TrainedState:
 
     @torch.no_grad()
     def read(self, owners: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        """Float32 masters by name, whole, on the CPU of their owners: parameter name -> rank, by default the first one."""
-        found = self._read_in_batches([(name, None) for name in self.parameters])
-        return {name: master for (name, _), master in self._for_owners(found, owners)}
+        """Float32 masters by name, whole, on the CPU of their owners: parameter name -> rank, by default the first one.
+
+        Raises: as :meth:`check`, which costs nothing more here.
+        """
+        return {name: master for (name, _), master in self._for_owners(self._read_checked("before saving"), owners)}
+
+    @torch.no_grad()
+    def check(self, when: str) -> None:
+        """Compare every trained parameter with its master, rounded to the parameter's type, on every rank. Collective.
+
+        It costs what reading the masters for a checkpoint does.
+
+        Args:
+            when: of the run, for the message: "after a resume".
+
+        Raises: RunError on every rank if one of them computes with other numbers than would be saved.
+        """
+        for _ in self._read_checked(when):
+            pass
+
+    def _read_checked(self, when: str) -> Iterator[tuple[Wanted, Tensor]]:
+        apart: dict[str, float] = {}
+        for (name, key), master in self._read_in_batches([(name, None) for name in self.parameters]):
+            if (difference := self._apart(name, master)) is not None:
+                apart[name] = difference
+            yield (name, key), master
+        if not distributed.any_rank(bool(apart)):
+            return
+        found = enumerate(distributed.gather_objects(max(apart.items(), key=lambda item: item[1], default=None)))
+        rank, (name, difference) = max(((r, worst) for r, worst in found if worst), key=lambda item: item[1][1])
+        count = max(distributed.gather_objects(len(apart)))
+        raise RunError(
+            f"{when}: {name} on rank {rank} differs from its float32 master, which is what is saved, by up to {difference:.3g} "
+            f"({count} of {len(self.parameters)} trained parameters differ). Nothing is saved now: leave everything but the stage "
+            "out of zero_optimization in the DeepSpeed file, go on with --resume where a checkpoint was written, and report the "
+            "run's ds_config.json"
+        )
+
+    def _apart(self, name: str, master: Tensor) -> float | None:
+        """The largest difference of what this rank holds of a parameter to its rounded master; ``None`` where there is none."""
+        parameter = self.parameters[name]
+        expected = master.detach().reshape(-1).to(parameter.dtype)
+        if not self.masters.divided:  # each rank has its own, and one of them is saved
+            expected = distributed.broadcast(expected.to(distributed.device(), copy=True), 0)
+        largest = None
+        for numbers, held in zero.held_numbers(parameter):
+            wanted = expected[numbers].to(held.device)
+            if not torch.equal(held, wanted):
+                # two NaN agree: a state that is not finite is refused elsewhere, by its name
+                differences = (held.float() - wanted.float()).abs()[
+                    ~((held == wanted) | (held.isnan() & wanted.isnan()))
+                ]
+                if differences.numel():
+                    largest = max(largest or 0.0, float(differences.nan_to_num(nan=math.inf, posinf=math.inf).max()))
+        return largest
 
     @torch.no_grad()
     def read_for(self, names: Collection[str], wanted: Sequence[Wanted]) -> dict[Wanted, Tensor]:
