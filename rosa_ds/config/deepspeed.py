@@ -85,15 +85,41 @@ _REFUSED_KEYS = (
     "amp",
     "torch_autocast",
 )
-# Other ways to divide or store parameters than masks, checkpoints and draws can read.
-_REFUSED_ZERO_KEYS = (
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-    "mics_shard_size",
-    "zero_hpz_partition_size",
-    "cpu_offload",
-    "cpu_offload_param",
+# Other ways to divide, store or gather parameters than masks, checkpoints and draws can read, and what DeepSpeed fails with
+# after the model is loaded: option -> the value that changes nothing, and where there is more to say why.
+_REFUSED_ZERO: dict[str, tuple[Any, str]] = {
+    "zero_quantized_weights": (False, ""),
+    "zero_quantized_nontrainable_weights": (False, ""),
+    "zero_quantized_gradients": (False, ""),
+    "mics_shard_size": (-1, ""),
+    "zero_hpz_partition_size": (1, ""),
+    "cpu_offload": (False, ""),
+    "cpu_offload_param": (False, ""),
+    "zenflow": (None, ""),
+    "legacy_stage1": (False, "; DeepSpeed has given it up"),
+    "compute_grad_norm": (True, "; a step whose gradients are not finite is found by their norm"),
+    "leaf_module": ({}, "; adapters inside of such a module fail in backward"),
+    "stage3_module_granularity_threshold": (
+        0,
+        "; adapters inside of a module that is gathered as one fail in backward",
+    ),
+    "stage3_use_all_reduce_for_fetch_params": (
+        False,
+        "; it gathers parameters of one type only, and positions are integers",
+    ),
+}
+_REFUSED_OFFLOAD = {"ratio": (1.0, ""), "super_offload": (False, "")}
+# DeepSpeed takes these without "stage3_", too; here they have one name.
+STAGE3_NAMES = (
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "gather_16bit_weights_on_model_save",
+    "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params",
+    "allgather_sequential",
 )
 
 
@@ -204,11 +230,22 @@ def _check_keys(config: Mapping[str, Any]) -> None:
 
 def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:
     """Offloading, and what else a ZeRO section may hold. Raises: ValueError for what cannot work."""
-    for key in _REFUSED_ZERO_KEYS:
-        if zero.get(key) not in (None, False, "auto", 1 if key == "zero_hpz_partition_size" else -1):
-            raise ValueError(f"zero_optimization.{key} {zero[key]!r} is not supported: remove it")
+    for name in STAGE3_NAMES:
+        if name in zero:
+            if f"stage3_{name}" in zero:
+                raise ValueError(f"zero_optimization has {name} and stage3_{name}, which are one option: remove one")
+            zero[f"stage3_{name}"] = zero.pop(name)
+    _check_refused(zero, _REFUSED_ZERO, "zero_optimization.")
+    _check_number(zero, "allgather_bucket_size", "zero_optimization.")
+    if zero.get("allgather_bucket_size", "auto") != "auto" and zero["allgather_bucket_size"] % 2:
+        raise ValueError(
+            f"zero_optimization.allgather_bucket_size {zero['allgather_bucket_size']}: DeepSpeed takes even numbers only; "
+            "give one, or remove it"
+        )
     for key in ("offload_optimizer", "offload_param"):
-        device = _section(zero, key, '{"device": "cpu"}', "zero_optimization.").get("device") or "none"
+        section = _section(zero, key, '{"device": "cpu"}', "zero_optimization.")
+        _check_refused(section, _REFUSED_OFFLOAD, f"zero_optimization.{key}.")
+        device = section.get("device") or "none"
         if device == "none":
             continue
         if stage != 3 or device != "cpu":
@@ -218,6 +255,12 @@ def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> Non
             )
         # DeepSpeed's own CPU optimizer must be compiled and knows no parameter groups of ours by name.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _check_refused(section: Mapping[str, Any], options: Mapping[str, tuple[Any, str]], path: str) -> None:
+    for key, (harmless, why) in options.items():
+        if section.get(key) not in (None, "auto", harmless):
+            raise ValueError(f"{path}{key} {section[key]!r} is not supported{why}: remove it")
 
 
 def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:

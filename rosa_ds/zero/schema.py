@@ -27,7 +27,9 @@ def check_by_deepspeed(config: Mapping[str, Any]) -> None:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
             hint = did_you_mean(key, kind.model_fields) if first["type"] == "extra_forbidden" else ""
+            # what is said of options together has no key, and their values are all of the section
+            what, given = (f"{name}.{key}", f", given {first['input']!r}") if key else (name, "")
             raise ValueError(
-                f"{name}.{key} of the DeepSpeed file: {first['msg'].lower()}, given {first['input']!r}.{hint} "
+                f"{what} of the DeepSpeed file: {first['msg'].lower()}{given}.{hint} "
                 "Correct it, or remove it for DeepSpeed's default"
             ) from None
