@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 import rosa_ds
 from rosa_ds import distributed, zero
@@ -126,16 +127,14 @@ def main() -> None:
     zero.initialize(2.0)
     torch.set_num_threads(1)
     deepspeed.utils.logger.setLevel("ERROR")
-    for check in (
-        check_masters_are_the_parameters,
-        check_dropped_gradients_change_nothing,
-        check_what_differs_is_named,
-    ):
+    accelerator = get_accelerator()  # a CPU can compute in float16, which DeepSpeed denies
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
+    checks = (check_masters_are_the_parameters, check_dropped_gradients_change_nothing, check_what_differs_is_named)
+    for check in checks:
         for name, chosen in ENGINES.items():
-            if chosen.get("dtype") == "float16" and (
-                check is not check_masters_are_the_parameters or not zero.has_float16()
-            ):
-                continue
+            if check is check_dropped_gradients_change_nothing and chosen.get("dtype") == "float16":
+                continue  # which leaves steps out in its own way
             try:
                 check(chosen)
             except BaseException:
