@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rosa_ds.config.deepspeed_keys import BATCH_KEYS, take_keys
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.utils.suggest import did_you_mean
 
@@ -26,65 +27,6 @@ SUPPORTED_STAGES = (0, 1, 2, 3)
 BITSANDBYTES = frozenset({"Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"})
 _OPTIMIZERS = ("Adam", "AdamW", *sorted(BITSANDBYTES), "DeepSpeedCPUAdam")
 _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-# DeepSpeed ignores top-level keys that it does not know; one that nearly matches these is a typing error.
-# Source: https://www.deepspeed.ai/docs/config-json/
-_TOP_LEVEL_KEYS = (
-    *BATCH_KEYS,
-    "optimizer",
-    "scheduler",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "sparse_gradients",
-    "fp16",
-    "bf16",
-    "amp",
-    "torch_autocast",
-    "gradient_clipping",
-    "zero_optimization",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "activation_checkpointing",
-    "sparse_attention",
-    "data_efficiency",
-    "curriculum_learning",
-    "tensorboard",
-    "wandb",
-    "comet",
-    "csv_monitor",
-    "elasticity",
-    "autotuning",
-    "aio",
-    "checkpoint",
-    "data_types",
-    "compression_training",
-    "nebula",
-    "compile",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "seed",
-    "disable_allgather",
-    "hybrid_engine",
-    "memory_breakdown",
-    "dataloader_drop_last",
-    "use_data_before_expert_parallelism",
-    "tensor_parallel",
-    "pipeline",
-)
-# Parts of DeepSpeed that want its own data loader, another division of the model, or casts inside the layers.
-_REFUSED_KEYS = (
-    "data_efficiency",
-    "curriculum_learning",
-    "elasticity",
-    "tensor_parallel",
-    "pipeline",
-    "amp",
-    "torch_autocast",
-)
 # Other ways to divide, store or gather parameters than masks, checkpoints and draws can read, and what DeepSpeed fails with
 # after the model is loaded: option -> the value that changes nothing, and where there is more to say why.
 _REFUSED_ZERO: dict[str, tuple[Any, str]] = {
@@ -183,7 +125,7 @@ def plan_deepspeed(
         ValueError: what cannot work, with what to change.
     """
     config = copy.deepcopy(config)
-    _check_keys(config)
+    take_keys(config)
     zero = config["zero_optimization"] = _section(config, "zero_optimization", '{"stage": 2}')
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in SUPPORTED_STAGES:
@@ -213,19 +155,6 @@ def plan_deepspeed(
     config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did
     _drop_auto(config, "")
     return DeepSpeedPlan(config, optimizer, total, micro, steps, dtype, stage), settings
-
-
-def _check_keys(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a top-level key that is misspelt, not supported, or a setting of ours."""
-    for key in config:
-        if key in RunConfig.model_fields and key not in _TOP_LEVEL_KEYS:
-            raise ValueError(f'{key!r} in the DeepSpeed file is a setting of ours: put it into the section "rosa"')
-        if key not in _TOP_LEVEL_KEYS and (hint := did_you_mean(key, _TOP_LEVEL_KEYS)):
-            raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
-    for key in _REFUSED_KEYS:
-        section = config.get(key)
-        if section and (not isinstance(section, dict) or section.get("enabled", True)):
-            raise ValueError(f"{key!r} of the DeepSpeed file is not supported here: remove it")
 
 
 def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:

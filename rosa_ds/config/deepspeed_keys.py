@@ -1,0 +1,189 @@
+"""What becomes of each top-level key of a DeepSpeed file: it has its effect, it is refused, or it has none, which is said.
+
+Source: what ``DeepSpeedConfig`` reads (a test compares), and https://www.deepspeed.ai/docs/config-json/.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from rosa_ds.config.schema import RunConfig
+from rosa_ds.utils.suggest import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+EFFECT = frozenset(
+    {
+        *BATCH_KEYS,
+        "aio",
+        "bf16",
+        "comms_logger",
+        "communication_data_type",
+        "data_types",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "steps_per_print",
+        "timers",
+        "wall_clock_breakdown",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)
+_DIVIDES = "the model is divided over the ranks by ZeRO alone"
+_LOADS = "rows and their order are those of the section rosa's data"
+REFUSED = {
+    "amp": "give bf16 or fp16",
+    "autotuning": "rosa-ds plan finds what fits",
+    "bfloat16": "it is called bf16",
+    "compile": "the adapted layers are compiled by themselves",
+    "compression_training": "the base stays as it is, or is quantised by model.quantization",
+    "curriculum_learning": _LOADS,
+    "data_efficiency": _LOADS,
+    "datastates_ckpt": "checkpoints are those of the section rosa's checkpoint",
+    "eigenvalue": "it belongs to DeepSpeed's own compression",
+    "elasticity": "a run resumes on any number of ranks by itself",
+    "expert_parallel": _DIVIDES,
+    "graph_harvesting": "steps are not captured as graphs",
+    "hybrid_engine": "nothing is generated while training",
+    "managed_gradient_accumulation": "a step counts its micro-batches itself",
+    "nebula": "checkpoints are those of the section rosa's checkpoint",
+    "pipeline": _DIVIDES,
+    "progressive_layer_drop": "every layer is trained at every step",
+    "quantize_training": "the base is quantised by model.quantization",
+    "sparse_attention": "attention is chosen by model.attn_implementation",
+    "sparse_gradients": "gradients of embeddings are dense",
+    "tensor_parallel": _DIVIDES,
+    "torch_autocast": "give bf16 or fp16",
+    "weight_quantization": "the base is quantised by model.quantization",
+}
+"""Key -> what to do instead."""
+_METRICS = "metrics.jsonl and training.tensorboard have what a step did"
+WITHOUT_EFFECT = {
+    "activation_checkpointing": "training.gradient_checkpointing recomputes activations",
+    "checkpoint": "checkpoints are those of the section rosa's checkpoint",
+    "comet": _METRICS,
+    "csv_monitor": _METRICS,
+    "dataloader_drop_last": _LOADS,
+    "seed": "training.seed decides",
+    "seq_parallel_communication_data_type": _DIVIDES,
+    "tensorboard": _METRICS,
+    "use_data_before_expert_parallelism": _DIVIDES,
+    "vocabulary_size": "the model has its own",
+    "wandb": _METRICS,
+}
+"""Key -> what has the effect instead."""
+KNOWN = EFFECT | REFUSED.keys() | WITHOUT_EFFECT.keys()
+ZERO_OPTIONS = frozenset(
+    {
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "allgather_sequential",
+        "compute_grad_norm",
+        "contiguous_gradients",
+        "cpu_offload",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "elastic_checkpoint",
+        "enable_sanity_checks",
+        "gather_16bit_weights_on_model_save",
+        "ignore_unused_parameters",
+        "leaf_module",
+        "legacy_stage1",
+        "load_from_fp32_weights",
+        "log_trace_cache_warnings",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "memory_efficient_linear",
+        "model_persistence_threshold",
+        "module_granularity_threshold",
+        "offload_optimizer",
+        "offload_param",
+        "overlap_comm",
+        "override_module_apply",
+        "param_persistence_threshold",
+        "parameter_alignment",
+        "pipeline_loading_checkpoint",
+        "prefetch_bucket_size",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "save_muon_momentum_buffer_in_memory",
+        "stage",
+        "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "stage3_use_all_reduce_for_fetch_params",
+        "sub_group_size",
+        "use_all_reduce_for_fetch_params",
+        "use_multi_rank_bucket_allreduce",
+        "zenflow",
+        "zero_hpz_partition_size",
+        "zero_quantized_gradients",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_weights",
+    }
+)
+"""What stands in the section ``zero_optimization``, and is looked for where it stands a level too high."""
+_REFUSED_INSIDE = {
+    ("bf16", "bf16_master_weights_and_grads"): "masters are float32",
+    ("bf16", "bf16_optimizer_states"): "moments are float32, or in 8 bits with AdamW8bit",
+    ("fp16", "fp16_master_weights_and_grads"): "masters are float32",
+    ("checkpoint", "load_universal"): "--resume goes on with any number of ranks and any stage",
+}
+
+
+def take_keys(config: dict[str, Any]) -> None:
+    """Remove from a DeepSpeed file what has no effect or is switched off, and say the former.
+
+    Raises: ValueError for a key that is misspelt, stands at the wrong place, is not supported, or is a setting of ours.
+    """
+    for (section, key), instead in _REFUSED_INSIDE.items():
+        if _is_on((_as_dict(config.get(section))).get(key)):
+            raise ValueError(f"{section}.{key} of the DeepSpeed file is not supported here ({instead}): remove it")
+    for key in [*config]:
+        if key in EFFECT:
+            continue
+        value = config.pop(key)
+        if key in REFUSED:
+            if _is_on(value):
+                raise ValueError(f"{key!r} of the DeepSpeed file is not supported here ({REFUSED[key]}): remove it")
+        elif key in WITHOUT_EFFECT:
+            if _is_on(value):
+                logger.warning("setting without effect: %s of the DeepSpeed file (%s)", key, WITHOUT_EFFECT[key])
+        elif key in RunConfig.model_fields:
+            raise ValueError(f'{key!r} in the DeepSpeed file is a setting of ours: put it into the section "rosa"')
+        elif key in ZERO_OPTIONS:
+            raise ValueError(f"{key!r} of the DeepSpeed file belongs into its section zero_optimization: move it there")
+        elif hint := did_you_mean(key, KNOWN):
+            raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
+        elif not key.startswith(("_", "#", "/")):
+            logger.warning("setting without effect: %s of the DeepSpeed file (DeepSpeed knows no such key)", key)
+
+
+def _is_on(value: Any) -> bool:
+    return value not in (None, False, "auto", {}, [], 0) and _as_dict(value).get("enabled", True) is not False
+
+
+def _as_dict(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
