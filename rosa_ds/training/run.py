@@ -45,6 +45,7 @@ from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
 from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.files import move_aside, write_json, written_folder
 from rosa_ds.utils.logs import begin_log, log_to
+from rosa_ds.zero.engine import forget_order
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
     calls = probe(engine, model, data, pad_id)
+    forget_order(engine)
 
     folder = _open_folder(settings, plan, account, tokenizer, source, saved.step if saved else 0)
     run = Run(

@@ -105,3 +105,16 @@ def build_engine(
     state.reset_optimizer(groups)  # some of DeepSpeed's optimizers count a step while they are built
     state.check("before the first step")
     return engine, state
+
+
+def forget_order(engine: Any) -> None:
+    """After a forward pass without a backward one: stage 3 shall learn the order of a whole step from the next one.
+
+    DeepSpeed keeps parameters from forward to backward, and fetches them ahead, by the first order that it has seen.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
