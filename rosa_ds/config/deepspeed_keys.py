@@ -175,9 +175,11 @@ def take_keys(config: dict[str, Any]) -> None:
             raise ValueError(f'{key!r} in the DeepSpeed file is a setting of ours: put it into the section "rosa"')
         elif key in ZERO_OPTIONS:
             raise ValueError(f"{key!r} of the DeepSpeed file belongs into its section zero_optimization: move it there")
+        elif key.startswith(("_", "#", "/")):  # a comment
+            continue
         elif hint := did_you_mean(key, KNOWN):
             raise ValueError(f"unknown key {key!r} in the DeepSpeed file.{hint}")
-        elif not key.startswith(("_", "#", "/")):
+        else:
             logger.warning("setting without effect: %s of the DeepSpeed file (DeepSpeed knows no such key)", key)
 
 
