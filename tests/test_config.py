@@ -84,6 +84,13 @@ def test_a_list_is_json_or_has_commas(text: str, expected: list[str]) -> None:
     assert parse_command_line(["--adapter.modules_to_save", text]).config.adapter.modules_to_save == expected
 
 
+def test_of_a_setting_given_twice_the_last_counts() -> None:
+    twice = parse_command_line(["--data.train", "a.jsonl", "--data.eval", "b.jsonl", "--data.train", "c.jsonl"]).config
+    assert (twice.data.train, twice.data.eval) == ("c.jsonl", "b.jsonl")
+    several = parse_command_line(["--data.train", '["a.jsonl", {"source": "b.jsonl", "examples": 3}]']).config
+    assert [(source.source, source.examples) for source in several.data.mixture] == [("a.jsonl", None), ("b.jsonl", 3)]
+
+
 def test_a_list_that_is_no_json_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"--adapter.target_modules .* is no JSON list: .*a backslash is written twice"

@@ -64,6 +64,7 @@ JAMBA = EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_stat
         (config_of("jamba", **JAMBA), {"dt_proj"}),
         (gemma3(), {"vision_tower", "multi_modal_projector"}),
         (config_of("llama", **GROUPED), set()),
+        (config_of("codegen", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=64), set()),  # no pad_token_id
         (config_of("mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2), set()),
         (config_of("qwen3_moe", **EXPERTS, moe_intermediate_size=24, head_dim=8), set()),
     ],
@@ -73,7 +74,8 @@ def test_all_linear_takes_the_layers_that_the_loss_depends_on(
     config: Any, left_out: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a backward pass of a model with numbers says it, too."""
-    settings = settle_targets(build_config({"method": "lora"}), config)
+    settings, traced = settle_targets(build_config({"method": "lora"}), config)
+    assert traced
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     every, taken = find_targets(model, ["all-linear"]), find_targets(model, settings.adapter.target_modules)
@@ -144,15 +146,19 @@ def test_uses() -> None:
     }
 
 
-def test_the_first_pass_of_a_run_looks_again(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_first_pass_of_a_run_looks_again(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
     """At what runs, which kernels on a GPU may do otherwise."""
     data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
     model = load_model(ModelSettings(), torch.float32)
     rosa_ds.inject(model, rosa_ds.AdapterConfig(method="lora", rank=2))
-    assert probe(model, model, data, 0) == 1
+    assert probe(model, model, data, 0, traced=True) == 1
     model.model.layers[1].mlp.forward = lambda x: x
     with pytest.raises(ValueError, match=r"adapters on 3 layers that no gradient reaches, .*layers.\*.mlp.down_proj"):
-        probe(model, model, data, 0)
+        probe(model, model, data, 0, traced=False)
+    assert probe(model, model, data, 0, traced=True) == 1
+    assert "no gradient reaches the adapters of 3 layers in rows of" in caplog.text
 
 
 @pytest.mark.parametrize("is_decoder", [True, False], ids=["decoder", "encoder"])
@@ -163,10 +169,10 @@ def test_a_model_that_sees_the_future_is_refused(is_decoder: bool, tokenizer: Pr
     data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
     rosa_ds.inject(model, rosa_ds.AdapterConfig(method="lora", rank=2))
     if is_decoder:
-        assert probe(model, model, data, 0) == 1
+        assert probe(model, model, data, 0, traced=True) == 1
         return
     with pytest.raises(ValueError, match="RobertaForCausalLM sees the tokens that it is to predict"):
-        probe(model, model, data, 0)
+        probe(model, model, data, 0, traced=True)
 
 
 @pytest.mark.ranks

@@ -85,12 +85,15 @@ class _SplitArguments:
     gpus: str | None = None
     deepspeed: dict[str, str] = dataclasses.field(default_factory=dict)
     ours: list[str] = dataclasses.field(default_factory=list)
-    lists: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    lists: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def take(self, name: str, text: str) -> None:
         """A setting of ours."""
-        if name in list_settings():
+        kind = list_settings().get(name)
+        if kind == list[str]:
             self.lists[name] = read_list(f"--{name}", text)
+        elif kind is not None:  # a text or a list, which is JSON; pydantic-settings would collect what is given twice
+            self.lists[name] = text
         else:
             self.ours += _as_arguments(f"--{name}", text)
 

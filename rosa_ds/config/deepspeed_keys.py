@@ -50,7 +50,7 @@ REFUSED = {
     "amp": "give bf16 or fp16",
     "autotuning": "rosa-ds plan finds what fits",
     "bfloat16": "it is called bf16",
-    "compile": "the adapted layers are compiled by themselves",
+    "compile": "the model runs without torch.compile",
     "compression_training": "the base stays as it is, or is quantised by model.quantization",
     "curriculum_learning": _LOADS,
     "data_efficiency": _LOADS,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from rosa_ds.config.mask_scores import RANKINGS, Score
 from rosa_ds.config.methods import METHODS, SUMMARIES, Method, Parts
@@ -249,19 +249,14 @@ class DataSettings(Section):
 
     @field_validator("train", "eval", mode="before")
     @classmethod
-    def _list_of_sources(cls, given: Any) -> Any:
-        """On a command line a list is JSON."""
+    def _list_of_sources(cls, given: Any, info: ValidationInfo) -> Any:
+        """On a command line a list is JSON; a source to train may be its name alone."""
         if isinstance(given, str) and given.lstrip().startswith("["):
             try:
                 given = json.loads(given)
             except ValueError as error:
                 raise ValueError(f"a list of sources is JSON, given {given}: {error}") from None
-        return given
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _bare_sources(cls, given: Any) -> Any:
-        if not isinstance(given, list):
+        if not isinstance(given, list) or info.field_name != "train":
             return given
         return [{"source": source} if isinstance(source, str) else source for source in given]
 
@@ -429,15 +424,15 @@ class RunConfig(Section):
         return self.parts.sparse and not known and RANKINGS[self.mask.score].gradient is not None
 
 
-def list_settings() -> list[str]:
-    """Dotted names of the settings that are lists of texts."""
-    return [
-        f"{section}.{name}"
+def list_settings() -> dict[str, Any]:
+    """Dotted names of the settings that are lists, or may be, and their types."""
+    return {
+        f"{section}.{name}": field.annotation
         for section, outer in RunConfig.model_fields.items()
         if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel)
         for name, field in outer.annotation.model_fields.items()
-        if field.annotation == list[str]
-    ]
+        if any(get_origin(kind) is list for kind in (field.annotation, *get_args(field.annotation)))
+    }
 
 
 def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -33,7 +33,7 @@ def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tupl
     """
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    text.pad_token_id = text.pad_token_id or 0  # it tells classifiers where rows end
+    text.pad_token_id = getattr(text, "pad_token_id", None) or 0  # it tells classifiers where rows end
     model = build_on_meta(config, settings.model, dtype)
     settings = with_head(settings, model)
     quantize_as(model, settings.model, dtype, settings.adapter.modules_to_save)

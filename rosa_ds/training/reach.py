@@ -32,10 +32,9 @@ from rosa_ds.models.task import is_classifier
 from rosa_ds.utils.texts import summary
 
 logger = logging.getLogger(__name__)
-_LENGTH = 16
-_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+_LENGTH, _TARGETS = 256, 8
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Of the logits' standard deviation: more than the order of a sum makes of it, less than a token that is seen."""
-_ROWS = Shape(rows=2, length=8, kept=8, padded=False)
 _NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError)
 
 
@@ -98,32 +97,33 @@ def unreached(found: Mapping[str, Use]) -> list[str]:
     return [name for name, use in found.items() if not use.reaches_loss and "expert" not in name]
 
 
-def settle_targets(settings: RunConfig, config: Any = None) -> RunConfig:
+def settle_targets(settings: RunConfig, config: Any = None) -> tuple[RunConfig, bool]:
     """The settings with ``all-linear`` resolved where it would adapt layers that the loss does not depend on; says which.
 
-    The model goes through a forward pass without numbers: nothing of its weights is read, and every stage and quantised base
-    gives the same answer.
+    The model goes through a forward pass without numbers, of rows of ``data.max_length``: nothing of its weights is read, and
+    every stage and quantised base gives the same answer.
 
     Args:
         config: of transformers; by default the base's.
 
+    Returns: the settings, and whether the model could be traced so; else nothing is known yet.
     Raises: ValueError for such a layer that ``adapter.target_modules`` names, or that would be quantised.
     """
     if settings.parts.everything:
-        return settings
+        return settings, True
     begun = time.monotonic()
     config = read_config(settings.model) if config is None else config
     text = config.get_text_config()
-    text.pad_token_id = text.pad_token_id or 0  # it tells classifiers where rows end
+    text.pad_token_id = getattr(text, "pad_token_id", None) or 0  # it tells classifiers where rows end
     model = build_on_meta(config, settings.model, torch.bfloat16)  # in which all operators have a shape
     layers = linear_layers(model)
     mode = without_numbers(model)
     try:
-        with running(model, mode, _ROWS) as loss:
+        with running(model, mode, Shape(2, settings.data.max_length, _TARGETS, padded=False)) as loss:
             idle = unreached(uses(model, layers, loss))
     except _NOT_TRACED as error:  # experts that are chosen by numbers; the first pass with numbers looks again
         logger.debug("which layers the loss depends on is not known yet (%s: %s)", type(error).__name__, error)
-        return settings
+        return settings, False
     wanted = find_targets(model, settings.adapter.target_modules)
     dead = [name for name in wanted if name in set(idle)]
     if dead and settings.model.quantization != "none":
@@ -132,7 +132,7 @@ def settle_targets(settings: RunConfig, config: Any = None) -> RunConfig:
             f"it ({len(dead)} such layers: {summary(dead)}): it cannot be quantised; use model.quantization none"
         )
     if not dead:
-        return settings
+        return settings, True
     if settings.adapter.target_modules != ["all-linear"]:
         raise ValueError(_refusal("adapter.target_modules names", dead, wanted))
     logger.warning(
@@ -144,11 +144,15 @@ def settle_targets(settings: RunConfig, config: Any = None) -> RunConfig:
     )
     kept = [name for name in wanted if name not in set(dead)]
     adapter = settings.adapter.model_copy(update={"target_modules": kept})
-    return settings.model_copy(update={"adapter": adapter})
+    return settings.model_copy(update={"adapter": adapter}), True
 
 
-def probe(engine: Any, model: PreTrainedModel, data: TokenSet, pad_id: int) -> int:
+def probe(engine: Any, model: PreTrainedModel, data: TokenSet, pad_id: int, traced: bool) -> int:
     """One forward pass of two short rows with the adapters, on the device and by the kernels of the run. Collective.
+
+    Args:
+        traced: :func:`settle_targets` could look at the model. What this pass does not reach may then need longer rows, or a
+            kernel passes it by, and is told; else it is refused.
 
     Returns: how often it calls the layer that it calls most.
     Raises: ValueError for adapted layers that the loss does not depend on, or a language model that sees the tokens that it
@@ -166,27 +170,39 @@ def probe(engine: Any, model: PreTrainedModel, data: TokenSet, pad_id: int) -> i
 
     engine.eval()
     found = uses(model, layers, loss)
+    length = batch.input_ids.shape[1]
     if dead := unreached(found):
-        raise ValueError(_refusal("there are adapters on", dead, layers))
+        if not traced:
+            raise ValueError(_refusal("there are adapters on", dead, layers))
+        logger.warning(
+            "no gradient reaches the adapters of %d layers in rows of %d tokens: %s; if a kernel passes them by, they are not trained",
+            len(dead),
+            length,
+            summary(dead),
+        )
     if not is_classifier(model):
         _check_causal(model, seen[0].detach())
-    logger.info("one forward pass of two rows of %d tokens: %.2f s", batch.input_ids.shape[1], time.monotonic() - begun)
+    logger.info("one forward pass of two rows of %d tokens: %.2f s", length, time.monotonic() - begun)
     return max((use.calls for use in found.values()), default=1)
 
 
 def _short_batch(data: TokenSet, pad_id: int) -> Batch:
-    """Two rows: the shortest, or for a language model the beginning of the first, and the same with another last token."""
+    """Two rows: the shortest, or for a language model half of the longest, and the same with another last token; so they hold
+    no more tokens than the longest one.
+    """
     if isinstance(data, LabelledSet):
         return data.batch([int(data.lengths.argmin())] * 2, pad_id)
-    ids = data.tokens(0).ids[:_LENGTH]
+    length = max(2, min(_LENGTH, int(data.lengths.max()) // 2))
+    ids = data.tokens(int(data.lengths.argmax())).ids[:length]
     other = [*ids[:-1], next((token for token in ids if token != ids[-1]), pad_id)]
-    return collate([Tokens(row, [True] * len(row)) for row in (ids, other)], pad_id)
+    trained = [number >= len(ids) - _TARGETS for number in range(len(ids))]
+    return collate([Tokens(row, trained) for row in (ids, other)], pad_id)
 
 
 def _check_causal(model: PreTrainedModel, logits: Tensor) -> None:
     """Raise ValueError if what is said before the last token depends on it. Shapes: logits (2, K, V) of the K positions before it."""
     wide = logits.float()
-    if float((wide[0] - wide[1]).abs().max()) > _ROUNDING.get(logits.dtype, 1e-3) * float(wide.std()):
+    if float((wide[0] - wide[1]).abs().max()) > _ROUNDING.get(logits.dtype, 1e-4) * float(wide.std()):
         raise ValueError(
             f"{type(model).__name__} sees the tokens that it is to predict (another last token changes what it says before it): it "
             "is no language model that continues a text; encoders have a setting such as is_decoder in config.json, or use "

@@ -105,7 +105,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         base = identify(settings.model)
     settings, start = begin_from(settings, model, base, saved)
     with distributed.together():
-        settings = settle_targets(settings)
+        settings, traced = settle_targets(settings)
     warn_of(settings)
     settings = with_head(settings, model)
     with distributed.together():
@@ -148,7 +148,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     account = predict(model, plan, memory_terms(model, plan, settings), recomputes)
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
-    calls = probe(engine, model, data, pad_id)
+    calls = probe(engine, model, data, pad_id, traced)
     forget_order(engine)
 
     folder = _open_folder(settings, plan, account, tokenizer, source, saved.step if saved else 0)
