@@ -24,7 +24,7 @@ from rosa_ds.models.stream import Base, NotStreamableError, allocate, load_whole
 from rosa_ds.models.task import whole_modules
 from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 from rosa_ds.utils.packages import require_bitsandbytes
-from rosa_ds.utils.texts import without_numbers
+from rosa_ds.utils.texts import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _what_stays_dense(model: nn.Module) -> str:
         if name in packed:
             small += parameter.nbytes
         else:
-            sizes[without_numbers(name)] += parameter.nbytes
+            sizes[kind_of(name)] += parameter.nbytes
     dense = sizes.total()
     largest = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.most_common(4))
     return (

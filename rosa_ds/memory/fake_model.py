@@ -47,12 +47,21 @@ def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tupl
     return model, report
 
 
-def _depth(config: Any) -> int | None:
+def alike_layers(config: Any) -> int | None:
     """Number of layers where all are alike, so that one and two of them tell what all of them keep."""
     depth = getattr(config, "num_hidden_layers", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     uneven = any(getattr(config, name, None) for name in ("mlp_only_layers", "first_k_dense_replace", "sub_configs"))
     return depth if isinstance(depth, int) and depth > _MORE and len(kinds) < 2 and not uneven else None
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """A config of as many layers, where all are alike."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
 
 
 class ActivationPlan:
@@ -63,15 +72,11 @@ class ActivationPlan:
 
     def __init__(self, config: Any, settings: RunConfig, dtype: torch.dtype) -> None:
         self.config, self.settings, self.dtype = config, settings, dtype
-        self._depth = _depth(config)
+        self._depth = alike_layers(config)
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 - a plan lives as long as the program that asks it
     def _traced(self, layers: int | None, checkpointing: bool) -> tuple[PreTrainedModel, Any]:
-        config = copy.deepcopy(self.config)
-        if layers is not None:
-            config.num_hidden_layers = layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:layers]
+        config = self.config if layers is None else with_layers(self.config, layers)
         wanted = self.settings.training.gradient_checkpointing or True if checkpointing else False
         training = self.settings.training.model_copy(update={"gradient_checkpointing": wanted})
         model, _ = build_skeleton(config, self.settings.model_copy(update={"training": training}), self.dtype)

@@ -25,14 +25,15 @@ from rosa_ds.data.labelled import LabelledSet
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.memory.activation_tracer import Shape, running, without_numbers
+from rosa_ds.memory.fake_model import alike_layers, with_layers
 from rosa_ds.models.load import read_config
 from rosa_ds.models.loss import batch_logits, loss_of
 from rosa_ds.models.stream import build_on_meta
 from rosa_ds.models.task import is_classifier
-from rosa_ds.utils.texts import summary
+from rosa_ds.utils.texts import kind_of, summary
 
 logger = logging.getLogger(__name__)
-_LENGTH, _TARGETS = 256, 8
+_LENGTH, _TARGETS, _ALIKE = 256, 8, 2
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Of the logits' standard deviation: more than the order of a sum makes of it, less than a token that is seen."""
 _NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError)
@@ -115,17 +116,18 @@ def settle_targets(settings: RunConfig, config: Any = None) -> tuple[RunConfig, 
     config = read_config(settings.model) if config is None else config
     text = config.get_text_config()
     text.pad_token_id = getattr(text, "pad_token_id", None) or 0  # it tells classifiers where rows end
-    model = build_on_meta(config, settings.model, torch.bfloat16)  # in which all operators have a shape
-    layers = linear_layers(model)
-    mode = without_numbers(model)
+    alike = alike_layers(config)
+    few = config if alike is None else with_layers(config, min(alike, _ALIKE))
     try:
-        with running(model, mode, Shape(2, settings.data.max_length, _TARGETS, padded=False)) as loss:
-            idle = unreached(uses(model, layers, loss))
+        idle = _unreached_without_numbers(few, settings)
     except _NOT_TRACED as error:  # experts that are chosen by numbers; the first pass with numbers looks again
         logger.debug("which layers the loss depends on is not known yet (%s: %s)", type(error).__name__, error)
         return settings, False
-    wanted = find_targets(model, settings.adapter.target_modules)
-    dead = [name for name in wanted if name in set(idle)]
+    if not idle:
+        return settings, True
+    wanted = find_targets(build_on_meta(config, settings.model, torch.bfloat16), settings.adapter.target_modules)
+    kinds = {name if alike is None else kind_of(name) for name in idle}
+    dead = [name for name in wanted if (name if alike is None else kind_of(name)) in kinds]
     if dead and settings.model.quantization != "none":
         raise ValueError(
             f"model.quantization {settings.model.quantization}: the model reads the weight of {dead[0]} itself, or text never reaches "
@@ -145,6 +147,14 @@ def settle_targets(settings: RunConfig, config: Any = None) -> tuple[RunConfig, 
     kept = [name for name in wanted if name not in set(dead)]
     adapter = settings.adapter.model_copy(update={"target_modules": kept})
     return settings.model_copy(update={"adapter": adapter}), True
+
+
+def _unreached_without_numbers(config: Any, settings: RunConfig) -> list[str]:
+    model = build_on_meta(config, settings.model, torch.bfloat16)  # in which all operators have a shape
+    layers = linear_layers(model)
+    mode = without_numbers(model)
+    with running(model, mode, Shape(2, settings.data.max_length, _TARGETS, padded=False)) as loss:
+        return unreached(uses(model, layers, loss))
 
 
 def probe(engine: Any, model: PreTrainedModel, data: TokenSet, pad_id: int, traced: bool) -> int:

@@ -15,11 +15,11 @@ def shared_length(one: str, other: str) -> int:
 
 def summary(names: Iterable[str]) -> str:
     """Names of modules with their numbers left out, each with how many there are: ``3 × layers.*.mixer.dt_proj``."""
-    counts = Counter(without_numbers(name) for name in names)
+    counts = Counter(kind_of(name) for name in names)
     shown = [f"{count} × {kind}" for kind, count in counts.items()]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} kinds more" if len(shown) > 8 else "")
 
 
-def without_numbers(name: str) -> str:
+def kind_of(name: str) -> str:
     """The name of a module as those of its kind have it: ``layers.*.mlp``."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
