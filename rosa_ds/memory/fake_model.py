@@ -59,7 +59,8 @@ def with_layers(config: Any, layers: int) -> Any:
     """A config of as many layers, where all are alike."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
+    follows = isinstance(getattr(type(config), "layer_types", None), property)  # from the number, as Mamba's
+    if getattr(config, "layer_types", None) and not follows:
         config.layer_types = config.layer_types[:layers]
     return config
 
