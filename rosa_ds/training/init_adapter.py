@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from rosa_ds import distributed
-from rosa_ds.adapters.folder import is_peft, open_adapter
+from rosa_ds.adapters.folder import is_adapter, open_adapter
 from rosa_ds.adapters.inject import LayerPlan, adapted_layers, plan_layer
 from rosa_ds.adapters.mask import check_mask
 from rosa_ds.adapters.state import check_fit, trained_parameters
 from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.adapters.targets import find_targets, match_names
-from rosa_ds.checkpoints.checkpoint import Checkpoint
+from rosa_ds.checkpoints.checkpoint import Checkpoint, is_checkpoint
 from rosa_ds.checkpoints.source import open_source
 from rosa_ds.config.schema import AdapterConfig, RunConfig, StartedAdapterSettings
 from rosa_ds.utils.files import file_hash
@@ -61,7 +61,7 @@ def check_start(settings: RunConfig, model: nn.Module, start: StoredAdapter) -> 
 
 
 def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -> StoredAdapter:
-    """The adapter of ``adapter.init_from``: a folder of PEFT, or what :func:`rosa_ds.checkpoints.source.open_source` takes. Collective.
+    """The adapter of ``adapter.init_from``: a folder of ours or of PEFT, or a run or checkpoint. Collective.
 
     Args:
         model: the base, also on the meta device.
@@ -73,7 +73,8 @@ def open_start(settings: RunConfig, model: nn.Module, base: Mapping[str, Any]) -
     with distributed.together():
         if not folder.is_dir():
             raise ValueError(f"adapter.init_from {folder}: no such folder")
-        start = open_adapter(folder, model) if is_peft(folder) else open_source(folder)
+        holds_state = is_checkpoint(folder) or any((folder / part).is_dir() for part in ("adapter", "checkpoints"))
+        start = open_source(folder) if holds_state and not is_adapter(folder) else open_adapter(folder, model)
         method, origin = start.description.config.method, start.description.base
         if start.base or start.description.config.parts.everything:
             raise ValueError(
