@@ -87,6 +87,7 @@ def test_a_list_is_json_or_has_commas(text: str, expected: list[str]) -> None:
 def test_of_a_setting_given_twice_the_last_counts() -> None:
     twice = parse_command_line(["--data.train", "a.jsonl", "--data.eval", "b.jsonl", "--data.train", "c.jsonl"]).config
     assert (twice.data.train, twice.data.eval) == ("c.jsonl", "b.jsonl")
+    assert parse_command_line(["--data.eval", "none"]).config.data.eval is None
     several = parse_command_line(["--data.train", '["a.jsonl", {"source": "b.jsonl", "examples": 3}]']).config
     assert [(source.source, source.examples) for source in several.data.mixture] == [("a.jsonl", None), ("b.jsonl", 3)]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -72,7 +74,18 @@ def own_forwards(model: nn.Module) -> list[str]:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    """Whether a subclass of ``nn.Linear`` does something else: Falcon's does not, though it has a forward of its own."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    small = copy.copy(module)
+    x, weight, bias = torch.ones(2, 3), torch.arange(12.0).view(4, 3), None if module.bias is None else torch.ones(4)
+    small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+    try:
+        found: object = type(module).forward(small, x)
+    except Exception:  # whatever it does, it is not that
+        return True
+    expected = nn.functional.linear(x, weight, bias)
+    return not (isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.equal(found, expected))
 
 
 def head_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
@@ -93,7 +93,7 @@ class _SplitArguments:
         if kind == list[str]:
             self.lists[name] = read_list(f"--{name}", text)
         elif kind is not None:  # a text or a list, which is JSON; pydantic-settings would collect what is given twice
-            self.lists[name] = text
+            self.lists[name] = None if text == "none" and type(None) in get_args(kind) else text
         else:
             self.ours += _as_arguments(f"--{name}", text)
 

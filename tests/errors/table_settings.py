@@ -327,8 +327,8 @@ ROWS = [
     ),
     file_row(
         "auto that nothing resolves",
-        {"activation_checkpointing": {"number_checkpoints": "auto"}},
-        "activation_checkpointing.number_checkpoints",
+        {"flops_profiler": {"profile_step": "auto"}},
+        "flops_profiler.profile_step",
         "auto",
     ),
     file_row("tensor parallel", {"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", "not supported", "remove"),
