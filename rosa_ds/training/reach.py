@@ -54,7 +54,9 @@ def uses(model: nn.Module, layers: Mapping[str, nn.Module], loss: Callable[[], T
     def mark(name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
             output = output if output.requires_grad else output.detach().requires_grad_()
-            output = output.view_as(output)  # a node of this call alone
+            output = (
+                output.clone()
+            )  # a node of this call alone, also where what is given is then changed in place (Falcon)
             nodes[name].append(output.grad_fn)
             return output
 
