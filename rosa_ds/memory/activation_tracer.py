@@ -27,6 +27,9 @@ from rosa_ds.models.loss import token_loss_sum
 from rosa_ds.models.quantized import Form
 from rosa_ds.models.task import is_classifier, uses_types
 
+NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
+"""What a model raises that asks its tensors for numbers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:

@@ -14,12 +14,12 @@ from rosa_ds.adapters.inject import InjectReport, adapted_layers, inject
 from rosa_ds.adapters.quantize import quantize_as
 from rosa_ds.adapters.targets import with_head
 from rosa_ds.config.schema import RunConfig
-from rosa_ds.memory.activation_tracer import Activations, Shape, trace, without_numbers
+from rosa_ds.memory.activation_tracer import NOT_TRACED, Activations, Shape, trace, without_numbers
 from rosa_ds.models.load import enable_checkpointing
 from rosa_ds.models.stream import build_on_meta
 
-_FEW, _MORE = 1, 2
-_NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
+_FEW, MORE = 1, 2
+"""How many layers are looked at where all are alike."""
 
 
 def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, InjectReport]:
@@ -31,10 +31,7 @@ def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tupl
 
     Raises: ValueError as :func:`rosa_ds.inject`.
     """
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.pad_token_id = getattr(text, "pad_token_id", None) or 0  # it tells classifiers where rows end
-    model = build_on_meta(config, settings.model, dtype)
+    model = build_on_meta(with_padding(config), settings.model, dtype)
     settings = with_head(settings, model)
     quantize_as(model, settings.model, dtype, settings.adapter.modules_to_save)
     report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
@@ -47,16 +44,24 @@ def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tupl
     return model, report
 
 
+def with_padding(config: Any) -> Any:
+    """A copy of a config with a padding token, which tells classifiers where rows end."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.pad_token_id = getattr(text, "pad_token_id", None) or 0
+    return config
+
+
 def alike_layers(config: Any) -> int | None:
     """Number of layers where all are alike, so that one and two of them tell what all of them keep."""
     depth = getattr(config, "num_hidden_layers", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     uneven = any(getattr(config, name, None) for name in ("mlp_only_layers", "first_k_dense_replace", "sub_configs"))
-    return depth if isinstance(depth, int) and depth > _MORE and len(kinds) < 2 and not uneven else None
+    return depth if isinstance(depth, int) and depth > MORE and len(kinds) < 2 and not uneven else None
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """A config of as many layers, where all are alike."""
+    """A copy of a config with as many layers, where all are alike."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     follows = isinstance(getattr(type(config), "layer_types", None), property)  # from the number, as Mamba's
@@ -88,11 +93,11 @@ class ActivationPlan:
         """Bytes of one micro-batch."""
         if self._depth is not None:
             try:
-                few, more = (self._trace(layers, checkpointing, shape) for layers in (_FEW, _MORE))
+                few, more = (self._trace(layers, checkpointing, shape) for layers in (_FEW, MORE))
             except ValueError:  # targets or patterns that name deeper layers
                 self._depth = None
             else:
-                return few.extended(more, (self._depth - _FEW) / (_MORE - _FEW))
+                return few.extended(more, (self._depth - _FEW) / (MORE - _FEW))
         return self._trace(None, checkpointing, shape)
 
     def _trace(self, layers: int | None, checkpointing: bool, shape: Shape) -> Activations:
@@ -100,7 +105,7 @@ class ActivationPlan:
         model, mode = self._traced(layers, checkpointing)
         try:
             return trace(model, mode, shape)
-        except _NOT_TRACED as error:
+        except NOT_TRACED as error:
             if shape.padded:  # OPT and BLOOM make positions of a mask of two dimensions: as if rows had one length
                 return self._trace(layers, checkpointing, dataclasses.replace(shape, padded=False))
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -77,7 +76,7 @@ class Planner:
 
     def __init__(self, settings: RunConfig, deepspeed: Mapping[str, Any], config: Any = None) -> None:
         config = read_config(settings.model) if config is None else config
-        settings, _ = settle_targets(settings, copy.deepcopy(config))
+        settings, _ = settle_targets(settings, config)
         _, settled = plan_deepspeed(dict(deepspeed), settings, 1, gpu_has_bfloat16=True)
         self.dtype = getattr(torch, settled.model.dtype)
         self.settings, self.deepspeed = settings, dict(deepspeed)

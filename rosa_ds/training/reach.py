@@ -24,8 +24,8 @@ from rosa_ds.data.batches import Batch, collate
 from rosa_ds.data.labelled import LabelledSet
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.data.tokenise import Tokens
-from rosa_ds.memory.activation_tracer import Shape, running, without_numbers
-from rosa_ds.memory.fake_model import alike_layers, with_layers
+from rosa_ds.memory.activation_tracer import NOT_TRACED, Shape, running, without_numbers
+from rosa_ds.memory.fake_model import MORE, alike_layers, with_layers, with_padding
 from rosa_ds.models.load import read_config
 from rosa_ds.models.loss import batch_logits, loss_of
 from rosa_ds.models.stream import build_on_meta
@@ -33,10 +33,11 @@ from rosa_ds.models.task import is_classifier
 from rosa_ds.utils.texts import kind_of, summary
 
 logger = logging.getLogger(__name__)
-_LENGTH, _TARGETS, _ALIKE = 256, 8, 2
+_LENGTH, _TARGETS = 256, 8
+_WITH_ALL_SHAPES = torch.bfloat16
+"""The type in which every operator says its result's shape; ``_grouped_mm`` of experts does not in float32."""
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Of the logits' standard deviation: more than the order of a sum makes of it, less than a token that is seen."""
-_NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,8 @@ def uses(model: nn.Module, layers: Mapping[str, nn.Module], loss: Callable[[], T
     def mark(name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
             output = output if output.requires_grad else output.detach().requires_grad_()
-            output = (
-                output.clone()
-            )  # a node of this call alone, also where what is given is then changed in place (Falcon)
+            # a node of this call alone, also where what is given is then changed in place (Falcon)
+            output = output.clone()
             nodes[name].append(output.grad_fn)
             return output
 
@@ -116,27 +116,27 @@ def settle_targets(settings: RunConfig, config: Any = None) -> tuple[RunConfig, 
         return settings, True
     begun = time.monotonic()
     config = read_config(settings.model) if config is None else config
-    text = config.get_text_config()
-    text.pad_token_id = getattr(text, "pad_token_id", None) or 0  # it tells classifiers where rows end
-    alike = alike_layers(config)
-    few = config if alike is None else with_layers(config, min(alike, _ALIKE))
+    alike = alike_layers(config) is not None
+    few = with_padding(with_layers(config, MORE) if alike else config)
     try:
-        idle = _unreached_without_numbers(few, settings)
-    except _NOT_TRACED as error:  # experts that are chosen by numbers; the first pass with numbers looks again
+        small = build_on_meta(few, settings.model, _WITH_ALL_SHAPES)
+        idle = _unreached_without_numbers(small, settings.data.max_length)
+    except NOT_TRACED as error:  # experts that are chosen by numbers; the first pass with numbers looks again
         logger.debug("which layers the loss depends on is not known yet (%s: %s)", type(error).__name__, error)
         return settings, False
     if not idle:
         return settings, True
-    wanted = find_targets(build_on_meta(config, settings.model, torch.bfloat16), settings.adapter.target_modules)
-    kinds = {name if alike is None else kind_of(name) for name in idle}
-    dead = [name for name in wanted if (name if alike is None else kind_of(name)) in kinds]
-    if dead and settings.model.quantization != "none":
+    model = build_on_meta(config, settings.model, _WITH_ALL_SHAPES) if alike else small
+    wanted = find_targets(model, settings.adapter.target_modules)
+    kinds = set(map(kind_of, idle)) if alike else set(idle)
+    dead = [name for name in wanted if (kind_of(name) if alike else name) in kinds]
+    if not dead:
+        return settings, True
+    if settings.model.quantization != "none":
         raise ValueError(
             f"model.quantization {settings.model.quantization}: the model reads the weight of {dead[0]} itself, or text never reaches "
             f"it ({len(dead)} such layers: {summary(dead)}): it cannot be quantised; use model.quantization none"
         )
-    if not dead:
-        return settings, True
     if settings.adapter.target_modules != ["all-linear"]:
         raise ValueError(_refusal("adapter.target_modules names", dead, wanted))
     logger.warning(
@@ -151,11 +151,10 @@ def settle_targets(settings: RunConfig, config: Any = None) -> tuple[RunConfig, 
     return settings.model_copy(update={"adapter": adapter}), True
 
 
-def _unreached_without_numbers(config: Any, settings: RunConfig) -> list[str]:
-    model = build_on_meta(config, settings.model, torch.bfloat16)  # in which all operators have a shape
+def _unreached_without_numbers(model: PreTrainedModel, length: int) -> list[str]:
     layers = linear_layers(model)
     mode = without_numbers(model)
-    with running(model, mode, Shape(2, settings.data.max_length, _TARGETS, padded=False)) as loss:
+    with running(model, mode, Shape(2, length, _TARGETS, padded=False)) as loss:
         return unreached(uses(model, layers, loss))
 
 
