@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,7 @@ from rosa_ds.models.load import stored_dtype
 from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear
 from rosa_ds.models.stream import Base, NotStreamableError, allocate, load_whole, stream_base
 from rosa_ds.models.task import whole_modules
-from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
+from rosa_ds.utils.logs import log_once
 from rosa_ds.utils.packages import require_bitsandbytes
 from rosa_ds.utils.texts import kind_of
 
@@ -75,7 +74,7 @@ def quantize(
         packed = None if layer.weight.is_meta else form.pack(layer.weight.detach().to(device))
         new = QuantizedLinear(form, isinstance(layer, Conv1D), layer.bias, packed)
         set_submodule(model, name, new.train(layer.training))
-    _say(_what_stays_dense(model))
+    log_once(logger, logging.INFO, _what_stays_dense(model), same_on_all_ranks=True)  # plans make a model many times
     return model
 
 
@@ -94,12 +93,6 @@ def _what_stays_dense(model: nn.Module) -> str:
         f"quantised are {small / 2**30:.3f} GiB of the base; {dense / 2**30:.3f} GiB, {dense / (dense + small):.0%} of it, stay dense "
         f"({largest})"
     )
-
-
-@functools.cache
-def _say(what: str) -> None:
-    """Once, although plans make a model many times."""
-    logger.info("%s", what, extra=SAME_ON_ALL_RANKS)
 
 
 def _stay_dense(model: nn.Module, skip: Iterable[str]) -> set[str]:

@@ -20,6 +20,7 @@ from rosa_ds.data import reasoning
 from rosa_ds.data.clock import reads_clock
 from rosa_ds.data.formats import Conversation
 from rosa_ds.data.readers import Fraction
+from rosa_ds.utils.logs import log_once
 from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
 from rosa_ds.utils.texts import shared_length
 
@@ -424,10 +425,9 @@ def _adapt(
     return adapted
 
 
-@functools.lru_cache(maxsize=32)
 def _say(template: str, what: str) -> None:
     """Once of a template."""
-    logger.warning("%s", what)
+    log_once(logger, logging.WARNING, what, of=template)
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import IGNORE, PADDING_ROW, LabelledBatch
-from rosa_ds.data.prepare import NO_PADDING, TokenSet, check_lengths, column, fingerprint, whole, worker_count
+from rosa_ds.data.prepare import FEATURES, NO_PADDING, TokenSet, check_lengths, column, fingerprint, whole, worker_count
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.utils.suggest import did_you_mean
@@ -32,15 +32,7 @@ PAIRS = (
 )
 SINGLE = ("text", "sentence")
 _FEATURES = datasets.Features(
-    {
-        "row": datasets.Value("int64"),
-        "ids": datasets.List(datasets.Value("int32")),
-        "types": datasets.List(datasets.Value("int8")),
-        "class": datasets.Value("int64"),
-        "length": datasets.Value("int64"),
-        "full_length": datasets.Value("int64"),
-        "largest_id": datasets.Value("int64"),
-    }
+    {**FEATURES, "types": datasets.List(datasets.Value("int8")), "class": datasets.Value("int64")}
 )
 LABEL = "label"
 NUMBER = re.compile(r"[+-]?(\d+|\d*\.\d+|\d+\.)([eE][+-]?\d+)?")

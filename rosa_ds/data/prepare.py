@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -25,17 +24,22 @@ from rosa_ds.data.clock import stop_clock
 from rosa_ds.data.formats import Columns, PlainText, examples_of, find_format, parse_row
 from rosa_ds.data.sources import Rows, load_rows
 from rosa_ds.data.tokenise import Tokens, sequences, show_sample
+from rosa_ds.utils.logs import log_once
 
 logger = logging.getLogger(__name__)
+FEATURES = {
+    "row": datasets.Value("int64"),
+    "ids": datasets.List(datasets.Value("int32")),
+    "length": datasets.Value("int64"),
+    "full_length": datasets.Value("int64"),
+    "largest_id": datasets.Value("int64"),
+}
+"""What is kept of every example."""
 _FEATURES = datasets.Features(
     {
-        "row": datasets.Value("int64"),
-        "ids": datasets.List(datasets.Value("int32")),
+        **FEATURES,
         "trained": datasets.List(datasets.Value("bool")),
-        "length": datasets.Value("int64"),
-        "full_length": datasets.Value("int64"),
         "trained_count": datasets.Value("int64"),
-        "largest_id": datasets.Value("int64"),
         "plain": datasets.Value("bool"),
     }
 )
@@ -123,9 +127,9 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
     rows = load_rows(source, purpose)
     tokenizer = stop_clock(tokenizer, settings.template_clock)
     columns = columns_of(settings)
-    _say(rows.name, _describe_format(rows, columns), logging.INFO)
+    log_once(logger, logging.INFO, f"{rows.name}: {_describe_format(rows, columns)}")
     if missing := _missing_end(tokenizer):
-        _say(rows.name, missing, logging.WARNING)
+        log_once(logger, logging.WARNING, f"{rows.name}: {missing}")
     cut = settings.max_length if settings.too_long == "truncate" else None
 
     def encode(row: dict[str, Any], index: int) -> list[dict[str, Any]]:
@@ -202,12 +206,6 @@ def _missing_end(tokenizer: PreTrainedTokenizerBase) -> str:
     return ""
 
 
-@functools.cache
-def _say(name: str, what: str, level: int) -> None:
-    """Once a source."""
-    logger.log(level, "%s: %s", name, what)
-
-
 def columns_of(settings: DataSettings) -> Columns | None:
     """The named prompt (or its template) and completion column, for :func:`rosa_ds.data.formats.parse_row`."""
     if settings.completion_column is None:
@@ -229,7 +227,7 @@ def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSe
         vocabulary = json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
     rules = hashlib.sha256((vocabulary + special).encode()).hexdigest()
     relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate", settings.train_on)
-    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v5")
+    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v6")
     return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import logging.handlers
 import os
@@ -16,6 +17,12 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 SAME_ON_ALL_RANKS = {"same_on_all_ranks": True}
 """The ``extra`` of a warning that every rank comes to: rank 0 alone shows it, all write it to their files."""
+
+
+@functools.cache
+def log_once(logger: logging.Logger, level: int, message: str, of: str = "", same_on_all_ranks: bool = False) -> None:
+    """Log a message the first time that it is said ``of`` something."""
+    logger.log(level, "%s", message, extra=SAME_ON_ALL_RANKS if same_on_all_ranks else None)
 
 
 def set_up_logging() -> None:
