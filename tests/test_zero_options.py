@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from launching import ROOT, run
 from rosa_ds.config.command_line import CommandLine
-from rosa_ds.config.deepspeed import STAGE3_NAMES
+from rosa_ds.config.deepspeed_keys import STAGE3_NAMES
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.training.settle import settle
 from rosa_ds.zero.schema import check_by_deepspeed

@@ -9,12 +9,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from rosa_ds.config.schema import RunConfig, list_settings, setting_names
+from rosa_ds.config.schema import RunConfig, setting_names, setting_types
 from rosa_ds.config.validation import validation_message
 from rosa_ds.utils.json_files import read_json
 from rosa_ds.utils.suggest import did_you_mean, did_you_mean_path
@@ -89,10 +89,12 @@ class _SplitArguments:
 
     def take(self, name: str, text: str) -> None:
         """A setting of ours."""
-        kind = list_settings().get(name)
+        kind = setting_types().get(name)
         if kind == list[str]:
             self.lists[name] = read_list(f"--{name}", text)
-        elif kind is not None:  # a text or a list, which is JSON; pydantic-settings would collect what is given twice
+        elif any(
+            get_origin(choice) is list for choice in get_args(kind)
+        ):  # a text or a list, which is JSON; pydantic-settings would collect what is given twice
             self.lists[name] = None if text == "none" and type(None) in get_args(kind) else text
         else:
             self.ours += _as_arguments(f"--{name}", text)
@@ -193,14 +195,13 @@ def read_list(flag: str, text: str) -> list[Any]:
 
     Raises: ValueError for JSON that is not whole, or no list.
     """
-    found: Any = _as_json(text)
-    if isinstance(found, list):
-        return found
     text = text.strip()
-    if text.startswith("[") and '"' in text:
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
+    try:
+        found: Any = json.loads(text)
+        if isinstance(found, list):
+            return found
+    except json.JSONDecodeError as error:
+        if text.startswith("[") and '"' in text:
             twice = "; in JSON a backslash is written twice" if "escape" in error.msg else ""
             raise ValueError(
                 f"{flag} {text} is no JSON list: {error.msg} at character {error.pos + 1}{twice}"

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rosa_ds.config.deepspeed_keys import BATCH_KEYS, take_keys
+from rosa_ds.config.deepspeed_keys import BATCH_KEYS, STAGE3_NAMES, take_keys
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.utils.suggest import did_you_mean
 
@@ -51,18 +51,6 @@ _REFUSED_ZERO: dict[str, tuple[Any, str]] = {
     ),
 }
 _REFUSED_OFFLOAD = {"ratio": (1.0, ""), "super_offload": (False, "")}
-# DeepSpeed takes these without "stage3_", too; here they have one name.
-STAGE3_NAMES = (
-    "prefetch_bucket_size",
-    "param_persistence_threshold",
-    "model_persistence_threshold",
-    "max_live_parameters",
-    "max_reuse_distance",
-    "gather_16bit_weights_on_model_save",
-    "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params",
-    "allgather_sequential",
-)
 
 
 @dataclasses.dataclass(frozen=True)

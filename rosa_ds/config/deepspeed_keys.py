@@ -88,11 +88,24 @@ WITHOUT_EFFECT = {
 }
 """Key -> what has the effect instead."""
 KNOWN = EFFECT | REFUSED.keys() | WITHOUT_EFFECT.keys()
+STAGE3_NAMES = (
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "gather_16bit_weights_on_model_save",
+    "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params",
+    "allgather_sequential",
+)
+"""DeepSpeed takes these with ``stage3_`` before them, too; here that is their one name."""
 ZERO_OPTIONS = frozenset(
     {
+        *STAGE3_NAMES,
+        *(f"stage3_{name}" for name in STAGE3_NAMES),
         "allgather_bucket_size",
         "allgather_partitions",
-        "allgather_sequential",
         "compute_grad_norm",
         "contiguous_gradients",
         "cpu_offload",
@@ -100,42 +113,25 @@ ZERO_OPTIONS = frozenset(
         "cpu_offload_use_pin_memory",
         "elastic_checkpoint",
         "enable_sanity_checks",
-        "gather_16bit_weights_on_model_save",
         "ignore_unused_parameters",
         "leaf_module",
         "legacy_stage1",
         "load_from_fp32_weights",
         "log_trace_cache_warnings",
-        "max_live_parameters",
-        "max_reuse_distance",
         "memory_efficient_linear",
-        "model_persistence_threshold",
-        "module_granularity_threshold",
         "offload_optimizer",
         "offload_param",
         "overlap_comm",
         "override_module_apply",
-        "param_persistence_threshold",
         "parameter_alignment",
         "pipeline_loading_checkpoint",
-        "prefetch_bucket_size",
         "reduce_bucket_size",
         "reduce_scatter",
         "round_robin_gradients",
         "save_muon_momentum_buffer_in_memory",
         "stage",
-        "stage3_allgather_sequential",
-        "stage3_gather_16bit_weights_on_model_save",
         "stage3_gather_fp16_weights_on_model_save",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_model_persistence_threshold",
-        "stage3_module_granularity_threshold",
-        "stage3_param_persistence_threshold",
-        "stage3_prefetch_bucket_size",
-        "stage3_use_all_reduce_for_fetch_params",
         "sub_group_size",
-        "use_all_reduce_for_fetch_params",
         "use_multi_rank_bucket_allreduce",
         "zenflow",
         "zero_hpz_partition_size",
@@ -159,7 +155,7 @@ def take_keys(config: dict[str, Any]) -> None:
     Raises: ValueError for a key that is misspelt, stands at the wrong place, is not supported, or is a setting of ours.
     """
     for (section, key), instead in _REFUSED_INSIDE.items():
-        if _is_on((_as_dict(config.get(section))).get(key)):
+        if _is_on(_as_dict(config.get(section)).get(key)):
             raise ValueError(f"{section}.{key} of the DeepSpeed file is not supported here ({instead}): remove it")
     for key in [*config]:
         if key in EFFECT:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -424,23 +424,17 @@ class RunConfig(Section):
         return self.parts.sparse and not known and RANKINGS[self.mask.score].gradient is not None
 
 
-def list_settings() -> dict[str, Any]:
-    """Dotted names of the settings that are lists, or may be, and their types."""
-    return {
-        f"{section}.{name}": field.annotation
-        for section, outer in RunConfig.model_fields.items()
-        if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel)
-        for name, field in outer.annotation.model_fields.items()
-        if any(get_origin(kind) is list for kind in (field.annotation, *get_args(field.annotation)))
-    }
-
-
-def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted names of all settings, e.g. ``adapter.rank``."""
-    names = []
+def setting_types(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of all settings, e.g. ``adapter.rank``, and their types."""
+    types: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += setting_names(field.annotation, f"{prefix}{name}.")
+            types |= setting_types(field.annotation, f"{prefix}{name}.")
         else:
-            names.append(prefix + name)
-    return names
+            types[prefix + name] = field.annotation
+    return types
+
+
+def setting_names() -> list[str]:
+    """Of :func:`setting_types`."""
+    return list(setting_types())
