@@ -91,12 +91,12 @@ def check_alone(settings: ModelSettings) -> None:
 
 def check_language_model(settings: ModelSettings) -> None:
     """Raise ValueError for a base that is a classifier, whose output head is none of a language model, or has an encoder."""
-    if classes := base_classes(settings):
+    config = _stored_config(settings)
+    if classes := classes_of(config):
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r} is a classifier ({', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''}): "
             "give --model.task classification, or a language model"
         )
-    config = _stored_config(settings)
     decoder = any(name.endswith("ForCausalLM") for name in config.architectures or ())
     if config.is_encoder_decoder and not decoder:
         raise ValueError(
@@ -112,7 +112,7 @@ def base_classes(settings: ModelSettings) -> list[str]:
 
 def keeps_head(settings: ModelSettings) -> bool:
     """Whether what the base has of a classifier's head goes on: not where it tells other classes apart."""
-    classes = base_classes(settings)
+    classes = base_classes(settings) if settings.task == "classification" else []
     return not classes or settings.labels in ([], classes)
 
 
