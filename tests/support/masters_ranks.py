@@ -12,13 +12,10 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-import rosa_ds
+from engines import make_engine
 from rosa_ds import distributed, zero
-from rosa_ds.adapters.mask import static_positions
 from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.schema import RunConfig
-from rosa_ds.training.engine import build_engine
-from rosa_ds.training.model import adapt, load_base
 from rosa_ds.training.settle import settle
 from rosa_ds.utils.errors import RunError
 from rosa_ds.zero.trained_state import TrainedState
@@ -65,10 +62,7 @@ def make(chosen: dict[str, Any]) -> tuple[Any, TrainedState]:
     config = {"zero_optimization": section, "optimizer": optimizer, "train_batch_size": distributed.world_size()}
     plan, given = settle(CommandLine(given, config, None), distributed.world_size(), False)
     torch.manual_seed(0)
-    model = adapt(*load_base(given, plan), given, plan)
-    engine, state = build_engine(model, given, plan)
-    for layer in rosa_ds.adapted_layers(model).values():
-        layer.set_positions(static_positions("random", layer, layer.weight, 0))
+    _, engine, state = make_engine(given, plan)
     return engine, state
 
 

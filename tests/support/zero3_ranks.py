@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import engines
 import rosa_ds
 from rosa_ds import distributed, zero
 from rosa_ds.adapters.folder import open_adapter
-from rosa_ds.adapters.mask import static_positions
 from rosa_ds.config.deepspeed import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.prepare import prepare
@@ -51,12 +51,7 @@ def settings(model: str, method: str = "robust", dtype: str = "float32", **adapt
 
 def make_engine(given: RunConfig) -> tuple[Any, Any, TrainedState]:
     made, given = plan(given)
-    model = adapt(*load_base(given, made), given, made)
-    engine, state = build_engine(model, given, made)
-    for layer in rosa_ds.adapted_layers(model).values():
-        if layer.entries:
-            layer.set_positions(static_positions("random", layer, layer.weight, 0))
-    return model, engine, state
+    return engines.make_engine(given, made)
 
 
 def step(engine: Any) -> float:

@@ -16,13 +16,10 @@ import deepspeed
 import torch
 from torch import Tensor
 
-import rosa_ds
+from engines import make_engine
 from rosa_ds import distributed, zero
-from rosa_ds.adapters.mask import static_positions
 from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.schema import RunConfig
-from rosa_ds.training.engine import build_engine
-from rosa_ds.training.model import adapt, load_base
 from rosa_ds.training.settle import settle
 from rosa_ds.zero.trained_state import TrainedState
 
@@ -57,10 +54,7 @@ def train(case: dict[str, Any]) -> tuple[Numbers, Numbers]:
     }
     plan, given = settle(CommandLine(given, config, None), distributed.world_size(), False)
     torch.manual_seed(0)
-    model = adapt(*load_base(given, plan), given, plan)
-    engine, state = build_engine(model, given, plan)
-    for layer in rosa_ds.adapted_layers(model).values():
-        layer.set_positions(static_positions("random", layer, layer.weight, 0))
+    _, engine, state = make_engine(given, plan)
     for number in range(2):
         step(engine, number)
     moments, scalars = state.read_optimizer(dict.fromkeys(state.parameters, distributed.rank()))
