@@ -563,16 +563,20 @@ def test_a_tokenizer_without_end_and_padding(tmp_path: Path, caplog: pytest.LogC
         data.batch([0, -1], None)
 
 
-def test_rows_that_become_several_examples(tmp_path: Path) -> None:
+def test_rows_that_become_several_sequences(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [ROWS["one"], ROWS["two"], {"messages": [user("q" * 90), assistant("5")]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = make(_LAST_THINKS)
     data = prepare(str(path), "train", tokenizer, DataSettings())
-    assert (len(data), data.data["row"][:]) == (4, [0, 1, 1, 2])
+    assert (len(data), data.data["row"][:], data.firsts.tolist()) == (3, [0, 1, 1, 2], [0, 1, 3, 4])
+    assert data.tokens(1).ids == [*data.sequence(1).ids, *data.sequence(2).ids]
+    assert data.summary().startswith("3 examples (4 sequences), ")
     again = prepare(str(path), "train", tokenizer, DataSettings(train_on="last"))
     assert (len(again), again.data["row"][:]) == (3, [0, 1, 2])
     limit = int(data.lengths[2])
+    dropped = prepare(str(path), "train", tokenizer, DataSettings(max_length=limit, too_long="drop"))
+    assert (dropped.data["row"][:], dropped.firsts.tolist()) == ([0, 1, 1], [0, 1, 3])
     with pytest.raises(ValueError, match=rf"row 3 has \d+ tokens, data.max_length is {limit} \(1 of 3 rows"):
         prepare(str(path), "train", tokenizer, DataSettings(max_length=limit))
 

@@ -19,7 +19,7 @@ from rosa_ds.commands.dispatch import dispatch
 from rosa_ds.config.command_line import build_config
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.config.template import Template
-from rosa_ds.data.batches import IGNORE, BatchPlan, Part, collate, epoch_order
+from rosa_ds.data.batches import IGNORE, Batching, BatchPlan, Part, collate, epoch_order
 from rosa_ds.data.formats import Conversation, Pair, PlainText, parse_row
 from rosa_ds.data.prepare import fingerprint, prepare, worker_count
 from rosa_ds.data.sources import load_rows
@@ -422,10 +422,10 @@ def test_prepare_leaves_what_training_takes(
 # -- batches -----------------------------------------------------------------------------------------------------
 
 
-def plan(world: int, micro: int, sort: bool = True, count: int = 37) -> BatchPlan:
+def plan(world: int, micro: int, batching: Batching = "sorted", count: int = 37) -> BatchPlan:
     lengths = np.random.default_rng(0).integers(3, 90, count)
     parts = (Part("rows", 0, count, count),)
-    return BatchPlan(lengths, parts, 16, micro, world, seed=3, sort_by_length=sort)
+    return BatchPlan(lengths, np.arange(count + 1), parts, 16, micro, world, seed=3, batching=batching)
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 16), (1, 4), (2, 4), (4, 2), (4, 4), (3, 6), (3, 3), (24, 1)])
@@ -433,29 +433,31 @@ def test_every_split_has_the_same_examples(world: int, micro: int) -> None:
     one = plan(1, 16)
     split = plan(world, micro)
     for step in range(7):
-        parts = np.concatenate([split.micro_batches(step, rank).ravel() for rank in range(world)])
-        assert len(parts) % (world * micro) == 0
+        batches = [batch for rank in range(world) for batch in split.micro_batches(step, rank)]
+        assert len(batches) == world * split.accumulation_steps
+        assert all(len(batch) == micro for batch in batches)
+        parts = np.concatenate(batches)
         assert len(parts) - 16 < world * micro
-        assert sorted(parts) == sorted([*one.step_indices(step), *[-1] * (len(parts) - 16)])
+        chosen = one.step_sequences(step)
+        assert sorted(parts) == sorted([*chosen, *[-1] * (len(parts) - len(chosen))])
 
 
 def test_each_example_once_an_epoch() -> None:
     batches = plan(1, 16)
     assert batches.steps_per_epoch == 3
     for epoch in range(2):
-        seen = np.concatenate([batches.step_indices(3 * epoch + step) for step in range(3)])
-        assert sorted(seen[seen >= 0]) == list(range(37))
-        assert (seen < 0).sum() == 48 - 37
+        seen = np.concatenate([batches.step_sequences(3 * epoch + step) for step in range(3)])
+        assert sorted(seen) == list(range(37))
     parts = batches.parts
     assert not np.array_equal(epoch_order(parts, 3, 0), epoch_order(parts, 3, 1))
     assert not np.array_equal(epoch_order(parts, 3, 0), epoch_order(parts, 4, 0))
 
 
 def test_sorting_groups_similar_lengths_and_keeps_the_step() -> None:
-    by_length, drawn = plan(1, 4), plan(1, 4, sort=False)
-    assert sorted(by_length.step_indices(0)) == sorted(drawn.step_indices(0))
-    assert list(drawn.step_indices(0)) == list(epoch_order(by_length.parts, 3, 0)[:16])
-    lengths = by_length.lengths[by_length.step_indices(0)]
+    by_length, drawn = plan(1, 4), plan(1, 4, "random")
+    assert sorted(by_length.step_sequences(0)) == sorted(drawn.step_sequences(0))
+    assert list(drawn.step_sequences(0)) == list(epoch_order(by_length.parts, 3, 0)[:16])
+    lengths = by_length.lengths[by_length.step_sequences(0)]
     assert list(lengths) == sorted(lengths, reverse=True)
 
 

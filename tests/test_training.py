@@ -166,6 +166,8 @@ SPLITS: dict[str, tuple[int, int | str, tuple[str, ...]]] = {
         "3_offload",
         (PERSIST, "0", "--training.gradient_checkpointing", "true"),
     ),
+    "1 rank, padded rows": (1, 0, ("--data.batching", "sorted")),
+    "2 ranks, stage 3, padded rows": (2, 3, ("--data.batching", "random")),
     "2 ranks, stage 3, reentrant checkpointing": (2, 3, ("--training.gradient_checkpointing", "reentrant")),
 }
 NO_DROPOUT = (*FAST, *PHASES, "--adapter.dropout", "0")
@@ -182,7 +184,7 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def one_batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run on one rank with a single micro-batch a step."""
+    """The same run on one rank with a single micro-batch a step, without padding."""
     folder = tmp_path_factory.mktemp("one")
     size = ("--ds.train_micro_batch_size_per_gpu", "16")
     run("fork", 1, TRAIN, *zero(0), *NO_DROPOUT, *size, cwd=folder)
@@ -213,7 +215,7 @@ def reference_losses(model: Any, groups: list[dict[str, Any]], steps: int) -> li
     """Losses of an ordinary AdamW loop on whole batches, with the run's data order, schedule and clipping."""
     tokenizer = load_tokenizer(ModelSettings())
     data = prepare("builtin:sql[:96]", "train", tokenizer, DataSettings())
-    batches = BatchPlan(data.lengths, data.parts, 16, 16, 1, seed=42, sort_by_length=True)
+    batches = BatchPlan(data.lengths, data.firsts, data.parts, 16, 16, 1, seed=42, batching="sorted")
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -221,7 +223,7 @@ def reference_losses(model: Any, groups: list[dict[str, Any]], steps: int) -> li
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * lr_factor(step, steps, 2, "linear")
-        batch = data.batch(batches.step_indices(step), tokenizer.pad_token_id)
+        batch = data.batch(batches.step_sequences(step), tokenizer.pad_token_id)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, batch.kept]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
         result.append(float(loss.detach()))
@@ -474,8 +476,8 @@ def test_a_run_begins_with_a_run_a_checkpoint_or_an_adapter(straight: Path) -> N
 def first_batch() -> Batch:
     tokenizer = load_tokenizer(ModelSettings())
     data = prepare("builtin:sql[:96]", "train", tokenizer, DataSettings())
-    batches = BatchPlan(data.lengths, data.parts, 16, 16, 1, seed=42, sort_by_length=True)
-    return data.batch(batches.step_indices(0), tokenizer.pad_token_id)
+    batches = BatchPlan(data.lengths, data.firsts, data.parts, 16, 16, 1, seed=42, batching="sorted")
+    return data.batch(batches.step_sequences(0), tokenizer.pad_token_id)
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("torchrun", 2), ("deepspeed", 4)])

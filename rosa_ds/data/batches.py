@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from rosa_ds.data.tokenise import Tokens
 
 IGNORE = -100
 PADDING_ROW = -1
+Batching = Literal["tokens", "sorted", "random"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,42 +38,102 @@ class Part:
 class BatchPlan:
     """Divides each optimizer step's examples into micro-batches for all ranks.
 
-    The last step of an epoch may have fewer examples, and the ranks' micro-batches more places than examples; rows
-    without any trained token stand in for the missing ones, so that each example is seen once an epoch (of several
-    sources: as often as :func:`epoch_order` says) and every rank has as many micro-batches.
+    An example is one sequence, or several (``firsts``); a step takes ``batch_size`` examples, and its micro-batches hold their
+    sequences. The last step of an epoch may have fewer examples, and a micro-batch none; what stands in for them trains no
+    token, so that each example is seen once an epoch (of several sources: as often as :func:`epoch_order` says) and every
+    rank has as many micro-batches.
+
+    Attributes:
+        lengths: tokens of every sequence, (S,).
+        firsts: the first sequence of every example, and behind it S, (E + 1,).
+        batching: ``tokens`` gives every rank as many tokens, without padding, see :func:`deal`; ``sorted`` rows of about one
+            length; ``random`` rows as they come.
     """
 
     lengths: NDArray[np.int64]
+    firsts: NDArray[np.int64]
     parts: tuple[Part, ...]
     batch_size: int
     micro_batch_size: int
     world_size: int
     seed: int
-    sort_by_length: bool
+    batching: Batching
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-sum(part.taken for part in self.parts) // self.batch_size)
 
-    def step_indices(self, step: int) -> NDArray[np.int64]:
-        """The examples of a step, (batch_size,), padded with -1; longest first if ``sort_by_length``."""
+    @property
+    def accumulation_steps(self) -> int:
+        return -(-self.batch_size // (self.world_size * self.micro_batch_size))
+
+    def step_sequences(self, step: int) -> NDArray[np.int64]:
+        """The sequences of a step's examples, (at least one,); longest first unless they are taken as they come."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.parts, self.seed, epoch)
-        chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
-        if self.sort_by_length:
-            chosen = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
-        padding = np.full(self.batch_size - len(chosen), PADDING_ROW, dtype=np.int64)
-        return np.concatenate([chosen, padding])
+        examples = order[within * self.batch_size : (within + 1) * self.batch_size]
+        chosen = sequences_of(self.firsts, examples)
+        return chosen if self.batching == "random" else chosen[np.argsort(-self.lengths[chosen], kind="stable")]
 
-    def micro_batches(self, step: int, rank: int) -> NDArray[np.int64]:
-        """This rank's share of a step, (accumulation steps, micro_batch_size), padded with -1.
+    def micro_batches(self, step: int, rank: int) -> list[NDArray[np.int64]]:
+        """The sequences of each of this rank's micro-batches of a step, of which padded ones are filled up with -1."""
+        sequences = self.step_sequences(step)
+        if self.batching == "tokens":
+            dealt = deal(self.lengths[sequences], self.world_size, self.accumulation_steps)
+            return [sequences[bins[rank]] for bins in dealt]
+        # neighbours go to all ranks at once, so that ranks wait little for each other
+        at_once = self.world_size * self.accumulation_steps
+        rows = max(self.micro_batch_size, -(-len(sequences) // at_once))
+        places = np.full(at_once * rows, PADDING_ROW, dtype=np.int64)
+        places[: len(sequences)] = sequences
+        return list(places.reshape(-1, self.world_size, rows)[:, rank])
 
-        Neighbours in :meth:`step_indices` go to all ranks at once, so that ranks wait little for each other.
-        """
-        at_once = self.world_size * self.micro_batch_size
-        places = np.full(-(-self.batch_size // at_once) * at_once, PADDING_ROW, dtype=np.int64)
-        places[: self.batch_size] = self.step_indices(step)
-        return places.reshape(-1, self.world_size, self.micro_batch_size)[:, rank]
+    def largest_micro_batch(self) -> NDArray[np.int64]:
+        """The sequences of the first rank's first micro-batch of the first epoch's step with most tokens."""
+        epoch = epoch_order(self.parts, self.seed, 0)
+        tokens = np.add.reduceat(self.lengths, self.firsts[:-1])[epoch]
+        of_steps = np.add.reduceat(tokens, np.arange(0, len(tokens), self.batch_size))
+        return self.micro_batches(int(of_steps.argmax()), 0)[0]
+
+
+def sequences_of(firsts: NDArray[np.int64], examples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sequences of examples, one example's behind the other's."""
+    starts, counts = firsts[examples], firsts[examples + 1] - firsts[examples]
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
+def deal(lengths: NDArray[np.int64], ranks: int, micro_batches: int) -> list[list[list[int]]]:
+    """Divide sequences so that all ranks have about as many tokens in each micro-batch, and no micro-batch has many more than
+    the mean or than the longest sequence.
+
+    A micro-batch takes from the longest sequence down what its ranks have room for: as many tokens as the longest sequence
+    that is left, or as the mean of what is left. So long sequences, which nothing can divide, stand beside each other on all
+    ranks, and no rank waits for one. The last micro-batch takes the rest.
+
+    Args:
+        lengths: longest first, (S,).
+
+    Returns: for every micro-batch and rank the numbers of its sequences, which may be none.
+    """
+    dealt: list[list[list[int]]] = []
+    left = list(enumerate(lengths.tolist()))
+    for following in range(micro_batches, 0, -1):
+        mean = -(-sum(length for _, length in left) // (ranks * following))
+        room = max(mean, left[0][1]) if left and following > 1 else math.inf
+        loads = [(0, rank) for rank in range(ranks)]  # a heap: the least loaded rank stands first
+        bins: list[list[int]] = [[] for _ in range(ranks)]
+        rest: list[tuple[int, int]] = []
+        for number, length in left:
+            load, rank = loads[0]
+            if load + length <= room:
+                heapq.heapreplace(loads, (load + length, rank))
+                bins[rank].append(number)
+            else:
+                rest.append((number, length))
+        dealt.append(bins)
+        left = rest
+    return dealt
 
 
 @functools.lru_cache(maxsize=2)
@@ -94,16 +158,18 @@ def _of_part(part: Part, seed: int, number: int, epoch: int) -> NDArray[np.int64
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A padded micro-batch, on the CPU.
+    """A micro-batch, on the CPU: rows that are padded on the right, or sequences one behind the other in one row.
 
-    ``targets`` are the next tokens of the ``kept`` positions, :data:`IGNORE` where nothing is trained.
-    Shapes: input_ids, attention_mask (B, L) int64; kept (K,) int64; targets (B, K) int64.
+    ``targets`` are the next tokens of the ``kept`` positions, :data:`IGNORE` where nothing is trained. Padded rows have an
+    ``attention_mask``; a row of several sequences has ``position_ids``, which begin again at 0 with each.
+    Shapes: input_ids, attention_mask, position_ids (B, L) int64; kept (K,) int64; targets (B, K) int64.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     kept: Tensor
     targets: Tensor
+    position_ids: Tensor | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -117,22 +183,39 @@ class LabelledBatch(Batch):
     Shapes: as :class:`Batch` with K = 1; types (B, L) int64, if the model has such.
     """
 
-    types: Tensor | None
+    types: Tensor | None = None
 
 
-def collate(examples: Sequence[Tokens], pad_id: int) -> Batch:
+def collate(sequences: Sequence[Tokens], pad_id: int) -> Batch:
     """Pad on the right and keep only positions whose next token is trained in some row."""
-    length = max(len(tokens.ids) for tokens in examples)
-    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(examples), length), dtype=torch.int64)
-    targets = torch.full((len(examples), length), IGNORE, dtype=torch.int64)
-    for row, tokens in enumerate(examples):
-        ids = torch.tensor(tokens.ids, dtype=torch.int64)
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        following = ids[1:].masked_fill(~torch.tensor(tokens.trained[1:], dtype=torch.bool), IGNORE)
-        targets[row, : len(following)] = following
-    kept = (targets != IGNORE).any(0).nonzero().flatten()
-    if kept.numel() == 0:
-        kept = torch.zeros(1, dtype=torch.int64)
+    length = max(len(tokens.ids) for tokens in sequences)
+    input_ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(sequences), length), dtype=torch.int64)
+    targets = torch.full((len(sequences), length), IGNORE, dtype=torch.int64)
+    for row, tokens in enumerate(sequences):
+        input_ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids, dtype=torch.int64)
+        attention_mask[row, : len(tokens.ids)] = 1
+        targets[row, : len(tokens.ids)] = _targets(tokens)
+    kept = _kept(targets)
     return Batch(input_ids, attention_mask, kept, targets[:, kept])
+
+
+def pack(sequences: Sequence[Tokens]) -> Batch:
+    """Sequences one behind the other, without padding; only positions whose next token is trained are kept."""
+    input_ids = torch.cat([torch.tensor(tokens.ids, dtype=torch.int64) for tokens in sequences])
+    targets = torch.cat([_targets(tokens) for tokens in sequences])[None]
+    positions = torch.cat([torch.arange(len(tokens.ids)) for tokens in sequences])
+    kept = _kept(targets)
+    return Batch(input_ids[None], None, kept, targets[:, kept], positions[None])
+
+
+def _targets(tokens: Tokens) -> Tensor:
+    """The next token of each where that is trained; the last one of a sequence has none. (L,) int64."""
+    following = torch.tensor([*tokens.ids[1:], IGNORE], dtype=torch.int64)
+    return following.masked_fill(~torch.tensor([*tokens.trained[1:], False]), IGNORE)
+
+
+def _kept(targets: Tensor) -> Tensor:
+    """The positions that have a target in some row, at least one: a model cannot be asked for none."""
+    kept = (targets != IGNORE).any(0).nonzero().flatten()
+    return kept if kept.numel() else torch.zeros(1, dtype=torch.int64)

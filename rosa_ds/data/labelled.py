@@ -44,20 +44,26 @@ class LabelledSet(TokenSet):
 
     classes: tuple[str, ...]
 
-    def tokens(self, index: int) -> LabelledTokens:
+    def sequence(self, index: int) -> LabelledTokens:
         row = self.data[int(index)]
         return LabelledTokens(row["ids"], [False] * len(row["ids"]), row["types"], row["class"])
+
+    def tokens(self, example: int) -> LabelledTokens:
+        return self.sequence(example)
 
     def labels(self) -> NDArray[np.int64]:
         """The class of each example."""
         return column(self.data, "class")
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int | None) -> LabelledBatch:
+    def batch(
+        self, sequences: Sequence[int] | NDArray[np.int64], pad_id: int | None, packed: bool = False
+    ) -> LabelledBatch:
+        assert not packed, "a class belongs to a row"
         if pad_id is None:
             raise ValueError(NO_PADDING)
-        has_types = bool(self.tokens(0).types)
+        has_types = bool(self.sequence(0).types)
         blank = LabelledTokens([pad_id, pad_id], [False, False], [0, 0] if has_types else [], IGNORE)
-        examples = [blank if index == PADDING_ROW else self.tokens(index) for index in indices]
+        examples = [blank if index == PADDING_ROW else self.sequence(index) for index in sequences]
         length = max(len(example.ids) for example in examples)
 
         def padded(rows: list[list[int]], with_: int) -> Tensor:
@@ -81,7 +87,7 @@ class LabelledSet(TokenSet):
         return f"{self._size()}; {shares}{self._left_out()}"
 
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        first = self.tokens(0)
+        first = self.sequence(0)
         return f"an example of class {self.classes[first.label]}:\n{tokenizer.decode(first.ids)}"
 
 
@@ -185,6 +191,7 @@ def prepare_labelled(
         ids = list(encoded["input_ids"])
         record = {
             "row": index,
+            "example": 0,
             "ids": ids,
             "types": list(encoded["token_type_ids"]) if types else [],
             "class": numbers[name],
@@ -204,9 +211,9 @@ def prepare_labelled(
         raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
     if not keep.all():
         encoded = encoded.select(np.flatnonzero(keep))
-    lengths = lengths[keep]
+    lengths, firsts = lengths[keep], np.arange(len(encoded) + 1)
     return LabelledSet(
-        encoded, lengths, np.ones_like(lengths), ", ".join(reasons), whole(source, encoded), tuple(classes)
+        encoded, lengths, np.ones_like(lengths), firsts, ", ".join(reasons), whole(source, firsts), tuple(classes)
     )
 
 

@@ -28,6 +28,7 @@ def mix(sets: Sequence[Set], sources: Sequence[MixedSource]) -> Set:
         return sets[0]
     taken = examples_an_epoch([len(tokens) for tokens in sets], sources)
     before = itertools.accumulate((len(tokens) for tokens in sets), initial=0)
+    sequences = itertools.accumulate((len(tokens.lengths) for tokens in sets), initial=0)
     parts = (
         dataclasses.replace(tokens.parts[0], first=first, taken=count)
         for tokens, first, count in zip(sets, before, taken, strict=False)  # the last of ``before`` is the sum
@@ -37,6 +38,9 @@ def mix(sets: Sequence[Set], sources: Sequence[MixedSource]) -> Set:
         data=datasets.concatenate_datasets([tokens.data for tokens in sets]),
         lengths=np.concatenate([tokens.lengths for tokens in sets]),
         trained=np.concatenate([tokens.trained for tokens in sets]),
+        firsts=np.concatenate(
+            [[0], *(tokens.firsts[1:] + start for tokens, start in zip(sets, sequences, strict=False))]
+        ),
         dropped="; ".join(f"{tokens.parts[0].name}: {tokens.dropped}" for tokens in sets if tokens.dropped),
         parts=tuple(parts),
     )

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rosa_ds import distributed
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.config.template import Template, quoted
-from rosa_ds.data.batches import PADDING_ROW, Batch, Part, collate
+from rosa_ds.data.batches import PADDING_ROW, Batch, Part, collate, pack
 from rosa_ds.data.chat import end_of_turn
 from rosa_ds.data.clock import stop_clock
 from rosa_ds.data.formats import Columns, PlainText, examples_of, find_format, parse_row
@@ -29,12 +29,13 @@ from rosa_ds.utils.logs import log_once
 logger = logging.getLogger(__name__)
 FEATURES = {
     "row": datasets.Value("int64"),
+    "example": datasets.Value("int64"),
     "ids": datasets.List(datasets.Value("int32")),
     "length": datasets.Value("int64"),
     "full_length": datasets.Value("int64"),
     "largest_id": datasets.Value("int64"),
 }
-"""What is kept of every example."""
+"""What is kept of every sequence; ``example`` counts those of its row."""
 _FEATURES = datasets.Features(
     {
         **FEATURES,
@@ -48,20 +49,25 @@ NO_PADDING = "the model's tokenizer has no padding token: set pad_token in its t
 
 @dataclasses.dataclass(frozen=True)
 class TokenSet:
-    """Tokenised examples.
+    """Tokenised examples, of one sequence each, or of several where a chat template renders earlier turns otherwise later.
 
-    ``lengths`` and ``trained`` are the number of tokens and of trained tokens of each example (int64).
-    ``dropped`` says how many rows were left out and why. ``parts`` are the sources, and what an epoch takes of each.
+    Attributes:
+        data: a row for each sequence; ``lengths`` and ``trained``: its tokens and trained tokens, (S,) int64.
+        firsts: the first sequence of each example, and behind it S, (E + 1,) int64.
+        dropped: how many sequences were left out and why.
+        parts: the sources, and what an epoch takes of each.
     """
 
     data: datasets.Dataset
     lengths: NDArray[np.int64]
     trained: NDArray[np.int64]
+    firsts: NDArray[np.int64]
     dropped: str
     parts: tuple[Part, ...]
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        """The number of examples."""
+        return len(self.firsts) - 1
 
     @property
     def name(self) -> str:
@@ -69,29 +75,39 @@ class TokenSet:
         return ", ".join(part.name for part in self.parts)
 
     def digest(self) -> str:
-        """A hash of all lengths and of the tokens of up to 64 examples: the same data gives the same."""
+        """A hash of all lengths and of the tokens of up to 64 sequences: the same data gives the same."""
         digest = hashlib.sha256(self.lengths.tobytes() + self.trained.tobytes())
-        for index in np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=np.int64):
-            digest.update(repr(self.tokens(index)).encode())
+        count = len(self.lengths)
+        for index in np.linspace(0, count - 1, num=min(64, count), dtype=np.int64):
+            digest.update(repr(self.sequence(index)).encode())
         return digest.hexdigest()
 
     def largest_id(self) -> int:
         """Of all tokens."""
         return int(column(self.data, "largest_id").max())
 
-    def tokens(self, index: int) -> Tokens:
+    def sequence(self, index: int) -> Tokens:
         row = self.data[int(index)]
         return Tokens(row["ids"], row["trained"])
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64], pad_id: int | None) -> Batch:
-        """The examples of ``indices``; -1 gives a row of two padding tokens without a target.
+    def tokens(self, example: int) -> Tokens:
+        """All sequences of an example, one behind the other."""
+        found = [self.sequence(index) for index in range(self.firsts[example], self.firsts[example + 1])]
+        return Tokens([i for tokens in found for i in tokens.ids], [on for tokens in found for on in tokens.trained])
+
+    def batch(self, sequences: Sequence[int] | NDArray[np.int64], pad_id: int | None, packed: bool = False) -> Batch:
+        """A micro-batch of sequences. In place of -1, or of none, stand two padding tokens without a target.
+
+        Args:
+            packed: one behind the other instead of padded.
 
         Raises: ValueError without a padding token.
         """
         if pad_id is None:
             raise ValueError(NO_PADDING)
         blank = Tokens([pad_id, pad_id], [False, False])
-        return collate([blank if index == PADDING_ROW else self.tokens(index) for index in indices], pad_id)
+        found = [blank if index == PADDING_ROW else self.sequence(index) for index in sequences] or [blank]
+        return pack(found) if packed else collate(found, pad_id)
 
     def summary(self) -> str:
         """How much there is to train on, in words."""
@@ -99,7 +115,8 @@ class TokenSet:
 
     def shares(self) -> list[str]:
         """What an epoch takes of each source, in words."""
-        means = [self.trained[part.first : part.first + part.count].mean() for part in self.parts]
+        trained = np.add.reduceat(self.trained, self.firsts[:-1])
+        means = [trained[part.first : part.first + part.count].mean() for part in self.parts]
         tokens = [part.taken * mean for part, mean in zip(self.parts, means, strict=True)]
         return [
             f"{part.name}: {part.taken} examples an epoch of {part.count}, {100 * share / sum(tokens):.1f} % of the trained tokens"
@@ -107,7 +124,8 @@ class TokenSet:
         ]
 
     def _size(self) -> str:
-        return f"{len(self)} examples, {self.lengths.sum():,} tokens"
+        sequences = "" if len(self) == len(self.lengths) else f" ({len(self.lengths)} sequences)"
+        return f"{len(self)} examples{sequences}, {self.lengths.sum():,} tokens"
 
     def _left_out(self) -> str:
         return f" ({self.dropped})" if self.dropped else ""
@@ -133,11 +151,11 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
     cut = settings.max_length if settings.too_long == "truncate" else None
 
     def encode(row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        """One training example, or several where an earlier turn is rendered otherwise later."""
+        """The sequences of a row's examples."""
         try:
             made = [
-                (tokens, isinstance(example, PlainText))
-                for example in examples_of(parse_row(row, columns))
+                (number, tokens, isinstance(example, PlainText))
+                for number, example in enumerate(examples_of(parse_row(row, columns)))
                 for tokens in sequences(example, tokenizer, settings.separator, settings.train_on == "last")
             ]
         except ValueError as error:
@@ -145,6 +163,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
         return [
             {
                 "row": index,
+                "example": number,
                 "ids": np.asarray(tokens.ids[:cut], dtype=np.int32),
                 "trained": np.asarray(tokens.trained[:cut]),
                 "length": len(tokens.ids[:cut]),
@@ -154,7 +173,7 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
                 "largest_id": max(tokens.ids[:cut], default=0),
                 "plain": plain,
             }
-            for tokens, plain in made
+            for number, tokens, plain in made
         ]
 
     encoded = rows.map(encode, fingerprint(rows, tokenizer, settings, columns), _FEATURES, worker_count(settings))
@@ -173,12 +192,21 @@ def prepare(source: str, purpose: str, tokenizer: PreTrainedTokenizerBase, setti
         raise ValueError(f"{rows.name}: no row is left: {', '.join(reasons)}; raise data.max_length")
     if not keep.all():
         encoded = encoded.select(np.flatnonzero(keep))
-    return TokenSet(encoded, lengths[keep], trained[keep], ", ".join(reasons), whole(source, encoded))
+    firsts = first_sequences(encoded)
+    return TokenSet(encoded, lengths[keep], trained[keep], firsts, ", ".join(reasons), whole(source, firsts))
 
 
-def whole(source: str, encoded: datasets.Dataset) -> tuple[Part, ...]:
+def first_sequences(encoded: datasets.Dataset) -> NDArray[np.int64]:
+    """Where each example's sequences begin, and behind it their number, (E + 1,) int64."""
+    row, example = column(encoded, "row"), column(encoded, "example")
+    begins = np.ones(len(encoded) + 1, dtype=bool)
+    begins[1:-1] = (np.diff(row) != 0) | (np.diff(example) != 0)
+    return np.flatnonzero(begins)
+
+
+def whole(source: str, firsts: NDArray[np.int64]) -> tuple[Part, ...]:
     """The parts of a set that is one source, all of which an epoch takes."""
-    return (Part(source, 0, len(encoded), len(encoded)),)
+    return (Part(source, 0, len(firsts) - 1, len(firsts) - 1),)
 
 
 def _describe_format(rows: Rows, columns: Columns | None) -> str:
@@ -227,7 +255,7 @@ def fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: DataSe
         vocabulary = json.dumps({key: value for key, value in content.items() if key not in ("truncation", "padding")})
     rules = hashlib.sha256((vocabulary + special).encode()).hexdigest()
     relevant = (*more, settings.separator, settings.max_length, settings.too_long == "truncate", settings.train_on)
-    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v6")
+    key = (rows.fingerprint, rules, tokenizer.chat_template, relevant, "v7")
     return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 

@@ -138,7 +138,7 @@ def perplexity(
     with distributed.together(), distributed.main_first():
         data = prepare(source, "eval", tokenizer, settings)
     check_positions(model, {source: data})
-    sums = torch.zeros(len(data), dtype=torch.float64)
+    sums = torch.zeros(len(data.lengths), dtype=torch.float64)
 
     def add(indices: NDArray[np.int64], batch: Batch, logits: Tensor) -> None:
         losses = losses_of(logits, batch.targets.to(logits.device))
@@ -149,7 +149,8 @@ def perplexity(
     loss = float(sums.sum()) / int(data.trained.sum())
     figures: dict[str, Any] = {"perplexity": math.exp(loss), "loss": loss, "examples": len(data)}
     if resamples:
-        ends = mean_interval((sums.numpy() / data.trained).tolist(), resamples, weights=data.trained.tolist())
+        losses, weights = (np.add.reduceat(values, data.firsts[:-1]) for values in (sums.numpy(), data.trained))
+        ends = mean_interval((losses / weights).tolist(), resamples, weights=weights.tolist())
         figures["perplexity_interval"] = [math.exp(end) for end in ends]
     return {**figures, "trained_tokens": int(data.trained.sum())}
 

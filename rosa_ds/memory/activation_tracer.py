@@ -33,7 +33,9 @@ NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A micro-batch: ``rows`` of ``length`` tokens, logits of ``kept`` positions, and whether rows are padded."""
+    """A micro-batch: ``rows`` of ``length`` tokens, logits of ``kept`` positions, and whether rows are ``padded`` or hold several
+    sequences, so that attention has a mask.
+    """
 
     rows: int
     length: int

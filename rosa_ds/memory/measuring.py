@@ -16,7 +16,7 @@ from torch import nn
 
 from rosa_ds import distributed, zero
 from rosa_ds.config.schema import RunConfig
-from rosa_ds.data.batches import Batch
+from rosa_ds.data.batches import Batch, BatchPlan
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, Account
 from rosa_ds.memory.activation_tracer import LiveBytes, SavedBytes, Shape
@@ -56,7 +56,7 @@ class StepMeasurement:
         self.memory = resident_memory(self.model, self.state) | self.memory
 
     def forward(self, batch: Batch, number: int) -> AbstractContextManager[Any]:
-        """To enter around the forward pass of micro-batch ``number``; the first has the longest rows."""
+        """To enter around the forward pass of micro-batch ``number``; the first has the longest sequences."""
         if number > 1:
             return nullcontext()
         self.shape = shape_of(batch)
@@ -123,11 +123,16 @@ def with_activations(account: Account, settings: RunConfig, dtype: str, shape: S
 
 def shape_of(batch: Batch) -> Shape:
     rows, length = batch.input_ids.shape
-    return Shape(rows, length, batch.kept.numel(), padded=not bool(batch.attention_mask.all()))
+    masked = batch.attention_mask is not None and not bool(batch.attention_mask.all())
+    several = batch.position_ids is not None and int((batch.position_ids == 0).sum()) > rows
+    return Shape(rows, length, batch.kept.numel(), padded=masked or several)
 
 
-def longest(data: TokenSet, rows: int, pad_id: int) -> Shape:
-    """The micro-batch of the longest examples."""
+def largest(data: TokenSet, batches: BatchPlan, pad_id: int) -> Shape:
+    """The shape of the largest micro-batch: of the longest sequences, or without padding of the step with most tokens."""
+    if batches.batching == "tokens":
+        return shape_of(data.batch(batches.largest_micro_batch(), pad_id, packed=True))
+    rows = len(batches.micro_batches(0, 0)[0])
     return shape_of(data.batch(np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
 
 

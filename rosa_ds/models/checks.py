@@ -1,9 +1,12 @@
-"""Whether the numbers of a base, or of what is trained, are finite."""
+"""Whether the numbers of a base, or of what is trained, are finite, and how much rounding changes what a model says."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Of the logits' standard deviation: more than the order of a sum makes of it, less than a token that is seen."""
 
 
 def is_finite(tensor: Tensor) -> bool:

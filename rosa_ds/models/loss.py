@@ -27,10 +27,14 @@ def batch_logits(model: Any, batch: Batch, device: torch.device) -> Tensor:
 
     Shapes: result (B, K, classes or tokens), the model's dtype.
     """
-    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    given = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+        "token_type_ids": batch.types if isinstance(batch, LabelledBatch) else None,
+    }
+    inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
     if isinstance(batch, LabelledBatch):
-        if batch.types is not None:
-            inputs["token_type_ids"] = batch.types.to(device)
         classes: Tensor = model(**inputs).logits
         return classes[:, None]
     kept = batch.kept.to(device)

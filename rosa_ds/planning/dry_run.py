@@ -16,7 +16,7 @@ from rosa_ds.config.schema import RunConfig
 from rosa_ds.memory.account import table
 from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.memory.estimate import activation_terms
-from rosa_ds.memory.measuring import longest
+from rosa_ds.memory.measuring import largest
 from rosa_ds.methods.sparse import check_mask_file
 from rosa_ds.models.load import load_tokenizer, read_config
 from rosa_ds.models.stream import build_on_meta
@@ -24,7 +24,7 @@ from rosa_ds.planning.search import GIB, Planner
 from rosa_ds.training.init_adapter import begin_from
 from rosa_ds.training.model import check_readable
 from rosa_ds.training.schedule import Schedule
-from rosa_ds.training.settle import build_schedule, settle, warn_of
+from rosa_ds.training.settle import build_schedule, plan_batches, settle, warn_of
 from rosa_ds.training.task import prepare_data
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def dry_run(command: CommandLine, ranks: int) -> None:
         tokenizer = load_tokenizer(settings.model, settings.data)
         _, data, eval_data = prepare_data(settings, tokenizer)
         check_readable(planner.model, tokenizer, data, eval_data)
-        shape = longest(data, plan.micro_batch_size, tokenizer.pad_token_id)
+        shape = largest(data, plan_batches(data, settings, plan, ranks), tokenizer.pad_token_id)
     except ValueError as error:
         problem = error
         logger.warning("tokenizer or data would end the run; the plan is for rows of %d tokens", shape.length)

@@ -28,9 +28,9 @@ def visit_batches(
     visit: Visit,
     interrupted: Callable[[], bool] = bool,
 ) -> bool:
-    """Give ``visit`` this rank's batches: their examples' numbers, themselves, and the model's logits of their targets.
+    """Give ``visit`` this rank's batches: their sequences' numbers, themselves, and the model's logits of their targets.
 
-    Each rank takes every n-th batch of the examples in order of length. All go through the model equally often, since
+    Each rank takes every n-th batch of the sequences in order of length. All go through the model equally often, since
     under ZeRO-3 each pass gathers weights: one that has no batch left does the shortest again for nothing.
 
     Args:
@@ -60,7 +60,7 @@ def evaluate(
     :func:`visit_batches`; ``None`` if interrupted.
     """
     has_classes = isinstance(data, LabelledSet)
-    firsts = np.asarray([part.first for part in data.parts])
+    firsts = data.firsts[[part.first for part in data.parts]]
     sums = torch.zeros(len(firsts), 2, dtype=torch.float64, device=model.device)  # losses and hits of each source
 
     def add(indices: NDArray[np.int64], batch: Batch, logits: Tensor) -> None:

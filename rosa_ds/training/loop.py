@@ -181,16 +181,16 @@ class Loop:
         ranks, rank = distributed.world_size(), distributed.rank()
         seed_step(run.settings.training.seed, step.number, rank)
         self._set_learning_rates(self._learning_rates(step))
-        indices = run.batches.step_indices(step.data_step)
-        trained_tokens = int(run.data.trained[indices[indices >= 0]].sum())
-        tokens = int(run.data.lengths[indices[indices >= 0]].sum())
+        sequences = run.batches.step_sequences(step.data_step)
+        trained_tokens = int(run.data.trained[sequences].sum())
+        tokens = int(run.data.lengths[sequences].sum())
         scale = run.state.loss_scale()
         run.engine.train()
         nll = torch.zeros((), dtype=torch.float64, device=run.engine.device)
-        micro_batches = run.batches.micro_batches(step.data_step, rank)
+        micro_batches, packed = run.batches.micro_batches(step.data_step, rank), run.batches.batching == "tokens"
         for number, micro in enumerate(micro_batches, start=1):
             distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number}")
-            batch = run.data.batch(micro, run.pad_id)
+            batch = run.data.batch(micro, run.pad_id, packed)
             with self._measurement.forward(batch, number) if self._measurement else contextlib.nullcontext():
                 loss_sum = token_loss_sum(run.engine, batch, run.engine.device)
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.

@@ -26,6 +26,7 @@ from rosa_ds.data.prepare import TokenSet
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.memory.activation_tracer import NOT_TRACED, Shape, running, without_numbers
 from rosa_ds.memory.fake_model import MORE, alike_layers, with_layers, with_padding
+from rosa_ds.models.checks import ROUNDING
 from rosa_ds.models.load import read_config
 from rosa_ds.models.loss import batch_logits, loss_of
 from rosa_ds.models.stream import build_on_meta
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 _LENGTH, _TARGETS = 256, 8
 _WITH_ALL_SHAPES = torch.bfloat16
 """The type in which every operator says its result's shape; ``_grouped_mm`` of experts does not in float32."""
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Of the logits' standard deviation: more than the order of a sum makes of it, less than a token that is seen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _short_batch(data: TokenSet, pad_id: int) -> Batch:
     if isinstance(data, LabelledSet):
         return data.batch([int(data.lengths.argmin())] * 2, pad_id)
     length = max(2, min(_LENGTH, int(data.lengths.max()) // 2))
-    ids = data.tokens(int(data.lengths.argmax())).ids[:length]
+    ids = data.sequence(int(data.lengths.argmax())).ids[:length]
     other = [*ids[:-1], next((token for token in ids if token != ids[-1]), pad_id)]
     trained = [number >= len(ids) - _TARGETS for number in range(len(ids))]
     return collate([Tokens(row, trained) for row in (ids, other)], pad_id)
@@ -213,7 +212,7 @@ def _short_batch(data: TokenSet, pad_id: int) -> Batch:
 def _check_causal(model: PreTrainedModel, logits: Tensor) -> None:
     """Raise ValueError if what is said before the last token depends on it. Shapes: logits (2, K, V) of the K positions before it."""
     wide = logits.float()
-    if float((wide[0] - wide[1]).abs().max()) > _ROUNDING.get(logits.dtype, 1e-4) * float(wide.std()):
+    if float((wide[0] - wide[1]).abs().max()) > ROUNDING.get(logits.dtype, 1e-4) * float(wide.std()):
         raise ValueError(
             f"{type(model).__name__} sees the tokens that it is to predict (another last token changes what it says before it): it "
             "is no language model that continues a text; encoders have a setting such as is_decoder in config.json, or use "

@@ -22,12 +22,11 @@ from rosa_ds.checkpoints.run_folder import MARK_FILE, check_free
 from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.deepspeed import DeepSpeedPlan, keep_batch
 from rosa_ds.config.schema import RunConfig
-from rosa_ds.data.batches import BatchPlan
 from rosa_ds.data.clock import reads_clock
 from rosa_ds.data.turn_end import stop_tokens
 from rosa_ds.memory.account import Account, table
 from rosa_ds.memory.estimate import predict
-from rosa_ds.memory.measuring import longest, with_activations
+from rosa_ds.memory.measuring import largest, with_activations
 from rosa_ds.methods import Restart, build_methods, memory_terms
 from rosa_ds.methods.sparse import check_loaded_mask, check_mask_file
 from rosa_ds.models.load import download, identify, load_tokenizer
@@ -39,8 +38,9 @@ from rosa_ds.training.interrupt import Interruption
 from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
+from rosa_ds.training.packing import keeps_sequences_apart
 from rosa_ds.training.reach import probe, settle_targets
-from rosa_ds.training.settle import build_schedule, settle, warn_of
+from rosa_ds.training.settle import build_schedule, plan_batches, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
 from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.files import move_aside, write_json, written_folder
@@ -128,15 +128,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
             check_resumable(saved, identity)
 
     # The schedule, and before DeepSpeed takes the parameters what a restart puts back; then the engine.
-    batches = BatchPlan(
-        lengths=data.lengths,
-        parts=data.parts,
-        batch_size=plan.batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        world_size=distributed.world_size(),
-        seed=settings.training.seed,
-        sort_by_length=settings.data.batching == "sorted",
-    )
+    batches = plan_batches(data, settings, plan, distributed.world_size())
     schedule = build_schedule(settings, batches.steps_per_epoch)
     methods = build_methods(model, settings, schedule)
     restarts = schedule.restart and schedule.mask_steps > 0
@@ -149,6 +141,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
     calls = probe(engine, model, data, pad_id, traced)
+    if batches.batching == "tokens" and not keeps_sequences_apart(engine, data):
+        batches = dataclasses.replace(batches, batching="sorted")
     forget_order(engine)
 
     folder = _open_folder(settings, plan, account, tokenizer, source, saved.step if saved else 0)
@@ -273,7 +267,7 @@ def _explained(run: Run, plan: DeepSpeedPlan) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            shape = longest(run.data, plan.micro_batch_size, run.pad_id)
+            shape = largest(run.data, run.batches, run.pad_id)
             account = with_activations(run.account, run.settings, plan.dtype, shape)
             raise RunError(explain_memory(account, run.settings, plan.stage, plan.micro_batch_size, error)) from error
         if isinstance(error, MemoryError) or not distributed.lost_contact(error):

@@ -1,0 +1,186 @@
+"""Batches without padding: how they are dealt, that they change nothing, and which models keep their sequences apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import rosa_ds
+from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.config.schema import DataSettings
+from rosa_ds.data.batches import IGNORE, Batch, BatchPlan, Part, collate, deal, pack, sequences_of
+from rosa_ds.data.prepare import prepare
+from rosa_ds.data.tokenise import Tokens
+from rosa_ds.models.loss import batch_logits
+from rosa_ds.training.packing import keeps_sequences_apart
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def lognormal(median: float, sigma: float, longest: int, count: int, seed: int) -> NDArray[np.int64]:
+    drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
+    return -np.sort(-np.clip(drawn, 16, longest).astype(np.int64))
+
+
+@pytest.mark.parametrize(("ranks", "batch", "micro"), [(8, 128, 4), (64, 512, 4), (2, 16, 4), (1, 16, 4)])
+@pytest.mark.parametrize(("median", "sigma", "longest"), [(160, 0.35, 500), (400, 0.8, 4096)])
+def test_ranks_get_as_many_tokens(
+    ranks: int, batch: int, micro: int, median: float, sigma: float, longest: int
+) -> None:
+    """Of the tokens that the slowest rank of each micro-batch computes nearly all are real; padded rows: 0.3 to 0.9."""
+    shares, padded = [], []
+    micro_batches = batch // (ranks * micro)
+    for seed in range(5):
+        lengths = lognormal(median, sigma, longest, batch, seed)
+        dealt = deal(lengths, ranks, micro_batches)
+        assert sorted(number for bins in dealt for chosen in bins for number in chosen) == list(range(batch))
+        loads = np.asarray([[lengths[chosen].sum() for chosen in bins] for bins in dealt])
+        assert loads.max() <= lengths[:micro].sum()  # no more than the micro-batch of the longest rows holds
+        shares.append(lengths.sum() / (ranks * loads.max(axis=1).sum()))
+        padded.append(lengths.sum() / (ranks * micro * lengths.reshape(micro_batches, -1).max(axis=1).sum()))
+    assert np.mean(shares) >= 0.95
+    assert np.mean(shares) > np.mean(padded)
+
+
+def test_a_long_sequence_stands_alone() -> None:
+    lengths = np.asarray([100, 10, 10, 10, 10, 10])
+    assert deal(lengths, 2, 2) == [[[0], [1, 2, 3, 4, 5]], [[], []]]
+    assert deal(np.asarray([5, 4, 3]), 1, 1) == [[[0, 1, 2]]]
+
+
+def test_examples_of_several_sequences() -> None:
+    firsts = np.asarray([0, 2, 3, 6])
+    assert sequences_of(firsts, np.asarray([2, 0])).tolist() == [3, 4, 5, 0, 1]
+    parts = (Part("rows", 0, 3, 3),)
+    lengths = np.asarray([5, 9, 4, 3, 6, 8])
+    tokens = BatchPlan(lengths, firsts, parts, 2, 1, 2, seed=1, batching="tokens")
+    padded = BatchPlan(lengths, firsts, parts, 2, 1, 2, seed=1, batching="sorted")
+    assert tokens.steps_per_epoch == 2
+    for epoch in range(3):
+        seen: list[int] = []
+        for step in (2 * epoch, 2 * epoch + 1):
+            chosen = [n for rank in range(2) for batch in tokens.micro_batches(step, rank) for n in batch]
+            rows = [n for rank in range(2) for batch in padded.micro_batches(step, rank) for n in batch if n >= 0]
+            assert sorted(chosen) == sorted(rows) == sorted(tokens.step_sequences(step))
+            seen += chosen
+        assert sorted(seen) == list(range(6))
+    largest = max(tokens.step_sequences(step).size and lengths[tokens.step_sequences(step)].sum() for step in (0, 1))
+    assert 0 < lengths[tokens.largest_micro_batch()].sum() <= largest
+
+
+def test_packed_targets_stop_at_the_end_of_a_sequence() -> None:
+    batch = pack([Tokens([5, 6, 7], [True, True, True]), Tokens([8, 9], [True, True]), Tokens([4, 3], [False, False])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3]]
+    assert batch.attention_mask is None
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert batch.kept.tolist() == [0, 1, 3]
+    assert batch.targets.tolist() == [[6, 7, 9]]
+    assert pack([Tokens([4, 3], [False, False])]).targets.tolist() == [[IGNORE]]
+
+
+def build(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=200, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+        )
+    if kind == "gemma3":  # sliding windows shorter than the sequences, and whole ones
+        types = ["sliding_attention", "full_attention"]
+        return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4, layer_types=types))
+    if kind == "bloom":
+        return BloomForCausalLM(BloomConfig(vocab_size=200, hidden_size=32, n_layer=2, n_head=4))
+    if kind == "mamba":
+        return MambaForCausalLM(MambaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=4))
+    if kind == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8))
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def loss_in_float64(model: Any, batch: Batch) -> Tensor:
+    logits = batch_logits(model, batch, CPU)
+    assert logits.dtype == torch.float64
+    return nn.functional.cross_entropy(logits[0], batch.targets[0], ignore_index=IGNORE, reduction="sum")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_packed_equals_each_sequence_alone(kind: str, attention: str) -> None:
+    """The loss, and the gradient of every part of every adapter, float64."""
+    model = build(kind)
+    model.set_attn_implementation(attention)
+    rosa_ds.inject(model, rosa_ds.AdapterConfig(method="lora", rank=2))
+    model.double().eval()
+    rng = np.random.default_rng(0)
+    sequences = [
+        Tokens(rng.integers(3, 200, length).tolist(), [n % 3 > 0 for n in range(length)]) for length in (12, 7, 31, 5)
+    ]
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.B.normal_()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    packed = loss_in_float64(model, pack(sequences))
+    alone = torch.stack([loss_in_float64(model, collate([tokens], 0)) for tokens in sequences]).sum()
+    torch.testing.assert_close(packed, alone, rtol=1e-12, atol=0.0)
+    for found, expected in zip(torch.autograd.grad(packed, trained), torch.autograd.grad(alone, trained), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("llama", None), ("gemma3", None), ("gpt2", None), ("bloom", "takes no position_ids"), ("mamba", "position_ids")],
+)
+def test_which_models_keep_sequences_apart(
+    kind: str, reason: str | None, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
+    model = build(kind)
+    model.resize_token_embeddings(len(tokenizer))
+    assert keeps_sequences_apart(model, data) == (reason is None)
+    assert reason is None or reason in caplog.text
+
+
+@pytest.mark.parametrize("leak", ["state", "position"])
+def test_a_leak_is_found(leak: str, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
+    data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
+    model = build("llama" if leak == "state" else "gpt2")
+    model.resize_token_embeddings(len(tokenizer))
+    if leak == "state":  # of one token to the next, as a convolution does
+        model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: out + 0.1 * out.roll(1, dims=1))
+        expected = "depends on the one before it"
+    else:  # counts tokens itself
+        model.transformer.wpe.register_forward_pre_hook(lambda _, given: torch.arange(given[0].shape[1])[None])
+        expected = "depends on where it stands"
+    assert not keeps_sequences_apart(model, data)
+    assert expected in caplog.text
