@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from launching import ROOT, run
 
@@ -41,17 +41,17 @@ def test_two_ranks(models: Path, threshold: int) -> None:
     assert passed == wanted
 
 
+WIDE = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8}
+BASES = {
+    "dense": LlamaConfig(**WIDE, vocab_size=32_000, intermediate_size=2048),
+    "experts": MixtralConfig(**WIDE, vocab_size=512, intermediate_size=512, num_local_experts=12),  # one tensor each
+}
+
+
 @pytest.mark.ranks
-def test_no_rank_holds_the_base_while_it_is_loaded(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    model = LlamaForCausalLM(config)
+@pytest.mark.parametrize("kind", BASES)
+def test_no_rank_holds_the_base_while_it_is_loaded(tmp_path: Path, kind: str) -> None:
+    model = AutoModelForCausalLM.from_config(BASES[kind])
     size, shard = sum(parameter.nbytes for parameter in model.parameters()), 16_000_000
     largest = max(parameter.nbytes for parameter in model.parameters())
     assert size > 200e6

@@ -17,9 +17,10 @@ from rosa_ds import distributed, zero
 from rosa_ds.adapters.inject import adapted_layers, set_submodule
 from rosa_ds.adapters.targets import head_names, linear_layers, match_names
 from rosa_ds.config.schema import ModelSettings
+from rosa_ds.models.convert import NotStreamableError
 from rosa_ds.models.load import stored_dtype
 from rosa_ds.models.quantized import PACKED, SCALES, Form, Kind, QuantizedLinear
-from rosa_ds.models.stream import Base, NotStreamableError, allocate, load_whole, stream_base
+from rosa_ds.models.stream import Base, allocate, load_whole, stream_base
 from rosa_ds.models.task import whole_modules
 from rosa_ds.utils.logs import log_once
 from rosa_ds.utils.packages import require_bitsandbytes

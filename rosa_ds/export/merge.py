@@ -19,8 +19,9 @@ from rosa_ds.config.schema import MergeBase, ModelSettings
 from rosa_ds.export.adapted import check_base, load_merged, open_adapted, run_tokenizer, settle_generation, stops_of
 from rosa_ds.export.peft import write_peft
 from rosa_ds.export.stream import MergedRows, write_merged
+from rosa_ds.models.convert import NotStreamableError
 from rosa_ds.models.load import stored_dtype
-from rosa_ds.models.stream import NotStreamableError, stream_base
+from rosa_ds.models.stream import stream_base
 from rosa_ds.utils.files import check_place, write_json, written_folder
 from rosa_ds.utils.json_files import read_json
 
@@ -62,17 +63,17 @@ def export_merged(
     with written_folder(out) as temporary:
         try:
             model, base = stream_base(settings, dtype or stored_dtype(settings))
+            quantize_as(model, settings, torch.float32, description.config.modules_to_save)
+            inject(model, description.config, description.seed, draw=None)
+            rows = MergedRows(model, base, source, dtype, chosen or "dequantized")
         except NotStreamableError as reason:
             logger.warning("%s is loaded whole to be merged: %s", settings.name_or_path, reason)
             model = load_merged(source, dtype or stored_dtype(settings), chosen or "dequantized")
             model.save_pretrained(temporary)
         else:
-            quantize_as(model, settings, torch.float32, description.config.modules_to_save)
-            inject(model, description.config, description.seed, draw=None)
             # not where it was found: the same state gives the same bytes
             said = {key: origin[key] for key in ("base", "method", "dtype", "merge_base") if key in origin}
             metadata = {"format": "pt", "rosa_ds": json.dumps(said)}
-            rows = MergedRows(model, base, source, dtype, chosen or "dequantized")
             write_merged(rows, temporary, metadata)
             if rows.quantization_error:
                 origin["quantization_error"] = rows.quantization_error

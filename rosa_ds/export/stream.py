@@ -26,6 +26,7 @@ from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
 from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.config.schema import MergeBase
 from rosa_ds.export.adapted import rounded
+from rosa_ds.models.convert import NotStreamableError
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base
 from rosa_ds.models.weights import INDEX, SINGLE
@@ -43,16 +44,7 @@ _DTYPES = {
 
 def write_merged(rows: MergedRows, folder: Path, metadata: dict[str, str]) -> None:
     """The merged model as safetensors files, one for each of the base's, with their names and an index like theirs."""
-    files: dict[str, list[_Entry]] = {}
-    names = {key: name for name, key in rows.base.names.items()}
-    places = [(key, names[key], path.name) for key, path in rows.base.files.items() if key in names]
-    if rows.base.new:  # a head beside the base's model: the names that it has together with that
-        places = [(name, name, file) for _, name, file in places]
-        places += [(name, name, max(file for _, _, file in places)) for name in rows.base.new]
-    for key, name, file in places:
-        entry = _Entry(key, name, rows.out_dtype(name), tuple(rows.base.shape(name)))
-        files.setdefault(file, []).append(entry)
-    files = dict(sorted(files.items()))
+    files = rows.entries()
     total = sum(entry.bytes for entries in files.values() for entry in entries)
     single = len(files) == 1
     with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
@@ -91,7 +83,7 @@ def _write_file(stream: BinaryIO, entries: list[_Entry], rows: MergedRows, metad
     with ThreadPoolExecutor(max_workers=1) as writer:
         for entry in entries:
             written = 0
-            for block in rows.blocks(entry.name):
+            for block in rows.blocks(entry):
                 flat = block.contiguous().reshape(-1)
                 content = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
                 pending.append(writer.submit(stream.write, content))
@@ -105,8 +97,11 @@ def _write_file(stream: BinaryIO, entries: list[_Entry], rows: MergedRows, metad
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
+    """A tensor of a file: its ``key`` there, and its ``name`` in ``base``."""
+
     key: str
     name: str
+    base: Base
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -118,6 +113,8 @@ class _Entry:
 class MergedRows:
     """Rows of every tensor of a checkpoint with a trained state folded in.
 
+    Tensors that are converted when they are loaded, such as those of single experts, come as they are stored.
+
     Args:
         model: injected, without numbers; says which tensor belongs to which layer, and which are tied.
         base: the checkpoint.
@@ -127,7 +124,9 @@ class MergedRows:
     Attributes:
         quantization_error: what quantising loses of each layer's weight, ‖W − Q‖ / ‖W‖, of those written so far.
 
-    Raises: ValueError if the state does not fit the model.
+    Raises:
+        ValueError: the state does not fit the model.
+        NotStreamableError: a parameter is trained that is made of several tensors, or of one in another form.
     """
 
     def __init__(
@@ -147,26 +146,46 @@ class MergedRows:
         self.trained_name = {name: first[id(parameter)] for name, parameter in named.items()}
         check_fit(source.folder, source.trained, list(source.trained), trained_parameters(model))
         check_changes(source.folder, source.base, model)
+        self.prefix = f"{model.base_model_prefix}."
         self._part: tuple[str, dict[str, Tensor]] = ("", {})
+        for name in base.conversions:
+            if self.trained_name.get(name, name) in source.trained or name in self.layers or name in self.forms:
+                raise NotStreamableError(f"{name} is trained, and has other tensors there")
 
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """Of a tensor as the base has it."""
-        rows = slice(0, 1) if self.base.shape(name) else slice(None)
-        return self.base.rows(name, rows).dtype
+    def entries(self) -> dict[str, list[_Entry]]:
+        """What each file holds, by the base's name of the file."""
+        stored = self.base.unconverted()
+        # tensor -> its name in the base that it is read from, and what it is, or is part of, in the model
+        places = {key: (name, self.base, name) for name, key in self.base.names.items()}
+        for conversion in self.base.conversions.values():
+            places |= {key: (key, stored, conversion.first) for key in conversion.keys}
+        files: dict[str, list[_Entry]] = {}
+        for key, path in self.base.files.items():
+            if key not in places:
+                continue
+            name, base, belongs = places[key]
+            if self.base.new and belongs.startswith(self.prefix) and not key.startswith(self.prefix):
+                key = self.prefix + key  # as it is called beside a head
+            files.setdefault(path.name, []).append(self._entry(key, name, base))
+        files = dict(sorted(files.items()))
+        files[max(files)] += [self._entry(name, name, self.base) for name in self.base.new]
+        return files
 
-    def out_dtype(self, name: str) -> torch.dtype:
-        stored = self.stored_dtype(name)
-        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+    def _entry(self, key: str, name: str, base: Base) -> _Entry:
+        shape = base.shape(name)
+        stored = base.rows(name, slice(0, 1) if shape else slice(None)).dtype
+        dtype = self.dtype if self.dtype is not None and stored.is_floating_point else stored
+        return _Entry(key, name, base, dtype, tuple(shape))
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, entry: _Entry) -> Iterator[Tensor]:
         """A tensor, rows after rows, in its type; what training did not touch comes as it is stored."""
-        shape, dtype = self.base.shape(name), self.out_dtype(name)
+        name, shape, read = entry.name, entry.shape, self._rows if entry.base is self.base else entry.base.rows
         if not shape:
-            yield rounded(name, self._rows(name, slice(None)), dtype)
+            yield rounded(name, read(name, slice(None)), entry.dtype)
             return
         height = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
         for start in range(0, shape[0], height):
-            yield rounded(name, self._rows(name, slice(start, min(start + height, shape[0]))), dtype)
+            yield rounded(name, read(name, slice(start, min(start + height, shape[0]))), entry.dtype)
 
     def _rows(self, name: str, rows: slice) -> Tensor:
         whole = self.trained_name.get(name, name)

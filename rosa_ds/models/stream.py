@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from rosa_ds import zero
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.checks import is_finite, not_finite
+from rosa_ds.models.convert import Conversion, NotStreamableError, match_tensors
 from rosa_ds.models.load import check_alone, check_language_model, keeps_head, load_model, read_config, resolve
 from rosa_ds.models.task import auto_class, mark_new, new_numbers, new_parameters
 from rosa_ds.models.weights import SINGLE, find_safetensors
@@ -29,8 +30,7 @@ logger = logging.getLogger(__name__)
 def open_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tuple[PreTrainedModel, Base | None]:
     """A base model whose parameters are on the meta device, and where their numbers are.
 
-    A checkpoint that is not safetensors, or whose tensors transformers renames or converts, is loaded whole on every
-    rank, with a warning; there is then nothing left to read.
+    A checkpoint that is not safetensors is loaded whole on every rank, with a warning; there is then nothing left to read.
 
     Args:
         seed: of a classifier's head, as in :func:`rosa_ds.models.load.load_model`.
@@ -44,7 +44,7 @@ def open_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tu
 
 
 def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> tuple[PreTrainedModel, Base]:
-    """As :func:`open_base`, but NotStreamableError for a checkpoint that cannot be read tensor by tensor."""
+    """As :func:`open_base`, but NotStreamableError for a checkpoint that cannot be read parameter by parameter."""
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
         raise NotStreamableError("it is a .gguf file")
@@ -57,7 +57,7 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> 
     if getattr(config, "transformers_weights", None) is not None:
         raise NotStreamableError("its config names other weight files")
     model, revision = build_on_meta(config, settings, dtype), settings.revision or "main"
-    base = _match(model, _tensor_files(name, revision), seed, keeps_head(settings))
+    base = _match(model, *_tensors(name, revision), seed, keeps_head(settings))
     model.name_or_path = name
     if model.can_generate():
         with contextlib.suppress(OSError):  # a base without one uses its config's
@@ -106,49 +106,53 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _tensor_files(name: str, revision: str) -> dict[str, Path]:
-    """Tensor name -> file of a checkpoint in safetensors, downloaded where it is on the hub."""
+def _tensors(name: str, revision: str) -> tuple[dict[str, Path], dict[str, torch.Size]]:
+    """Tensor name -> file, and its shape, of a checkpoint in safetensors, downloaded where it is on the hub.
+
+    As transformers does, all that is in the shards counts, whatever their index lists.
+    """
     try:
         single, shards = find_safetensors(name, revision)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {error}") from error
-    if shards:
-        return shards
-    if single is None:
+    if single is None and not shards:
         raise NotStreamableError(f"it has no {SINGLE}")
-    try:
-        with safe_open(single, framework="pt") as reader:
-            return dict.fromkeys(reader.keys(), single)
-    except SafetensorError as error:
-        raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {single}: {error}") from error
+    files: dict[str, Path] = {}
+    shapes: dict[str, torch.Size] = {}
+    for path in sorted(set(shards.values())) if single is None else [single]:
+        try:
+            with safe_open(path, framework="pt") as reader:
+                for key in [*reader.keys()]:
+                    files[key], shapes[key] = path, torch.Size(reader.get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {path}: {error}") from error
+    return files, shapes
 
 
-def _match(model: PreTrainedModel, files: dict[str, Path], seed: int, keeps: bool) -> Base:
+def _match(
+    model: PreTrainedModel, files: dict[str, Path], shapes: dict[str, torch.Size], seed: int, keeps: bool
+) -> Base:
     """The checkpoint under the model's names, and new numbers for a classifier's head unless it ``keeps`` that of the base.
 
-    Raises NotStreamableError unless every other parameter has its tensor.
+    Raises NotStreamableError unless every other parameter has its tensors.
     """
-    prefix = f"{model.base_model_prefix}."
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
-    names: dict[str, str] = {}
-    for key in files:
-        name = key if key in wanted or key in buffers else prefix + key
-        if name in wanted or name in buffers:
-            names[name] = key
-    new, missing = new_parameters(model, [name for name in wanted if name not in names], keeps)
+    plain, conversions = match_tensors(model, shapes)
+    known = plain.keys() | conversions.keys()
+    new, missing = new_parameters(model, [name for name in wanted if name not in known], keeps)
     if missing:
         raise NotStreamableError(f"it has no tensor for {missing[0]} ({len(missing)} parameters)")
     numbers = {name: tensor.to(model.dtype) for name, tensor in new_numbers(model, new, seed).items()}
-    names = {name: key for name, key in names.items() if name not in numbers}
-    base = Base(files, names, numbers)
+    names = {name: key for name, key in plain.items() if name not in numbers and (name in wanted or name in buffers)}
+    base = Base(files, names, numbers, conversions)
     mark_new(model, new)
     for name, shape in wanted.items():
-        if base.shape(name) != shape:
-            raise NotStreamableError(f"{names[name]} is {tuple(base.shape(name))} and {name} {tuple(shape)}")
-    _check_tied(model, Base(files, {**names, **{key: key for key in files}}))
+        if (found := base.shape(name)) != shape:
+            raise NotStreamableError(f"{names.get(name, name)} is {tuple(found)} and {name} {tuple(shape)}")
+    _check_tied(model, Base(files, plain))
     with torch.no_grad():
-        for name in names.keys() & buffers.keys():
+        for name in base.stored_names() & buffers.keys():
             buffers[name].copy_(base.rows(name, slice(None)))
     base.close()
     return base
@@ -168,49 +172,99 @@ def _check_tied(model: PreTrainedModel, base: Base) -> None:
 
 
 class Base:
-    """The tensors of a checkpoint by parameter name of the model, opened as they are needed.
+    """The parameters of a model as they come from the tensors of a checkpoint, opened as they are needed.
 
     Args:
         files: tensor name in the checkpoint -> its file.
         names: parameter or buffer name in the model -> tensor name.
         new: numbers of parameters that the checkpoint has not, such as those of a classifier's head.
+        conversions: parameter name -> how it is made of several tensors, or of one in another form.
     """
 
-    def __init__(self, files: dict[str, Path], names: dict[str, str], new: dict[str, Tensor] | None = None) -> None:
-        self.files, self.names, self.new = files, names, new or {}
-        self._path: Path | None = None
-        self._open: Any = None
+    def __init__(
+        self,
+        files: dict[str, Path],
+        names: dict[str, str],
+        new: dict[str, Tensor] | None = None,
+        conversions: dict[str, Conversion] | None = None,
+    ) -> None:
+        self.files, self.names, self.new, self.conversions = files, names, new or {}, conversions or {}
+        self._readers: dict[Path, Any] = {}
+        self._asked = ""
+        self._made: dict[str, Tensor] = {}
 
-    def _reader(self, name: str) -> Any:
-        """The file of a tensor. One is open at a time: the pages of a mapped file count as this process's memory."""
-        path = self.files[self.names[name]]
-        if path != self._path:
-            self.close()
-            self._path, self._open = path, safe_open(path, framework="pt")
-        return self._open
+    def stored_names(self) -> set[str]:
+        """What the checkpoint has, by its name in the model."""
+        return {*self.names, *self.conversions}
+
+    def _ask(self, name: str) -> None:
+        """Keep no other files open than those of one name: the pages of a mapped file count as this process's memory."""
+        if name == self._asked:
+            return
+        conversion = self.conversions.get(name)
+        if name not in self._made:
+            self._made = {}
+        paths = {self.files[key] for key in ([self.names[name]] if conversion is None else conversion.keys)}
+        self._readers = {path: reader for path, reader in self._readers.items() if path in paths}
+        self._asked = name
+
+    def _reader(self, key: str) -> Any:
+        path = self.files[key]
+        if path not in self._readers:
+            self._readers[path] = safe_open(path, framework="pt")
+        return self._readers[path]
+
+    def unconverted(self) -> Base:
+        """The tensors that are converted, as they lie in the files, by their own names."""
+        keys = [key for conversion in self.conversions.values() for key in conversion.keys]
+        return Base(self.files, dict(zip(keys, keys, strict=True)))
+
+    def _read(self, key: str) -> Tensor:
+        tensor: Tensor = self._reader(key).get_tensor(key)
+        return tensor
 
     def shape(self, name: str) -> torch.Size:
         if name in self.new:
             return self.new[name].shape
-        return torch.Size(self._reader(name).get_slice(self.names[name]).get_shape())
+        if name in self.conversions:
+            return self.conversions[name].shapes[name]
+        self._ask(name)
+        key = self.names[name]
+        return torch.Size(self._reader(key).get_slice(key).get_shape())
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        """Rows of a tensor, or all of one without dimensions."""
+        """Rows of a parameter, or all of one without dimensions. Of one that is converted no more is made than has to be."""
         if name in self.new:
             return self.new[name][rows]
-        reader, key = self._reader(name), self.names[name]
-        part: Tensor = reader.get_slice(key)[rows] if self.shape(name) else reader.get_tensor(key)
-        return part
+        self._ask(name)
+        if name not in self.conversions:
+            key = self.names[name]
+            part: Tensor = self._reader(key).get_slice(key)[rows] if self.shape(name) else self._read(key)
+            return part
+        conversion = self.conversions[name]
+        if conversion.stacks:
+            return conversion.run(self._read, rows)[name]
+        if name not in self._made:
+            self._made = conversion.run(self._read)
+        made = self._made[name]
+        return made[rows] if made.ndim else made
 
     def fill(self, name: str, parameter: nn.Parameter, target: Tensor, rows: slice) -> None:
         """See :data:`rosa_ds.zero.sharded.Fill`."""
-        part = self.rows(name, rows)
-        if part.is_floating_point() and not is_finite(part):
-            raise not_finite(name, str(self._path))
-        (target[rows] if target.ndim else target).copy_(part)
+        for some in self._pieces(name, rows):
+            part = self.rows(name, some)
+            if part.is_floating_point() and not is_finite(part):
+                raise not_finite(name, ", ".join(map(str, self._readers)))
+            (target[some] if target.ndim else target).copy_(part)
+
+    def _pieces(self, name: str, rows: slice) -> list[slice]:
+        """The rows one by one where each is made for itself, such as one expert's."""
+        if name not in self.conversions or not self.conversions[name].stacks:
+            return [rows]
+        return [slice(row, row + 1) for row in range(*rows.indices(self.shape(name)[0]))]
 
     def close(self) -> None:
-        self._path = self._open = None
+        self._readers, self._asked, self._made = {}, "", {}
 
 
 def load_whole(
@@ -227,10 +281,6 @@ def load_whole(
         reason,
     )
     return model
-
-
-class NotStreamableError(Exception):
-    """Why a checkpoint cannot be read tensor by tensor."""
 
 
 @torch.no_grad()
