@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
@@ -12,10 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
+    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
@@ -25,7 +27,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.data.batches import collate
 from rosa_ds.data.tokenise import Tokens
-from rosa_ds.models.load import TINY_FOLDER, identify, load_model, load_tokenizer, stored_dtype
+from rosa_ds.models import load as loading
+from rosa_ds.models.load import TINY_FOLDER, enable_checkpointing, identify, load_model, load_tokenizer, stored_dtype
 from rosa_ds.models.loss import batch_logits
 from rosa_ds.models.pretrain_tiny import build_model, build_tokenizer, pretrain
 from rosa_ds.models.stream import open_base
@@ -208,3 +211,31 @@ def test_logits_of_the_positions_with_a_target(model: nn.Module) -> None:
     """Computed alone where the model can (it would else miss an argument), also behind an engine."""
     batch = collate([Tokens([5, 6, 7, 8], [False, False, True, True]), Tokens([5, 6], [False, False])], pad_id=0)
     assert batch_logits(model, batch, torch.device("cpu")).tolist() == [[[1.0], [2.0]]] * 2
+
+
+class Packing(saved_tensors_hooks):
+    """As torch's save_on_cpu; counts what it is given."""
+
+    saved: ClassVar[list[torch.Size]] = []
+
+    def __init__(self, pin_memory: bool) -> None:
+        assert pin_memory == torch.cuda.is_available()
+        super().__init__(lambda tensor: (self.saved.append(tensor.shape), tensor)[1], lambda tensor: tensor)
+
+
+@pytest.mark.parametrize("kind", [True, "reentrant", "host"])
+def test_recomputed_activations_give_the_same_gradients(
+    llama: LlamaForCausalLM, batch: dict[str, Tensor], kind: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And on the host is what each block begins from, and nothing else."""
+    monkeypatch.setattr(loading, "save_on_cpu", Packing)
+    monkeypatch.setattr(Packing, "saved", [])
+    gradients, model = [], llama.train()
+    for wanted in (False, kind):
+        enable_checkpointing(model, wanted)
+        model.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    blocks = [torch.Size([*batch["input_ids"].shape, llama.config.hidden_size])] * llama.config.num_hidden_layers
+    assert Packing.saved == (blocks if kind == "host" else [])

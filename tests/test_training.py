@@ -169,6 +169,12 @@ SPLITS: dict[str, tuple[int, int | str, tuple[str, ...]]] = {
     "1 rank, padded rows": (1, 0, ("--data.batching", "sorted")),
     "2 ranks, stage 3, padded rows": (2, 3, ("--data.batching", "random")),
     "2 ranks, stage 3, reentrant checkpointing": (2, 3, ("--training.gradient_checkpointing", "reentrant")),
+    "2 ranks, stage 2, DeepSpeed's checkpointing": (2, 2, ("--ds.activation_checkpointing.profile", "true")),
+    "2 ranks, stage 3, DeepSpeed's checkpointing, on the host": (
+        2,
+        3,
+        (PERSIST, "0", "--ds.activation_checkpointing.cpu_checkpointing", "true"),
+    ),
 }
 NO_DROPOUT = (*FAST, *PHASES, "--adapter.dropout", "0")
 

@@ -121,7 +121,8 @@ def plan_deepspeed(
             f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2"
         )
     _check_zero(config, zero, stage)
-    optimizer, settings = _take_optimizer(config, _take_scheduler(config, settings))
+    settings = _take_checkpointing(config, _take_scheduler(config, settings))
+    optimizer, settings = _take_optimizer(config, settings)
     if optimizer.name in BITSANDBYTES:
         config["zero_allow_untested_optimizer"] = True  # tested here
         if settings.checkpoint.format == "deepspeed":
@@ -204,6 +205,31 @@ def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
                 "setting without effect: scheduler.params.%s of the DeepSpeed file (the schedule is ours)", key
             )
     return _merge_training(settings, given, "scheduler")
+
+
+def _take_checkpointing(config: dict[str, Any], settings: RunConfig) -> RunConfig:
+    """A section ``activation_checkpointing`` that asks for something recomputes activations.
+
+    DeepSpeed reads it for models that call ``deepspeed.checkpointing``, which those of transformers do not.
+    """
+    section = _section(config, "activation_checkpointing", '{"cpu_checkpointing": true}')
+    config.pop("activation_checkpointing", None)
+    for key, value in section.items():
+        if key != "number_checkpoints" and value is not None and not isinstance(value, bool):
+            raise ValueError(f"activation_checkpointing.{key} of the DeepSpeed file is true or false, given {value!r}")
+    if section.get("number_checkpoints") is not None:
+        _check_number(section, "number_checkpoints", "activation_checkpointing.", whole=True)
+    if not any(section.values()):
+        return settings
+    host = bool(section.get("cpu_checkpointing"))
+    if host or not settings.training.gradient_checkpointing:
+        given = {"gradient_checkpointing": "host" if host else True}
+        settings = _merge_training(settings, given, "activation_checkpointing")
+    logger.info(
+        "activation_checkpointing of the DeepSpeed file: training.gradient_checkpointing %s",
+        json.dumps(settings.training.gradient_checkpointing),
+    )
+    return settings
 
 
 def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> tuple[OptimizerChoice, RunConfig]:

@@ -18,6 +18,7 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 EFFECT = frozenset(
     {
         *BATCH_KEYS,
+        "activation_checkpointing",
         "aio",
         "bf16",
         "comms_logger",
@@ -74,7 +75,6 @@ REFUSED = {
 """Key -> what to do instead."""
 _METRICS = "metrics.jsonl and training.tensorboard have what a step did"
 WITHOUT_EFFECT = {
-    "activation_checkpointing": "training.gradient_checkpointing recomputes activations",
     "checkpoint": "checkpoints are those of the section rosa's checkpoint",
     "comet": _METRICS,
     "csv_monitor": _METRICS,

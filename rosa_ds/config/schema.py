@@ -335,8 +335,9 @@ class TrainingSettings(Section):
     """The learning rate after its warm-up: to 0 linearly, to 0 along a cosine, or constant."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Of data order, initialisation, dropout and random masks."""
-    gradient_checkpointing: bool | Literal["reentrant"] = False
-    """Recompute activations in backward instead of keeping them: true, or reentrant for torch's older way."""
+    gradient_checkpointing: bool | Literal["reentrant", "host"] = False
+    """Recompute activations in backward instead of keeping them: true, reentrant for torch's older way, or host for that with
+    what each block begins from kept in the host's memory."""
     logging_steps: Annotated[int, Field(ge=1)] = 1
     """Steps between two lines of metrics.jsonl."""
     eval_steps: Annotated[int, Field(ge=0)] = 0

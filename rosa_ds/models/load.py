@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.autograd.graph import save_on_cpu
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
@@ -321,9 +323,19 @@ def enable_checkpointing(model: PreTrainedModel, kind: bool | str) -> None:
     """Recompute activations as ``training.gradient_checkpointing`` says."""
     if not kind:
         return
-    reentrant = kind == "reentrant"
+    reentrant = kind in ("reentrant", "host")
     # transformers renamed it during version 5
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()  # a block whose input needs no gradient would not be recomputed
+    if kind == "host":
+        for module in model.modules():
+            if (function := getattr(module, "_gradient_checkpointing_func", None)) is not None:
+                module._gradient_checkpointing_func = functools.partial(_keep_on_host, function)  # type: ignore[assignment]
+
+
+def _keep_on_host(checkpoint: Callable[..., Any], *inputs: Any) -> Any:
+    """Checkpoint a block, and keep its inputs in the host's memory; the older way is the one that saves them as autograd does."""
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(*inputs)
