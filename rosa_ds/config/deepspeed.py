@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rosa_ds.config.deepspeed_keys import BATCH_KEYS, STAGE3_NAMES, take_keys
+from rosa_ds.config.deepspeed_sections import SECTIONS
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.utils.suggest import did_you_mean
 
@@ -113,6 +114,7 @@ def plan_deepspeed(
         ValueError: what cannot work, with what to change.
     """
     config = copy.deepcopy(config)
+    settings = _take_checkpointing(config, settings)
     take_keys(config)
     zero = config["zero_optimization"] = _section(config, "zero_optimization", '{"stage": 2}')
     stage = zero.get("stage", 0)
@@ -121,8 +123,7 @@ def plan_deepspeed(
             f"zero_optimization.stage {stage!r}: supported are {SUPPORTED_STAGES}; use --ds.zero_optimization.stage 2"
         )
     _check_zero(config, zero, stage)
-    settings = _take_checkpointing(config, _take_scheduler(config, settings))
-    optimizer, settings = _take_optimizer(config, settings)
+    optimizer, settings = _take_optimizer(config, _take_scheduler(config, settings))
     if optimizer.name in BITSANDBYTES:
         config["zero_allow_untested_optimizer"] = True  # tested here
         if settings.checkpoint.format == "deepspeed":
@@ -135,6 +136,7 @@ def plan_deepspeed(
             "float16 at stage 0: DeepSpeed divides its gradients by a loss scale that it has not multiplied the loss with; use "
             "--ds.zero_optimization.stage 1, or --model.dtype bfloat16"
         )
+    _check_gradients(config, dtype, stage)
     total, micro, steps = resolve_batch(config, world_size)
     config |= _batch_section(micro, steps, world_size)
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
@@ -175,6 +177,30 @@ def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> Non
         config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
+def _check_gradients(config: Mapping[str, Any], dtype: str, stage: int) -> None:
+    """Raise ValueError for ways to sum gradients that DeepSpeed refuses after the model is loaded."""
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    wanted = _section(config, "data_types", '{"grad_accum_dtype": "fp32"}').get("grad_accum_dtype")
+    allowed = dict.fromkeys([names[dtype], *(["fp32"] if stage else [])])
+    if wanted not in (None, *allowed):
+        raise ValueError(
+            f"data_types.grad_accum_dtype of the DeepSpeed file is {' or '.join(allowed)} for {dtype} at stage {stage}, given {wanted!r}"
+        )
+    operation = config.get("gradient_allreduce_op", "mean")
+    allowed = dict.fromkeys(["mean"] if stage == 3 else ["mean", "sum"])
+    if str(operation).lower() not in allowed:
+        raise ValueError(
+            f"gradient_allreduce_op of the DeepSpeed file is {' or '.join(allowed)} at stage {stage}, given {operation!r}"
+        )
+    _check_number(config, "gradient_predivide_factor", "")
+    scatters = config["zero_optimization"].get("reduce_scatter", True) is not False
+    if stage and scatters and config.get("gradient_predivide_factor", "auto") not in (None, "auto", 1, 1.0):
+        raise ValueError(
+            f"gradient_predivide_factor {config['gradient_predivide_factor']} at stage {stage}: DeepSpeed needs "
+            "zero_optimization.reduce_scatter false with it; remove it, or give that"
+        )
+
+
 def _check_refused(section: Mapping[str, Any], options: Mapping[str, tuple[Any, str]], path: str) -> None:
     for key, (harmless, why) in options.items():
         if section.get(key) not in (None, "auto", harmless):
@@ -195,15 +221,8 @@ def _take_scheduler(config: dict[str, Any], settings: RunConfig) -> RunConfig:
     given: dict[str, Any] = {"scheduler": _SCHEDULERS[name]}
     params = _section(section, "params", '{"warmup_num_steps": 100}', "scheduler.")
     _check_number(params, "warmup_num_steps", "scheduler.params.", whole=True)
-    for key, value in params.items():
-        if value == "auto":
-            continue
-        if key == "warmup_num_steps":
-            given["warmup_steps"] = int(value)
-        else:
-            logger.warning(
-                "setting without effect: scheduler.params.%s of the DeepSpeed file (the schedule is ours)", key
-            )
+    if params.get("warmup_num_steps", "auto") != "auto":
+        given["warmup_steps"] = int(params["warmup_num_steps"])
     return _merge_training(settings, given, "scheduler")
 
 
@@ -213,13 +232,13 @@ def _take_checkpointing(config: dict[str, Any], settings: RunConfig) -> RunConfi
     DeepSpeed reads it for models that call ``deepspeed.checkpointing``, which those of transformers do not.
     """
     section = _section(config, "activation_checkpointing", '{"cpu_checkpointing": true}')
-    config.pop("activation_checkpointing", None)
-    for key, value in section.items():
+    known = {key: section[key] for key in SECTIONS["activation_checkpointing"].known & section.keys()}
+    for key, value in known.items():
         if key != "number_checkpoints" and value is not None and not isinstance(value, bool):
             raise ValueError(f"activation_checkpointing.{key} of the DeepSpeed file is true or false, given {value!r}")
     if section.get("number_checkpoints") is not None:
         _check_number(section, "number_checkpoints", "activation_checkpointing.", whole=True)
-    if not any(section.values()):
+    if not any(known.values()):
         return settings
     host = bool(section.get("cpu_checkpointing"))
     if host or not settings.training.gradient_checkpointing:
@@ -253,9 +272,8 @@ def _take_optimizer(config: dict[str, Any], settings: RunConfig) -> tuple[Optimi
     ours = {"lr": "learning_rate", "weight_decay": "weight_decay"}
     given = {name: float(arguments.pop(key)) for key, name in ours.items() if key in arguments}
     settings = _merge_training(settings, given, "optimizer.params")
-    # DeepSpeed reads Adam as AdamW unless adam_w_mode is false, and torch_adam chooses what is used here anyway.
+    # DeepSpeed reads Adam as AdamW unless adam_w_mode is false
     decoupled = arguments.pop("adam_w_mode", True) or "AdamW" in name
-    arguments.pop("torch_adam", None)
     known = ("betas", "eps", "amsgrad") if name in ("Adam", "AdamW") else ("betas", "eps")
     if unknown := sorted(set(arguments) - set(known)):
         raise ValueError(

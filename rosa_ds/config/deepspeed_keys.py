@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from rosa_ds.config.deepspeed_sections import take_section_keys
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.utils.suggest import did_you_mean
 
@@ -19,12 +20,11 @@ EFFECT = frozenset(
     {
         *BATCH_KEYS,
         "activation_checkpointing",
-        "aio",
         "bf16",
+        "checkpoint",
         "comms_logger",
         "communication_data_type",
         "data_types",
-        "disable_allgather",
         "disable_python_gc",
         "dump_state",
         "flops_profiler",
@@ -45,6 +45,7 @@ EFFECT = frozenset(
         "zero_optimization",
     }
 )
+"""Keys with their effect, and sections of which each key has its own fate."""
 _DIVIDES = "the model is divided over the ranks by ZeRO alone"
 _LOADS = "rows and their order are those of the section rosa's data"
 REFUSED = {
@@ -75,10 +76,11 @@ REFUSED = {
 """Key -> what to do instead."""
 _METRICS = "metrics.jsonl and training.tensorboard have what a step did"
 WITHOUT_EFFECT = {
-    "checkpoint": "checkpoints are those of the section rosa's checkpoint",
+    "aio": "only offloading to NVMe reads it, which is not supported",
     "comet": _METRICS,
     "csv_monitor": _METRICS,
     "dataloader_drop_last": _LOADS,
+    "disable_allgather": "DeepSpeed itself has given it up",
     "seed": "training.seed decides",
     "seq_parallel_communication_data_type": _DIVIDES,
     "tensorboard": _METRICS,
@@ -141,12 +143,6 @@ ZERO_OPTIONS = frozenset(
     }
 )
 """What stands in the section ``zero_optimization``, and is looked for where it stands a level too high."""
-_REFUSED_INSIDE = {
-    ("bf16", "bf16_master_weights_and_grads"): "masters are float32",
-    ("bf16", "bf16_optimizer_states"): "moments are float32, or in 8 bits with AdamW8bit",
-    ("fp16", "fp16_master_weights_and_grads"): "masters are float32",
-    ("checkpoint", "load_universal"): "--resume goes on with any number of ranks and any stage",
-}
 
 
 def take_keys(config: dict[str, Any]) -> None:
@@ -154,9 +150,7 @@ def take_keys(config: dict[str, Any]) -> None:
 
     Raises: ValueError for a key that is misspelt, stands at the wrong place, is not supported, or is a setting of ours.
     """
-    for (section, key), instead in _REFUSED_INSIDE.items():
-        if _is_on(_as_dict(config.get(section)).get(key)):
-            raise ValueError(f"{section}.{key} of the DeepSpeed file is not supported here ({instead}): remove it")
+    take_section_keys(config)
     for key in [*config]:
         if key in EFFECT:
             continue
@@ -180,8 +174,5 @@ def take_keys(config: dict[str, Any]) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    return value not in (None, False, "auto", {}, [], 0) and _as_dict(value).get("enabled", True) is not False
-
-
-def _as_dict(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+    switched_off = isinstance(value, Mapping) and value.get("enabled", True) is False
+    return value not in (None, False, "auto", {}, [], 0) and not switched_off

@@ -332,7 +332,7 @@ def enable_checkpointing(model: PreTrainedModel, kind: bool | str) -> None:
     if kind == "host":
         for module in model.modules():
             if (function := getattr(module, "_gradient_checkpointing_func", None)) is not None:
-                module._gradient_checkpointing_func = functools.partial(_keep_on_host, function)  # type: ignore[assignment]
+                module._gradient_checkpointing_func = functools.partial(_keep_on_host, function)
 
 
 def _keep_on_host(checkpoint: Callable[..., Any], *inputs: Any) -> Any:

@@ -11,12 +11,13 @@ from rosa_ds.utils.suggest import did_you_mean
 
 
 def check_by_deepspeed(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a ZeRO, bf16 or fp16 section that ``deepspeed.initialize`` would refuse, by names and reasons.
+    """Raise ValueError for what ``deepspeed.initialize`` would refuse, of the ZeRO, bf16 and fp16 sections by names and reasons.
 
     Args:
         config: as it goes to ``deepspeed.initialize``.
     """
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config  # slow
+    from deepspeed.runtime.config import DeepSpeedConfig  # slow
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     kinds = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
@@ -33,3 +34,9 @@ def check_by_deepspeed(config: Mapping[str, Any]) -> None:
                 f"{what} of the DeepSpeed file: {first['msg'].lower()}{given}.{hint} "
                 "Correct it, or remove it for DeepSpeed's default"
             ) from None
+    try:
+        # the number of ranks is known to DeepSpeed when it has begun, and the sum follows from the rest
+        DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})
+    except Exception as error:  # assertions, types that it computes with, its own
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"DeepSpeed refuses its file: {said}") from error

@@ -1,6 +1,7 @@
-"""Engines with one ZeRO section after another in the same processes; started by test_zero_options.py.
+"""Engines with one section after another in the same processes; started by test_zero_options.py and test_deepspeed_keys.py.
 
-Arguments: a folder with a model ``llama``, a file with the cases as JSON, and where the first rank writes what they gave.
+Arguments: a folder with a model ``llama``, a file with the cases as JSON, and where the first rank writes what they gave. A case has
+a ``dtype``, a section ``zero``, and ``more`` sections.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def train(case: dict[str, Any]) -> tuple[Numbers, Numbers]:
         "train_batch_size": distributed.world_size() * MICRO_BATCHES,
         "gradient_accumulation_steps": MICRO_BATCHES,
         "gradient_clipping": 0.5,
+        **case.get("more", {}),
     }
     plan, given = settle(CommandLine(given, config, None), distributed.world_size(), False)
     torch.manual_seed(0)
@@ -93,7 +95,7 @@ def largest(found: Numbers, expected: Numbers) -> float:
 def outcome(case: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
     key = f"{case['dtype']} {case['zero']['stage']}"
     if key not in references:
-        references[key] = train({**case, "zero": {"stage": case["zero"]["stage"]}})
+        references[key] = train({**case, "zero": {"stage": case["zero"]["stage"]}, "more": {}})
     try:
         found = train(case)
     except ValueError as error:
