@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from transformers import LlamaForCausalLM
 
-from launching import ROOT, run
 from rosa_ds.config.command_line import CommandLine, build_config
 from rosa_ds.config.deepspeed import DeepSpeedPlan, plan_deepspeed
 from rosa_ds.config.deepspeed_keys import EFFECT, KNOWN, REFUSED, WITHOUT_EFFECT, ZERO_OPTIONS
 from rosa_ds.config.deepspeed_sections import SECTIONS
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.training.settle import settle
+from test_zero_options import outcomes
 
 
 class Asked(dict[str, Any]):
@@ -228,11 +227,7 @@ def test_sections_that_say_and_measure_change_nothing(tmp_path: Path, llama: Lla
         f"{dtype} {stage} {more}": {"dtype": dtype, "zero": {"stage": stage}, "more": more}
         for dtype, stage, more in EQUAL
     }
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    checks = str(ROOT / "tests" / "support" / "zero_option_ranks.py")
-    run("fork", 2, checks, str(tmp_path), str(tmp_path / "cases.json"), str(tmp_path / "out.json"), cwd=tmp_path)
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found.keys() == cases.keys()
+    found = outcomes(tmp_path, cases)
     assert not {name: what for name, what in found.items() if what != {"apart": [0.0, 0.0]}}
     assert "flops" in (tmp_path / "flops.txt").read_text()
 

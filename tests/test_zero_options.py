@@ -56,6 +56,7 @@ SAME: dict[str, tuple[tuple[Any, ...], tuple[int, ...]]] = {
     "log_trace_cache_warnings": ((True,), SHARDS),
     "enable_sanity_checks": ((True,), SHARDS),
     "save_muon_momentum_buffer_in_memory": ((True,), SHARDS),
+    "leaf_module": (({"classes": ["LlamaRMSNorm"], "name_suffixes": ["k_proj"]},), SHARDS),
     "offload_param.device": (("cpu",), SHARDS),
     "offload_param.pin_memory": ((False,), SHARDS),
     "offload_param.buffer_count": ((2,), NONE),
@@ -80,7 +81,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "compute_grad_norm": (False, "compute_grad_norm False is not supported; a step whose gradients are not finite"),
     "legacy_stage1": (True, "legacy_stage1 True is not supported; DeepSpeed has given it up: remove it"),
     "zenflow": ({}, "zenflow {} is not supported: remove it"),
-    "leaf_module": ({"classes": ["LlamaAttention"]}, "leaf_module .* adapters inside of such a module fail"),
     "stage3_module_granularity_threshold": (
         3000,
         "stage3_module_granularity_threshold 3000 is not .* fail in backward",
@@ -97,6 +97,9 @@ REFUSED_VALUES = [
     ({"stage": 2, "allgather_bucket_size": 201}, "allgather_bucket_size 201: DeepSpeed takes even numbers only"),
     ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param to 'nvme' at stage 3: only stage 3 offloads"),
     ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer to 'cpu' at stage 1: only stage 3"),
+    ({"stage": 2, "leaf_module": {"classes": ["LlamaMLP"]}}, "leaf_module at stage 2: only stage 3 gathers modules"),
+    ({"stage": 3, "leaf_module": True}, "zero_optimization.leaf_module of the DeepSpeed file is a section such as"),
+    ({"stage": 3, "leaf_module": {"class": "LlamaMLP"}}, "leaf_module.class of the DeepSpeed file: extra inputs"),
     (
         {"stage": 3, "prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2},
         "has prefetch_bucket_size and stage3_prefetch_bucket_size, which are one option: remove one",
@@ -169,11 +172,16 @@ def base(tmp_path: Path, llama: LlamaForCausalLM) -> Path:
 def wrong(folder: Path, wanted: Iterable[tuple[int, dict[str, Any]]], dtype: str = "float32") -> dict[str, Any]:
     """What two ranks train with each of these options, where it is not bit for bit what they train without."""
     cases = {f"stage {stage} {chosen}": {"zero": section(stage, chosen), "dtype": dtype} for stage, chosen in wanted}
+    return {name: what for name, what in outcomes(folder, cases).items() if what != {"apart": [0.0, 0.0]}}
+
+
+def outcomes(folder: Path, cases: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What ``zero_option_ranks.py`` says of each case on two ranks."""
     (folder / "cases.json").write_text(json.dumps(cases))
     run("fork", 2, CHECKS, str(folder), str(folder / "cases.json"), str(folder / "out.json"), cwd=folder, timeout=3000)
-    found = json.loads((folder / "out.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
     assert found.keys() == cases.keys()
-    return {name: what for name, what in found.items() if what != {"apart": [0.0, 0.0]}}
+    return found
 
 
 def test_every_option_of_deepspeed_is_known() -> None:
@@ -235,12 +243,41 @@ def test_options_and_pairs_of_them_train_the_same_adapter(base: Path) -> None:
     assert not wrong(base, chosen)
 
 
+LEAVES = [
+    ({"classes": ["LlamaMLP"]}, ["q_proj", "o_proj"], ""),
+    ({"names": ["model.layers.0.self_attn"]}, ["up_proj", "1.self_attn.q_proj"], ""),
+    ({"name_suffixes": ["layers.1"]}, ["0.self_attn.q_proj", "0.mlp.up_proj"], ""),
+    ({"classes": ["MixtralSparseMoeBlock"]}, ["q_proj"], ""),  # this model has none
+    (
+        {"classes": ["LlamaAttention"]},
+        ["q_proj"],
+        "has model.layers.0.self_attn gathered as one, and model.layers.0.self_attn",
+    ),
+]
+
+
+@pytest.mark.ranks
+def test_modules_that_are_gathered_as_one(base: Path) -> None:
+    """They train what they train apart, or are refused where something inside of them is trained."""
+    cases = {
+        str(number): {"dtype": "float32", "zero": {"stage": 3, "leaf_module": leaf}, "targets": targets}
+        for number, (leaf, targets, _) in enumerate(LEAVES)
+    }
+    found = outcomes(base, cases)
+    for (leaf, _, message), what in zip(LEAVES, found.values(), strict=True):
+        if message:
+            assert message in what["refused"]
+        else:
+            assert max(what["apart"]) < 1e-7, leaf  # a whole block's gradients are summed in another order
+
+
 @pytest.mark.ranks
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_options_at_all_stages(base: Path, dtype: str) -> None:
     unused = ({name: value} for name, (values, _) in SAME.items() for value in values)
-    apart = [(stage, some) for some in unused for stage in (0, *ALL) if stage == 3 or "." not in next(iter(some))]
+    shards = {"leaf_module", *(name for name in SAME if "." in name)}  # refused at other stages
+    apart = [(stage, some) for some in unused for stage in (0, *ALL) if stage == 3 or not shards & some.keys()]
     assert not wrong(base, apart, dtype)
 
 

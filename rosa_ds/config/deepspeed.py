@@ -41,7 +41,6 @@ _REFUSED_ZERO: dict[str, tuple[Any, str]] = {
     "zenflow": (None, ""),
     "legacy_stage1": (False, "; DeepSpeed has given it up"),
     "compute_grad_norm": (True, "; a step whose gradients are not finite is found by their norm"),
-    "leaf_module": ({}, "; adapters inside of such a module fail in backward"),
     "stage3_module_granularity_threshold": (
         0,
         "; adapters inside of a module that is gathered as one fail in backward",
@@ -162,6 +161,8 @@ def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> Non
             f"zero_optimization.allgather_bucket_size {zero['allgather_bucket_size']}: DeepSpeed takes even numbers only; "
             "give one, or remove it"
         )
+    if _section(zero, "leaf_module", '{"classes": ["MixtralSparseMoeBlock"]}', "zero_optimization.") and stage != 3:
+        raise ValueError(f"zero_optimization.leaf_module at stage {stage}: only stage 3 gathers modules; remove it")
     for key in ("offload_optimizer", "offload_param"):
         section = _section(zero, key, '{"device": "cpu"}', "zero_optimization.")
         _check_refused(section, _REFUSED_OFFLOAD, f"zero_optimization.{key}.")

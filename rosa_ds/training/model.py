@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from rosa_ds.models.load import enable_checkpointing, load_model
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base, open_base
 from rosa_ds.models.task import settle_padding
+from rosa_ds.zero.schema import leaf_modules
 
 logger = logging.getLogger(__name__)
 POSITIONS = ("position_embeddings", "wpe", "embed_positions")
@@ -70,10 +72,30 @@ def _partition(model: PreTrainedModel, base: Base | None, plan: DeepSpeedPlan) -
         base.close()
 
 
+def _check_leaf_modules(model: PreTrainedModel, section: Mapping[str, Any]) -> None:
+    """Modules that the file has gathered as one: what is trained deeper in them fails in DeepSpeed's backward.
+
+    Raises: ValueError for such a module.
+    """
+    if not section.get("leaf_module"):
+        return
+    leaves = leaf_modules(model, section)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for leaf in leaves:
+        below = [name for name in trained if name.startswith(f"{leaf}.") and "." in name.removeprefix(f"{leaf}.")]
+        if below:
+            raise ValueError(
+                f"zero_optimization.leaf_module has {leaf} gathered as one, and {below[0]} inside of it is trained, which fails in "
+                "backward: leave the module out there, or its layers out of adapter.target_modules"
+            )
+    if not leaves:
+        logger.warning("setting without effect: zero_optimization.leaf_module (this model has no such module)")
+
+
 def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: DeepSpeedPlan) -> PreTrainedModel:
     """Give a base, as :func:`load_base` makes it, its adapters, and at stage 3 divide both over the ranks. Collective there.
 
-    Raises: ValueError for targets that match nothing.
+    Raises: ValueError for targets that match nothing, and for such inside of a leaf module of stage 3.
     """
     report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
     if settings.parts.everything and getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
@@ -83,6 +105,7 @@ def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: 
         chosen = rosa_kernels.explain(distributed.device())
         logger.info("kernels: %s", "; ".join(f"{op} {c.implementation} ({c.reason})" for op, c in chosen.items()))
     if plan.stage == 3:
+        _check_leaf_modules(model, plan.config["zero_optimization"])
         _partition(model, base, plan)
     enable_checkpointing(model, settings.training.gradient_checkpointing)
     return model

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from torch import nn
 
 from rosa_ds.utils.suggest import did_you_mean
 
@@ -40,3 +41,15 @@ def check_by_deepspeed(config: Mapping[str, Any]) -> None:
     except Exception as error:  # assertions, types that it computes with, its own
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"DeepSpeed refuses its file: {said}") from error
+
+
+def leaf_modules(model: nn.Module, zero_optimization: Mapping[str, Any]) -> list[str]:
+    """Names of the modules that stage 3 gathers as one by this section's ``leaf_module``."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
+
+    found = {
+        id(module)
+        for module in apply_zero_leaf_module_config(model, DeepSpeedZeroConfig(**zero_optimization).leaf_module)
+    }
+    return [name for name, module in model.named_modules() if id(module) in found]

@@ -1,7 +1,7 @@
 """Engines with one section after another in the same processes; started by test_zero_options.py and test_deepspeed_keys.py.
 
 Arguments: a folder with a model ``llama``, a file with the cases as JSON, and where the first rank writes what they gave. A case has
-a ``dtype``, a section ``zero``, and ``more`` sections.
+a ``dtype`` and a section ``zero``, and may have ``more`` sections, another ``base`` and other ``targets``.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def train(case: dict[str, Any]) -> tuple[Numbers, Numbers]:
     Raises: ValueError where settings are refused before work.
     """
     given = RunConfig(
-        model={"name_or_path": str(Path(sys.argv[1]) / "llama"), "dtype": case["dtype"]},
+        model={"name_or_path": str(Path(sys.argv[1]) / case.get("base", "llama")), "dtype": case["dtype"]},
         adapter={
             "rank": 3,
             "density": 0.05,
             "dropout": 0.0,
             "low_rank_lr": LR,
             "modules_to_save": ["model.norm"],
-            "target_modules": TARGETS,
+            "target_modules": case.get("targets", TARGETS),
         },
     )
     config = {
@@ -93,7 +93,7 @@ def largest(found: Numbers, expected: Numbers) -> float:
 
 
 def outcome(case: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
-    key = f"{case['dtype']} {case['zero']['stage']}"
+    key = str({name: case.get(name) for name in ("dtype", "base", "targets")} | {"stage": case["zero"]["stage"]})
     if key not in references:
         references[key] = train({**case, "zero": {"stage": case["zero"]["stage"]}, "more": {}})
     try:
