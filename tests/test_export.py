@@ -165,7 +165,7 @@ def test_an_interrupted_export_leaves_nothing(base: Path, tmp_path: Path, monkey
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "_write_configs", interrupted)
+    monkeypatch.setattr(merge, "_write_config", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_merged(tmp_path / "adapter", tmp_path / "out", torch.bfloat16)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

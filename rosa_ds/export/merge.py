@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from rosa_ds.adapters.folder import is_adapter
 from rosa_ds.adapters.inject import inject
@@ -69,7 +70,10 @@ def export_merged(
         except NotStreamableError as reason:
             logger.warning("%s is loaded whole to be merged: %s", settings.name_or_path, reason)
             model = load_merged(source, dtype or stored_dtype(settings), chosen or "dequantized")
+            model.config.__dict__.pop("auto_map", None)
+            generation, model.generation_config = model.generation_config, GenerationConfig()  # written below
             model.save_pretrained(temporary)
+            model.generation_config = generation
         else:
             # not where it was found: the same state gives the same bytes
             said = {key: origin[key] for key in ("base", "method", "dtype", "merge_base") if key in origin}
@@ -81,7 +85,10 @@ def export_merged(
                 lines = "\n".join(f"{name:{width}}  {error:.2%}" for name, error in rows.quantization_error.items())
                 logger.info("what %s loses of each weight, ‖W − Q‖ / ‖W‖:\n%s", settings.quantization, lines)
             settle_generation(model, source, tokenizer)
-            _write_configs(model, settings, dtype, temporary)
+            _write_config(model, settings, dtype, temporary)
+        if model.can_generate() and model.generation_config is not None:
+            # as the base has it: saving it in transformers' way would refuse what contradicts itself
+            model.generation_config.to_json_file(temporary / GENERATION_CONFIG_NAME)
         tokenizer.save_pretrained(temporary)
         _sign(temporary, origin)
     return out
@@ -101,12 +108,11 @@ def _choose_base(settings: ModelSettings, wanted: MergeBase | None) -> MergeBase
     return (wanted or "dequantized") if gguf or settings.quantization != "none" else None
 
 
-def _write_configs(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype | None, folder: Path) -> None:
+def _write_config(model: PreTrainedModel, settings: ModelSettings, dtype: torch.dtype | None, folder: Path) -> None:
     model.config.dtype = dtype or stored_dtype(settings)
     model.config.architectures = [type(model).__name__]
+    model.config.__dict__.pop("auto_map", None)  # code of its own, which this model was not made by, and is not there
     model.config.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
 
 
 def export_adapter(path: str | Path, out: str | Path) -> Path:

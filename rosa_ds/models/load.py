@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,12 +18,22 @@ from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.chat import choose_template
 from rosa_ds.models.checks import is_finite, not_finite
 from rosa_ds.models.task import auto_class, classes_of, configure, describe_task, mark_new, new_numbers, new_parameters
-from rosa_ds.models.weights import WEIGHT_SUFFIXES, find_safetensors, hash_files, weight_files
+from rosa_ds.models.weights import WEIGHT_SUFFIXES, check_weights, find_safetensors, hash_files, weight_files
 from rosa_ds.utils.suggest import did_you_mean_path
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "tiny"
-_BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ImportError, RuntimeError)
+_BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    UnpicklingError,
+)
 """What transformers raises of files that it cannot read or make sense of; RuntimeError of tensors and .bin files."""
 _LONGEST = 600
 """Characters of a message of transformers that are shown; some list every class that there is."""
@@ -39,7 +50,7 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
     """
     name, arguments = resolve(settings.name_or_path)
     more: dict[str, Any] = {**arguments, "ignore_mismatched_sizes": True}  # they are refused below, by name
-    check_alone(settings)
+    check_files(settings)
     if settings.task == "causal-lm":
         check_language_model(settings)
     if settings.attn_implementation is not None:
@@ -56,10 +67,7 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
             **more,
         )
     except SafetensorError as error:
-        raise ValueError(
-            f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {_damaged_files(Path(name)) or 'its safetensors'}: "
-            f"{error}; copy or download it again"
-        ) from error
+        raise damaged(settings.name_or_path, _damaged_files(Path(name)) or "its safetensors", error) from error
     except _BROKEN as error:
         raise _refused(settings, error) from error
     if "gguf_file" not in arguments and getattr(model.config, "quantization_config", None) is not None:
@@ -81,9 +89,15 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> P
     return model.eval()
 
 
-def check_alone(settings: ModelSettings) -> None:
-    """Raise ValueError for a base with a PEFT adapter beside it, which transformers would put into it in silence."""
-    name, _ = resolve(settings.name_or_path)
+def check_files(settings: ModelSettings) -> None:
+    """Raise ValueError for a base whose folder lacks weights, or has a PEFT adapter, which transformers would put into it in silence."""
+    name, arguments = resolve(settings.name_or_path)
+    own = getattr(_stored_config(settings), "transformers_weights", None)  # names its files itself
+    if Path(name).is_dir() and "gguf_file" not in arguments and own is None:
+        try:
+            check_weights(Path(name))
+        except ValueError as error:
+            raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
     if found := find_adapter_config_file(name, revision=settings.revision or "main"):
         raise ValueError(
             f"model.name_or_path {settings.name_or_path!r} holds a model and a PEFT adapter ({found}), which transformers puts into "
@@ -135,7 +149,9 @@ def _stored_config(settings: ModelSettings) -> Any:
 
 def _refused(settings: ModelSettings, error: Exception, what: str = "model.name_or_path") -> ValueError:
     """One message for what transformers says, which may be pages."""
-    said = str(error).strip() or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnpicklingError):
+        said = "its .bin files are damaged, or hold more than tensors: copy or download them again, or take safetensors"
     if isinstance(error, (TypeError, KeyError, AttributeError, ArithmeticError)):
         said = f"its files make no sense to transformers ({type(error).__name__}: {said}): are they whole?"
     if "trust_remote_code" in said:
@@ -146,6 +162,11 @@ def _refused(settings: ModelSettings, error: Exception, what: str = "model.name_
     if settings.attn_implementation is not None and "attn_implementation" in said:
         hint = f" Given is model.attn_implementation {settings.attn_implementation}."
     return ValueError(f"{what} {name!r} cannot be loaded: {said}{hint}")
+
+
+def damaged(name: str, files: str, error: SafetensorError) -> ValueError:
+    """For safetensors files that are not whole, or something else, such as a pointer of git-lfs."""
+    return ValueError(f"model.name_or_path {name!r} cannot be loaded: {files}: {error}; copy or download it again")
 
 
 def _damaged_files(folder: Path) -> str:

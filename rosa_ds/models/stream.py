@@ -20,7 +20,7 @@ from rosa_ds import zero
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.models.checks import is_finite, not_finite
 from rosa_ds.models.convert import Conversion, NotStreamableError, match_tensors
-from rosa_ds.models.load import check_alone, check_language_model, keeps_head, load_model, read_config, resolve
+from rosa_ds.models.load import check_files, check_language_model, damaged, keeps_head, load_model, read_config, resolve
 from rosa_ds.models.task import auto_class, mark_new, new_numbers, new_parameters
 from rosa_ds.models.weights import SINGLE, find_safetensors
 
@@ -48,7 +48,7 @@ def stream_base(settings: ModelSettings, dtype: torch.dtype, seed: int = 42) -> 
     name, arguments = resolve(settings.name_or_path)
     if "gguf_file" in arguments:
         raise NotStreamableError("it is a .gguf file")
-    check_alone(settings)
+    check_files(settings)
     if settings.task == "causal-lm":
         check_language_model(settings)
     config = read_config(settings)
@@ -125,7 +125,7 @@ def _tensors(name: str, revision: str) -> tuple[dict[str, Path], dict[str, torch
                 for key in [*reader.keys()]:
                     files[key], shapes[key] = path, torch.Size(reader.get_slice(key).get_shape())
         except SafetensorError as error:
-            raise ValueError(f"model.name_or_path {name!r} cannot be loaded: {path}: {error}") from error
+            raise damaged(name, str(path), error) from error
     return files, shapes
 
 

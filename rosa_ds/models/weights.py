@@ -22,6 +22,9 @@ from rosa_ds.utils.json_files import read_json
 SINGLE, INDEX = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 """Of a model in safetensors: its one file, or the list of its shards."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+_READ = (SINGLE, INDEX, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+"""In the order in which transformers looks for them."""
+_OTHER_SUFFIXES = (*WEIGHT_SUFFIXES, ".pth", ".pt", ".h5", ".msgpack")
 _WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**30, 4096, 2**16
 
 
@@ -50,7 +53,7 @@ def find_safetensors(name: str, revision: str) -> tuple[Path | None, dict[str, P
 
 def weight_files(folder: Path) -> Sequence[Path]:
     """What transformers would load from a folder; not what else lies there, such as training_args.bin."""
-    for name in (SINGLE, INDEX, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+    for name in _READ:
         path = folder / name
         if path.is_file():
             is_index = path.suffix == ".json"
@@ -58,11 +61,38 @@ def weight_files(folder: Path) -> Sequence[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
 
 
+def check_weights(folder: Path) -> None:
+    """Raise ValueError for a folder where transformers would find no weights, or not all files of its list of shards."""
+    lists = [folder / name for name in _READ]
+    found = next((path for path in lists if path.is_file()), None)
+    if found is None:
+        links = [path for path in lists if path.is_symlink()]
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_SUFFIXES)
+        if links:
+            what = f"{links[0]} is a link to a file that is not there: copy or download that"
+        elif any("-of-" in name for name in others):
+            what = f"{folder} has shards ({others[0]}) and not {INDEX}, which lists them: copy or download it"
+        else:
+            there = f", which transformers does not read: {', '.join(others[:4])}" if others else ""
+            what = (
+                f"{folder} has no {SINGLE} or {WEIGHTS_NAME}{there or ' '}; download the model in transformers' format"
+            )
+        raise ValueError(what)
+    if found.suffix == ".json":
+        missing = sorted({name for name in _shards(found).values() if not (folder / name).is_file()})
+        if missing:
+            raise ValueError(
+                f"{found} lists {missing[0]} ({len(missing)} such), which is not there: copy or download the missing files, or the "
+                "list of the files that are there"
+            )
+
+
 def _shards(index: Path) -> dict[str, str]:
     """Tensor name -> file name, of an index. Raises: ValueError if it lists none."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index} lists no tensors (weight_map): copy or download it again")
+    content = read_json(index)
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not shards or "metadata" not in content:
+        raise ValueError(f"{index} lists no tensors (weight_map, metadata): copy or download it again")
     return shards
 
 
