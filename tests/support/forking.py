@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,9 +30,13 @@ def exit_status(ended: SystemExit) -> int:
     return int(ended.code or 0)
 
 
-def _call(script: str) -> int:
+def _run_script(script: str) -> None:
+    runpy.run_path(script, run_name="__main__")
+
+
+def _call(script: str, call: Callable[[str], None]) -> int:
     try:
-        runpy.run_path(script, run_name="__main__")
+        call(script)
     except SystemExit as ended:
         return exit_status(ended)
     except BaseException:
@@ -40,7 +45,7 @@ def _call(script: str) -> int:
     return 0
 
 
-def _be_rank(request: dict[str, Any], rank: int) -> NoReturn:
+def _be_rank(request: dict[str, Any], rank: int, call: Callable[[str], None]) -> NoReturn:
     """Become what ``python ARGUMENTS`` or a rank of ``torchrun ARGUMENTS`` is after its imports, and end with its status."""
     ranks, arguments = request["ranks"], request["arguments"]
     os.environ.clear()
@@ -54,20 +59,20 @@ def _be_rank(request: dict[str, Any], rank: int) -> NoReturn:
     for number, descriptor in zip((0, 1, 2), (streams[0], streams[1], streams[1]), strict=True):
         os.dup2(descriptor, number)
     sys.argv, sys.path[0] = list(arguments), str(Path(arguments[0]).parent)
-    status = _call(arguments[0])
+    status = _call(arguments[0], call)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _fork(request: dict[str, Any]) -> int:
+def _fork(request: dict[str, Any], call: Callable[[str], None]) -> int:
     """Exit status of the run: a single process' own, or 1 where one of several ranks has ended with another than 0."""
     ranks: set[int] = set()
     for rank in range(request["ranks"]):
         child = os.fork()
         if child == 0:
-            _be_rank(request, rank)
+            _be_rank(request, rank, call)
         ranks.add(child)
     status, end = 0, float("inf")
     while ranks:
@@ -87,17 +92,20 @@ def _fork(request: dict[str, Any]) -> int:
     return status
 
 
-def main() -> None:
+def serve(prepare: Callable[[], None] | None = None, call: Callable[[str], None] = _run_script) -> None:
+    """Answer the requests of standard input. ``prepare`` runs once, before any rank; ``call`` runs a rank's script."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
+    if prepare is not None:
+        prepare()
     import transformers.modeling_utils  # noqa: F401
 
     import rosa_ds.training.run  # noqa: F401
 
     for line in sys.stdin:
-        answers.write(f"{_fork(json.loads(line))}\n")
+        answers.write(f"{_fork(json.loads(line), call)}\n")
         answers.flush()
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,22 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def run(launcher: str, ranks: int, *arguments: str, cwd: Path, timeout: float = 300, status: int = 0) -> str:
+def run(
+    launcher: str,
+    ranks: int,
+    *arguments: str,
+    cwd: Path,
+    timeout: float = 300,
+    status: int = 0,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     """Run to the end and return the output; fail with it on another exit status or after ``timeout`` seconds.
 
-    With ``fork`` as launcher the ranks come from :mod:`forking`, without the seconds that launchers and imports take.
+    With ``fork`` as launcher the ranks come from :mod:`forking`, without the seconds that launchers and imports take; with
+    ``device`` too, and on the emulated device. These two take environment ``variables`` beside this process' own.
     """
-    if launcher == "fork":
-        found, output = _fork(ranks, arguments, cwd, timeout)
+    if launcher in ("fork", "device"):
+        found, output = _fork(launcher, ranks, arguments, cwd, timeout, environment() | dict(variables or {}))
     else:
         process = start(launcher, ranks, *arguments, cwd=cwd)
         try:
@@ -102,26 +112,40 @@ def run(launcher: str, ranks: int, *arguments: str, cwd: Path, timeout: float = 
     return output
 
 
-_forking: subprocess.Popen[str] | None = None
+_forking: dict[str, subprocess.Popen[str]] = {}
+_FORKED_FROM = {"fork": ROOT / "tests" / "support" / "forking.py", "device": ROOT / "tests" / "device" / "program.py"}
 
 
-def _fork(ranks: int, arguments: tuple[str, ...], cwd: Path, timeout: float) -> tuple[int, str]:
-    """Exit status and output of a run whose ranks are forked; the process that forks them is kept for the next."""
-    global _forking
-    if _forking is None or _forking.poll() is not None:
-        program = [sys.executable, str(ROOT / "tests" / "support" / "forking.py")]
+def _server(launcher: str) -> subprocess.Popen[str]:
+    """The process that forks ranks, kept for the next run."""
+    server = _forking.get(launcher)
+    if server is None or server.poll() is not None:
+        folders = [str(ROOT / "tests"), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+        variables = environment() | {"PYTHONPATH": os.pathsep.join(folders)}
+        if launcher == "device":
+            variables["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        _forking = subprocess.Popen(program, **pipes, env=environment(), text=True, start_new_session=True)
-    assert _forking.stdin
-    assert _forking.stdout
+        program = [sys.executable, str(_FORKED_FROM[launcher])]
+        server = subprocess.Popen(program, **pipes, env=variables, text=True, start_new_session=True)
+        _forking[launcher] = server
+    return server
+
+
+def _fork(
+    launcher: str, ranks: int, arguments: tuple[str, ...], cwd: Path, timeout: float, variables: Mapping[str, str]
+) -> tuple[int, str]:
+    """Exit status and output of a run whose ranks are forked."""
+    server = _server(launcher)
+    assert server.stdin
+    assert server.stdout
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
         request = {"arguments": arguments, "ranks": ranks, "port": free_port(), "cwd": str(cwd)}
-        _forking.stdin.write(f"{json.dumps(request | {'environment': environment(), 'output': output.name})}\n")
-        _forking.stdin.flush()
-        ready, _, _ = select.select([_forking.stdout], [], [], timeout)
-        answer = _forking.stdout.readline() if ready else ""
+        server.stdin.write(f"{json.dumps(request | {'environment': variables, 'output': output.name})}\n")
+        server.stdin.flush()
+        ready, _, _ = select.select([server.stdout], [], [], timeout)
+        answer = server.stdout.readline() if ready else ""
         if not answer:
-            kill(_forking)
+            kill(server)
             raise AssertionError(f"no end within {timeout} s, or no ranks:\n{output.read()[-6000:]}")
         return int(answer), output.read()
 
