@@ -405,3 +405,11 @@ def test_a_layer_with_divided_positions_computes_the_same(
     for whole, divided in zip(*results, strict=True):
         assert torch.equal(whole, divided)
     assert results[0][2].any()
+
+
+def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 300)
+    assert distributed.free_memory() == 500

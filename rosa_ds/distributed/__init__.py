@@ -22,6 +22,7 @@ from rosa_ds.distributed.group import (
     raise_everywhere,
     rank,
     same_everywhere,
+    send,
     shutdown,
     sum_over_ranks,
     sum_to_owner,

@@ -66,15 +66,23 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def send(tensor: Tensor, target: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, which copies it when it gets there: the host does not wait."""
+    if target.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(target, non_blocking=True)  # torch keeps page-locked memory until its copies are done
+
+
 def gpu_has_bfloat16() -> bool:
     """Whether this rank has a GPU that computes in bfloat16, and does not only imitate it (which Triton cannot)."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def free_memory() -> int:
-    """Bytes that this rank's device could still give: of the GPU, else of the machine."""
+    """Bytes that this rank's device could still give: of the GPU with what torch keeps for itself, else of the machine."""
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + cached
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

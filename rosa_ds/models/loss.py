@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_ds import distributed
 from rosa_ds.data.batches import IGNORE, Batch, LabelledBatch
 
 
@@ -19,7 +20,9 @@ def token_loss_sum(model: Any, batch: Batch, device: torch.device) -> Tensor:
     Args:
         model: the model or its DeepSpeed engine.
     """
-    return loss_of(batch_logits(model, batch, device), batch.targets.to(device))
+    # sent before the forward pass, so that the device need not wait for them behind it
+    targets = distributed.send(batch.targets, device)
+    return loss_of(batch_logits(model, batch, device), targets)
 
 
 def batch_logits(model: Any, batch: Batch, device: torch.device) -> Tensor:
@@ -33,11 +36,11 @@ def batch_logits(model: Any, batch: Batch, device: torch.device) -> Tensor:
         "position_ids": batch.position_ids,
         "token_type_ids": batch.types if isinstance(batch, LabelledBatch) else None,
     }
-    inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
+    inputs = {name: distributed.send(tensor, device) for name, tensor in given.items() if tensor is not None}
     if isinstance(batch, LabelledBatch):
         classes: Tensor = model(**inputs).logits
         return classes[:, None]
-    kept = batch.kept.to(device)
+    kept = distributed.send(batch.kept, device)
     inner: nn.Module = getattr(model, "module", model)  # an engine itself takes any arguments
     if _has_logits_to_keep(type(inner).forward):
         selected: Tensor = model(**inputs, use_cache=False, logits_to_keep=kept).logits

@@ -203,10 +203,12 @@ class Loop:
                     self._measurement.gradients()
             run.engine.step()
         skipped = run.state.overflowed() or left_out
-        self._check_finite(step, loss, skipped)
+        found = run.engine.get_global_grad_norm()
+        norm = None if found is None else float(found)
+        self._check_finite(step, loss, norm, skipped)
         self.trained_tokens += trained_tokens
         if (step.number + 1) % run.settings.training.logging_steps == 0:
-            self._log_step(step, loss, tokens, time.monotonic() - start, skipped)
+            self._log_step(step, loss, norm, tokens, time.monotonic() - start, skipped)
         return scale * ranks, not skipped
 
     def _agree(self, nll: Tensor) -> float:
@@ -214,10 +216,9 @@ class Loop:
         run = self.run
         asked = distributed.is_main() and take_save_request(run.folder)
         flags = [float(run.interruption.requested), float(asked), float(self.log.error is not None)]
-        together = distributed.sum_over_ranks(
-            torch.tensor([float(nll), *flags], dtype=torch.float64, device=nll.device)
-        )
-        loss, stop, save, failed = together.tolist()
+        sent = distributed.send(torch.tensor(flags, dtype=torch.float64), nll.device)
+        together = distributed.sum_over_ranks(torch.cat([nll[None], sent]))
+        loss, stop, save, failed = together.tolist()  # the one wait for the device before the optimizer's step
         if failed:
             distributed.raise_everywhere(self.log.error)
         self._stop, self._save_asked = self._stop or stop > 0, self._save_asked or save > 0
@@ -232,10 +233,9 @@ class Loop:
         self._set_learning_rates(dict.fromkeys(self.run.state.groups, 0.0))
         return True
 
-    def _check_finite(self, step: Step, loss: float, skipped: bool) -> None:
+    def _check_finite(self, step: Step, loss: float, norm: float | None, skipped: bool) -> None:
         """Stop before a state that is not finite can be saved, and after too many steps without one in a row."""
-        norm = self.run.engine.get_global_grad_norm()
-        finite = math.isfinite(loss) and (norm is None or math.isfinite(float(norm)))
+        finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
         self._skipped = self._skipped + 1 if skipped else 0
         # float16 skips steps while it looks for its loss scale
         float16 = self.run.settings.model.dtype == "float16"
@@ -248,15 +248,16 @@ class Loop:
             f"learning rates, or train in bf16 or fp32; the last good checkpoint is {newest or 'none'}"
         )
 
-    def _log_step(self, step: Step, loss: float, tokens: int, seconds: float, skipped: bool) -> None:
-        norm = self.run.engine.get_global_grad_norm()
+    def _log_step(
+        self, step: Step, loss: float, norm: float | None, tokens: int, seconds: float, skipped: bool
+    ) -> None:
         fields = {
             "step": step.number + 1,
             "epoch": round((step.data_step + 1) / self.run.batches.steps_per_epoch, 4),
             "phase": step.phase,
             "loss": loss if math.isfinite(loss) else None,
             "lr": self._learning_rates(step),
-            "grad_norm": float(norm) if norm is not None and math.isfinite(float(norm)) else None,
+            "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "peak_memory_bytes": distributed.peak_memory_bytes(),
