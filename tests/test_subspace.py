@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,36 @@ def test_a_weight_of_zeros_has_no_error() -> None:
     weight = torch.zeros(6, 8)
     drawn = split_off(weight, 2, DrawSettings(directions="projection"), generator(), torch.float32)
     assert drawn.error(drawn.rest, weight) == 0
+
+
+SETTINGS_OF_TF32 = {
+    "older": "torch.set_float32_matmul_precision('high')",
+    "older, a flag": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "newer, all": "torch.backends.fp32_precision = 'tf32'",
+    "newer, one": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "none": "pass",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS_OF_TF32.values(), ids=SETTINGS_OF_TF32)
+def test_either_setting_of_tf32_is_put_aside(setting: str) -> None:
+    """In a process of its own: torch does not go back from the newer settings to the older."""
+    if "fp32_precision" in setting and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch has these settings since 2.9")
+    script = f"""if True:
+        import torch
+        from rosa_ds.adapters.low_rank import float32_products, low_rank_delta
+        products = torch.backends.cuda.matmul
+        {setting}
+        before = getattr(products, "fp32_precision", "")
+        with float32_products():
+            assert not products.allow_tf32
+            assert getattr(products, "fp32_precision", "ieee") == "ieee"
+        assert getattr(products, "fp32_precision", "") == before
+        low_rank_delta(torch.ones(2, 3), torch.ones(4, 2), 1.0)
+    """
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_products_are_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,29 @@ def float32_products() -> Iterator[None]:
     """Float32 products are computed in float32, whatever the process allows: NVIDIA's containers allow TF32, whose ten bits
     are too few for a factorisation or for what a base is changed by.
     """
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    parts = [part for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if _settable(part)]
+    before = [part.fp32_precision for part in parts]
     try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings were used, and torch refuses the older
+        allowed = None
+    try:
+        if allowed is not None:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            for part in parts:
+                part.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        if allowed is not None:
+            torch.set_float32_matmul_precision(allowed)
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
+def _settable(part: Any) -> bool:
+    """Whether this torch has the newer settings of a backend's products (since 2.9)."""
+    return hasattr(part, "fp32_precision")
 
 
 @float32_products()
