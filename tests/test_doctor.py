@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launching import ROOT, run
+from rosa_ds import distributed, zero
 from rosa_ds.config.command_line import parse_command_line
 from rosa_ds.config.schema import ModelSettings, RunConfig
 from rosa_ds.memory.account import ACTIVATIONS, Account
@@ -24,6 +25,7 @@ from rosa_ds.training.failures import (
 )
 from rosa_ds.utils import logs
 from rosa_ds.utils.errors import INTERRUPTED_STATUS, RunError
+from rosa_kernels import dispatch
 
 GIB = 2**30
 
@@ -177,3 +179,31 @@ def test_memory_that_ends_while_the_model_is_built(monkeypatch: pytest.MonkeyPat
         run_module.train(command)
     quantised = RunConfig(model=ModelSettings(quantization="nf4"))
     assert "(1) more ranks at stage 3; (2) --config ds_configs/zero3_offload" in explain_loading(quantised, 3, error)
+
+
+def test_a_torch_that_is_too_old_for_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    (finding,) = doctor.accelerators()
+    assert finding.advice == "GPUs need torch 2.8 or newer, installed is 2.7.1+cu126: pip install 'torch>=2.8'"
+    with pytest.raises(ValueError, match="GPUs need torch 2.8 or newer"):
+        zero.initialize()
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    assert list(doctor.accelerators()) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("3.2.0", True), ("3.3.1", True), ("3.4.0", False), ("3.10.0", False)]
+)
+def test_a_triton_that_is_too_old_is_refused(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(doctor, "probe", lambda device: doctor.Finding("sddmm", "fine"))
+    dispatch._choose.cache_clear()
+    monkeypatch.delenv("ROSA_KERNELS", raising=False)
+    found = [finding.advice for finding in doctor.kernels() if "3.4 or newer" in finding.advice]
+    dispatch._choose.cache_clear()
+    assert len(found) == refused
+    assert not refused or version in found[0]

@@ -15,6 +15,8 @@ VARIABLE = "ROSA_KERNELS"
 OPS = ("sddmm", "scatter", "spmm", "low_rank")
 IMPLEMENTATIONS = ("torch", "triton")
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is also ROCm's name in torch
+OLDEST_TRITON = (3, 4)
+"""3.2 has no ``tl.gather``; the assembler of 3.3 takes 20 minutes and 12 GB for a row of 11,008 columns."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ def forced(setting: str) -> dict[str, str]:
     return wanted
 
 
+def _check_triton(op: str, device_type: str) -> None:
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        raise ValueError(
+            f"{op} on {device_type} runs in Triton 3.4 or newer, installed is {triton.__version__}: "
+            f"pip install 'torch>=2.8' 'triton>=3.4', or set {VARIABLE}=torch for the slower torch code"
+        )
+
+
 @functools.cache
 def _choose(op: str, device_type: str, setting: str, interpreted: bool) -> Choice:
     name = forced(setting).get(op)
@@ -60,6 +72,8 @@ def _choose(op: str, device_type: str, setting: str, interpreted: bool) -> Choic
             f"{op} on {device_type} runs in Triton, which is not installed: pip install triton, or set {VARIABLE}=torch "
             "for the slower torch code"
         )
+    if not interpreted:
+        _check_triton(op, device_type)
     if os.environ.get("TRITON_INTERPRET") == "1":
         from rosa_kernels.interpreter import repair
 

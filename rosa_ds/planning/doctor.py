@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 import rosa_kernels
 from rosa_ds import distributed
+from rosa_ds.utils.packages import torch_for_gpus
 from rosa_ds.zero.group import shared_buffers
 from rosa_ds.zero.ops import buildable_ops
 from rosa_kernels.testing import random_positions, relative_rms
@@ -114,6 +115,8 @@ def accelerators() -> Iterator[Finding]:
         )
         yield Finding("accelerator", f"none, {len(os.sched_getaffinity(0))} CPU cores", advice)
         return
+    if problem := torch_for_gpus():
+        yield Finding("torch for GPUs", torch.__version__, problem)
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
@@ -147,7 +150,12 @@ def kernels() -> Iterator[Finding]:
     """What our operators run with on this rank's device, and whether the sampled product comes out right."""
     if importlib.util.find_spec("triton") is None:
         yield Finding("triton", "not installed", "pip install triton, if this machine has a GPU")
-    for op, chosen in rosa_kernels.explain(distributed.device()).items():
+    try:
+        choices = rosa_kernels.explain(distributed.device())
+    except ValueError as error:
+        yield Finding("kernels", "do not run", str(error))
+        return
+    for op, chosen in choices.items():
         yield Finding(f"kernel {op}", f"{chosen.implementation} ({chosen.reason})")
     yield probe(distributed.device())
 

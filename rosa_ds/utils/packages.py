@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import logging
 
+import torch
+from packaging.version import Version
+
+OLDEST_TORCH_ON_GPUS = "2.8"  # the first with a Triton that compiles every kernel
+
+
+def torch_for_gpus() -> str:
+    """What is wrong with this torch where it computes on a GPU; empty where nothing is."""
+    if not torch.cuda.is_available() or Version(torch.__version__).release >= Version(OLDEST_TORCH_ON_GPUS).release:
+        return ""
+    return (
+        f"GPUs need torch {OLDEST_TORCH_ON_GPUS} or newer, installed is {torch.__version__}: "
+        f"pip install 'torch>={OLDEST_TORCH_ON_GPUS}'"
+    )
+
 
 def require_bitsandbytes(wanted_by: str) -> None:
     """Raise ValueError where it is not installed."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from rosa_ds import distributed
 from rosa_ds.utils.errors import RunError
+from rosa_ds.utils.packages import torch_for_gpus
 from rosa_ds.utils.rendezvous import check_ranks, choose_gloo_interface, join_slurm_step
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def initialize(timeout_minutes: float = 30.0) -> None:
 
     Raises:
         ValueError: SLURM's tasks without what tells their ranks, or without a GPU for each rank; a launcher's variables that
-            lack one, or contradict each other.
+            lack one, or contradict each other; a torch that is too old for GPUs.
     """
     import deepspeed  # slow, and needed by nobody who only imports this module
 
@@ -47,6 +48,8 @@ def initialize(timeout_minutes: float = 30.0) -> None:
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     os.environ.setdefault("LOCAL_RANK", "0")
+    if problem := torch_for_gpus():
+        raise ValueError(problem)
     if torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         # all ranks of a host end, not only those without a GPU
