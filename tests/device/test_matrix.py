@@ -68,3 +68,15 @@ def test_losses_are_the_cpus(case: Case, small_base: Path, tmp_path: Path, on_th
     print(name_of(case), " ".join(f"{loss:.4f}" for loss in found), "CPU", " ".join(f"{loss:.4f}" for loss in wanted))
     assert found == pytest.approx(wanted, rel=NEAR[case["precision"]])
     assert found[-1] < found[0] - 0.05
+
+
+@pytest.mark.parametrize(("method", "ranks"), [("sparse", "1"), pytest.param("robust", "2", marks=pytest.mark.nightly)])
+def test_tritons_kernels_on_the_device(
+    method: str, ranks: str, small_base: Path, tmp_path: Path, on_the_cpu: Callable[[str], Losses]
+) -> None:
+    """In Triton's interpreter, with the plans and launchers of a GPU, at stage 3."""
+    case = PLAIN | {"stage": "3", "method": method, "ranks": ranks}
+    found = run_case("device", case, small_base, tmp_path, ROSA_KERNELS="triton", TRITON_INTERPRET="1")
+    log = next((tmp_path / "run" / "logs").iterdir()).read_text()
+    assert "sddmm triton" in log
+    assert found == pytest.approx(on_the_cpu(method), rel=NEAR["float32"])
