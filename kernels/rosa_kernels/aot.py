@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that need not be here, and read what came out: ``python -m rosa_kernels.aot``.
 
 For each kernel, dtype and target it prints registers of a thread, bytes spilled, shared memory, tensor-core instructions and
-the widest global load; on AMD, what the compiler reports of the same. Triton must compile for real: not under TRITON_INTERPRET.
+the widest global load, and instructions for an entry of x; on AMD, what the compiler reports of the same. Triton must compile for real: not under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rosa_kernels.spec import Spec
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = ("fp32", "bf16", "fp16")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)\s*(.*?);")
 TENSOR_CORE = re.compile(r"^(HGMMA|HMMA|QGMMA|v_mfma)")
 
 
@@ -36,7 +37,11 @@ def specs(dtype: str) -> list[Spec]:
 
 @dataclass(frozen=True)
 class Row:
-    """What one compiled kernel uses. Bytes; ``spilled`` -1 and ``widest_load`` 0 where a tool does not say."""
+    """What one compiled kernel uses. Bytes; ``spilled`` -1 and ``widest_load`` 0 where a tool does not say.
+
+    ``per_element``: instructions of a thread in the longest loop for one entry of x that it works on, on NVIDIA; 0 for a
+    kernel whose blocks are not (BLOCK_T, BLOCK_M) of x.
+    """
 
     kernel: str
     dtype: str
@@ -48,6 +53,7 @@ class Row:
     tensor_core: int
     widest_load: int
     tiles: bool
+    per_element: float
 
 
 def _source(spec: Spec) -> Any:
@@ -69,8 +75,29 @@ def _source(spec: Spec) -> Any:
     return ASTSource(fn=spec.function, signature=signature, constexprs=constants | ones, attrs=attributes)
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, list[tuple[str, str]]]:
-    """Registers, spilled bytes (stack frame) and (opcode, operands) of a cubin, by the tools in Triton's wheel."""
+def longest_loop(code: str) -> int:
+    """Instructions of the longest loop in nvdisasm's text: from a label to the last branch back to it; 0 without one."""
+    labels: dict[str, int] = {}
+    number = longest = 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            labels[label[1]] = number
+        elif found := _INSTRUCTION.search(line):
+            number += 1
+            target = re.search(r"L_x_\d+", found[2]) if found[1].startswith("BRA") else None
+            if target is not None and target[0] in labels:
+                longest = max(longest, number - labels[target[0]])
+    return longest
+
+
+def _entries_a_thread(spec: Spec) -> float:
+    """Entries of a block of x for each of a program's threads; 0 for a kernel that has no such block."""
+    block = spec.constants.get("BLOCK_T", 0), spec.constants.get("BLOCK_M", 0)
+    return block[0] * block[1] / (32 * spec.options.get("num_warps", 4))
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, spilled bytes (stack frame) and the assembly of a cubin, by the tools in Triton's wheel."""
     spec = find_spec("triton")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -81,13 +108,12 @@ def _nvidia(cubin: bytes) -> tuple[int, int, list[tuple[str, str]]]:
         usage = subprocess.run(
             [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
-        code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
     text = usage.stdout + usage.stderr
     registers, stack, local = (re.search(rf"{key}:(\d+)", text) for key in ("REG", "STACK", "LOCAL"))
     if registers is None or stack is None or local is None:
         raise RuntimeError(f"cuobjdump's report has changed: {text!r}")
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)\s*(.*?);", code.stdout)
-    return int(registers[1]), int(stack[1]) + int(local[1]), lines
+    return int(registers[1]), int(stack[1]) + int(local[1]), code.stdout
 
 
 def _amd(assembly: str) -> tuple[int, int, list[tuple[str, str]]]:
@@ -114,8 +140,12 @@ def compile_row(spec: Spec, dtype: str, target: str) -> Row:
     from triton.backends.compiler import GPUTarget
 
     compiled = triton.compile(_source(spec), target=GPUTarget(*TARGETS[target]), options=spec.options)
+    per_element = 0.0
     if TARGETS[target][0] == "cuda":
-        registers, spilled, code = _nvidia(compiled.asm["cubin"])
+        registers, spilled, text = _nvidia(compiled.asm["cubin"])
+        code = _INSTRUCTION.findall(text)
+        if entries := _entries_a_thread(spec):
+            per_element = round(longest_loop(text) / entries, 1)
     else:
         registers, spilled, code = _amd(compiled.asm["amdgcn"])
     return Row(
@@ -129,6 +159,7 @@ def compile_row(spec: Spec, dtype: str, target: str) -> Row:
         sum(TENSOR_CORE.match(opcode) is not None for opcode, _ in code),
         max((_load_bytes(opcode) for opcode, _ in code), default=0),
         spec.tiles,
+        per_element,
     )
 
 
@@ -142,10 +173,10 @@ def rows(targets: list[str], dtypes: list[str]) -> Iterator[Row]:
 
 def table(compiled: list[Row]) -> str:
     """The rows as text."""
-    head = f"{'kernel':20} {'dtype':5} {'target':7} {'regs':>5} {'spill':>6} {'shared':>7} {'tensor':>7} {'load':>5}  constants"
+    head = f"{'kernel':20} {'dtype':5} {'target':7} {'regs':>5} {'spill':>6} {'shared':>7} {'tensor':>7} {'load':>5} {'entry':>5}  constants"
     lines = [
         f"{r.kernel:20} {r.dtype:5} {r.target:7} {r.registers:5} {r.spilled:6} {r.shared:7} {r.tensor_core:7} "
-        f"{r.widest_load:5}  {r.constants}"
+        f"{r.widest_load:5} {r.per_element or '':>5}  {r.constants}"
         for r in compiled
     ]
     return "\n".join([head, *lines])
