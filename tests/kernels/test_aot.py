@@ -58,6 +58,25 @@ def test_rows_are_permuted_in_shared_memory_where_they_fit(compiled: list[dict[s
             assert row["shared"] <= 64 * 2**10
 
 
+LOOPS = {("down", "16"): 15, ("down", "64"): 25, ("low_rank_backward", "16"): 35, ("low_rank_backward", "64"): 37}
+"""Instructions for an entry of x, (kernel, padded rank), at 16 bits on sm_90: 71 to 91 with a Philox call an entry."""
+
+
+def test_instructions_of_the_dropout_kernels(compiled: list[dict[str, Any]]) -> None:
+    rows = [row for row in compiled if row["target"] == "sm_90" and row["dtype"] == "bf16" and row["per_element"]]
+    counted = {(row["kernel"], re.findall(r"RANK=(\d+)", row["constants"])[0]): row["per_element"] for row in rows}
+    assert counted.keys() == LOOPS.keys()
+    assert all(0 < counted[key] <= LOOPS[key] for key in LOOPS), counted
+
+
+def test_a_loop_is_found() -> None:
+    line = "        /*0000*/  {} ;"
+    before, inside = [line.format("MOV R1, R2")] * 3, [line.format("@P0 FADD R1, R2, R3")] * 5
+    loop = [".L_x_1:", *inside, line.format("@!P0 BRA `(.L_x_1)")]
+    assert aot.longest_loop("\n".join([*before, *loop, ".L_x_2:", line.format("BRA `(.L_x_2)")])) == 6
+    assert aot.longest_loop("\n".join(before)) == 0
+
+
 def test_load_widths_are_read() -> None:
     wanted = {
         "LDG.E.128.CONSTANT": 16,
