@@ -10,6 +10,7 @@ import rosa_kernels
 from rosa_kernels import limits
 from rosa_kernels.dispatch import on_device_of
 from rosa_kernels.low_rank import op as low_rank
+from rosa_kernels.low_rank import triton_kernel as low_rank_code
 from rosa_kernels.low_rank.reference import backward_reference, down_reference
 from rosa_kernels.pattern import triton_kernel as columns_code
 from rosa_kernels.pattern.csr import CompactPlan
@@ -312,3 +313,26 @@ def test_spmm_in_triton_needs_a_plan() -> None:
     positions = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="takes a plan .* given torch.float32 without a plan"):
         rosa_kernels.spmm_add_into(y, x, randn(2, dtype=torch.float32), positions, (4, 4))
+
+
+def test_large_ranks_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 a backward of more than 64 ranks would spill registers."""
+    padded, blocks = [], low_rank_code.backward_launch
+
+    def launch(itemsize: int, rank: int) -> dict[str, int]:
+        padded.append(blocks(itemsize, rank)["RANK"])
+        return blocks(itemsize, rank)
+
+    monkeypatch.setattr(low_rank_code, "backward_launch", launch)
+    probability, seed = 0.25, torch.tensor([5])
+    one = torch.ones(20, 1, dtype=torch.float32, device=DEVICE)
+    factors = torch.zeros(20, 40, device=DEVICE)
+    low_rank.backward(factors, one, factors.clone(), torch.ones_like(factors[:1]), probability, seed)
+    x, A = randn(20, 40, dtype=torch.float32), randn(300, 40, dtype=torch.float32, seed=1)
+    grad_h, grad_x = randn(20, 300, dtype=torch.float32, seed=2), randn(20, 40, dtype=torch.float32, seed=3)
+    more, expected_A = backward_reference(*(tensor.double() for tensor in (grad_h, x, A, factors)))
+    expected_x = grad_x.double() + more
+    grad_A = low_rank.backward(grad_x, grad_h, x, A, probability, seed)
+    assert_rel_close("grad_A", grad_A, expected_A, torch.float32)
+    assert_rel_close("grad_x", grad_x, expected_x, torch.float32)
+    assert padded[1:] == [64] * 5

@@ -35,6 +35,10 @@ def threshold_of(probability: float) -> int:
     return min(round(probability * 2**16), 2**16 - 1)
 
 
+MOST_RANKS = 64
+"""Of one backward in float32: at 128 its threads spill 8 bytes (sm_90), at 256 560, at 512 3,600."""
+
+
 @triton.jit
 def _kept(seed, offs_t, first_m, threshold, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
     """Which entries [BLOCK_T] × [first_m, first_m + BLOCK_M) are not dropped. ``offs_t``: [BLOCK_T, 1]."""
@@ -162,6 +166,9 @@ def launch_backward(
 ) -> Tensor:
     """grad_A (R, M) in float32; adds to ``grad_x_TM`` in place. Inputs are checked, grad_h and A are contiguous."""
     (tokens, features), rank = x_TM.shape, A_RM.shape[0]
+    if x_TM.element_size() == 4 and rank > MOST_RANKS:
+        parts = zip(grad_h_TR.split(MOST_RANKS, dim=1), A_RM.split(MOST_RANKS), strict=True)
+        return torch.cat([launch_backward(grad_x_TM, h.contiguous(), x_TM, A, probability, seed) for h, A in parts])
     launch = backward_launch(x_TM.element_size(), rank)
     block_t = launch["BLOCK_T"]
     blocks = triton.cdiv(features, launch["BLOCK_M"])
@@ -198,8 +205,9 @@ def compiled_as(dtype: str) -> list[Spec]:
     backward |= {"seed": "i64", "threshold": "i32", "num_tokens": "i32", "tokens_per_split": "i32!"}
     backward |= {"features": "i32!", "rank": "i32", "grad_x_stride_t": "i32!", "grad_x_stride_m": "1"}
     backward |= {"x_stride_t": "i32!", "x_stride_m": "1"}
-    ranks = (8, 64)
+    ranks = (8, MOST_RANKS)
+    launches = [{"NEEDS_X": True, **backward_launch(size, rank)} for rank in ranks]
     return [
         *(Spec(down_kernel, down, down_launch(size, rank)) for rank in ranks),
-        *(Spec(low_rank_backward_kernel, backward, {"NEEDS_X": True, **backward_launch(size, rank)}) for rank in ranks),
+        *(Spec(low_rank_backward_kernel, backward, launch) for launch in launches),
     ]
