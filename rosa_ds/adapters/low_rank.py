@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,8 @@ def float32_products() -> Iterator[None]:
     """Float32 products are computed in float32, whatever the process allows: NVIDIA's containers allow TF32, whose ten bits
     are too few for a factorisation or for what a base is changed by.
     """
-    parts = [part for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if _settable(part)]
+    products = (getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn))
+    parts = [part for part in products if hasattr(part, "fp32_precision")]  # the newer settings, since torch 2.9
     before = [part.fp32_precision for part in parts]
     try:
         allowed = torch.get_float32_matmul_precision()
@@ -51,11 +51,6 @@ def float32_products() -> Iterator[None]:
             torch.set_float32_matmul_precision(allowed)
         for part, precision in zip(parts, before, strict=True):
             part.fp32_precision = precision
-
-
-def _settable(part: Any) -> bool:
-    """Whether this torch has the newer settings of a backend's products (since 2.9)."""
-    return hasattr(part, "fp32_precision")
 
 
 @float32_products()
