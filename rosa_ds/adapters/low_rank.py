@@ -32,7 +32,9 @@ def float32_products() -> Iterator[None]:
     """Float32 products are computed in float32, whatever the process allows: NVIDIA's containers allow TF32, whose ten bits
     are too few for a factorisation or for what a base is changed by.
     """
-    products = (getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn))
+    products: Iterator[Any] = (
+        getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)
+    )
     parts = [part for part in products if hasattr(part, "fp32_precision")]  # the newer settings, since torch 2.9
     before = [part.fp32_precision for part in parts]
     try:

@@ -41,6 +41,7 @@ def sanitized(case: Case, base: Path, folder: Path, *options: str) -> list[dict[
     return found
 
 
+NIGHTLY = ("stage 3, draws", "stage 2, divided positions", "stage 0")
 RUNS = {
     "stage 3, checkpointing, accumulation": (STAGE3, ()),
     "stage 3, offload": (STAGE3 | {"offload": "parameters", "checkpointing": "off"}, ()),
@@ -50,7 +51,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(("case", "options"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [pytest.param(*run, id=name, marks=[pytest.mark.nightly] * (name in NIGHTLY)) for name, run in RUNS.items()],
+)
 def test_nothing_is_unordered(case: Case, options: tuple[str, ...], small_base: Path, tmp_path: Path) -> None:
     for rank in sanitized(case, small_base, tmp_path, *options):
         assert rank["findings"] == {}
