@@ -50,4 +50,4 @@ def test_waits_of_a_step(stage: str, small_base: Path, tmp_path: Path) -> None:
     ours = {where: times for where, times in found.items() if where not in of_deepspeed | of_transformers}
     assert ours == {LOSS_COPY: 1, NORM: 1}
     assert sum(of_deepspeed.values()) == {"2": 3, "3": 1}[stage]
-    assert sum(of_transformers.values()) == 2 * int(CASE["accumulation"])
+    assert sum(of_transformers.values()) == int(CASE["accumulation"])  # whether a row holds several sequences
