@@ -28,8 +28,9 @@ from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.prepare import prepare
 from rosa_ds.memory.activation_tracer import Shape
-from rosa_ds.memory.fake_model import ActivationPlan
+from rosa_ds.memory.fake_model import ActivationPlan, with_layers
 from rosa_ds.models.load import load_model
+from rosa_ds.planning.search import Planner
 from rosa_ds.training.model import adapt
 from rosa_ds.training.reach import probe, settle_targets, unreached, uses
 
@@ -223,3 +224,18 @@ def test_a_routers_loss_that_is_left_out_is_told(caplog: pytest.LogCaptureFixtur
     settings = build_config({"method": "full"})
     adapt(model, None, settings, plan_deepspeed({"train_batch_size": 1}, settings, 1, gpu_has_bfloat16=False)[0])
     assert "the routers' auxiliary loss (router_aux_loss_coef) is not part of the loss" in caplog.text
+
+
+def test_kinds_of_layers_that_follow_from_their_number_under_another_name() -> None:
+    """Bamba's ``layer_types`` is another name of a property that cannot be set."""
+    config = config_of(
+        "bamba", **GROUPED | {"num_hidden_layers": 4}, mamba_n_heads=4, mamba_d_head=16, attn_layer_indices=[]
+    )
+    assert len(with_layers(config, 2).layer_types) == 2
+
+
+def test_a_plan_says_that_it_could_not_look(caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of("falcon", **{k: v for k, v in SMALL.items() if k != "intermediate_size"})
+    with caplog.at_level("WARNING"):
+        Planner(build_config({"method": "lora"}), {}, config)
+    assert "which layers the loss depends on is not known" in caplog.text

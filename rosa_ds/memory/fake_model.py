@@ -64,7 +64,8 @@ def with_layers(config: Any, layers: int) -> Any:
     """A copy of a config with as many layers, where all are alike."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    follows = isinstance(getattr(type(config), "layer_types", None), property)  # from the number, as Mamba's
+    own_name = config.attribute_map.get("layer_types", "layer_types")
+    follows = isinstance(getattr(type(config), own_name, None), property)  # from the number, as Mamba's
     if getattr(config, "layer_types", None) and not follows:
         config.layer_types = config.layer_types[:layers]
     return config
