@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from rosa_ds.methods import memory_terms
 from rosa_ds.models.load import read_config
 from rosa_ds.training.reach import settle_targets
 from rosa_ds.zero.engine import settle_zero
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 MAX_MICRO_BATCH = 64
@@ -76,7 +79,13 @@ class Planner:
 
     def __init__(self, settings: RunConfig, deepspeed: Mapping[str, Any], config: Any = None) -> None:
         config = read_config(settings.model) if config is None else config
-        settings, _ = settle_targets(settings, config)
+        settings, traced = settle_targets(settings, config)
+        if not traced:
+            logger.warning(
+                "which layers the loss depends on is not known without numbers for %s: all that are wanted are counted, and a run's "
+                "first pass refuses those that no gradient reaches",
+                config.model_type,
+            )
         _, settled = plan_deepspeed(dict(deepspeed), settings, 1, gpu_has_bfloat16=True)
         self.dtype = getattr(torch, settled.model.dtype)
         self.settings, self.deepspeed = settings, dict(deepspeed)
