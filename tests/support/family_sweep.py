@@ -1,0 +1,431 @@
+"""What holds for a family of models: gradients, merge, export, causality, stage 3's reader, padding, generation.
+
+``python tests/support/family_sweep.py --table docs/families.md`` looks at every family, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import logging
+import multiprocessing
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+import rosa_ds
+from family_shapes import TASKS, VOCABULARY, Family, NotBuiltError, build, families, one_line
+from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.config.command_line import build_config
+from rosa_ds.config.schema import ModelSettings
+from rosa_ds.data.tokenise import Tokens
+from rosa_ds.evaluation.generate import Generation, continuations
+from rosa_ds.models.load import load_model
+from rosa_ds.models.stream import NotStreamableError, allocate, stream_base
+from rosa_ds.models.task import auto_class
+from rosa_ds.training.reach import probe, settle_targets
+
+State = Literal["right", "refused", "transformers", "wrong", "not built"]
+LABELS = ["no", "yes"]
+EXACT, ROUNDED = 1e-5, 2e-3
+"""Relative to the largest number: norms and rotations compute in float32 in a float64 model; float32 models by themselves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a check found. ``refused``: by us, before work; ``transformers``: without us it is so, too."""
+
+    state: State
+    why: str = ""
+
+
+class RefusedError(Exception):
+    """Our own line for what is not done."""
+
+
+class TransformersError(Exception):
+    """What plain transformers does, too."""
+
+
+class Subject:
+    """A small model of a family, and what is made of it."""
+
+    def __init__(self, family: Family, folder: Path) -> None:
+        self.family, self.folder = family, folder
+        self.small = build(family)
+        self._targets: list[str] | None = None
+        self.plain = copy.deepcopy(self.small).double()
+        self.exact = EXACT
+        try:
+            self.logits(self.plain)
+        except Exception:  # a family that has float32 in its code
+            self.plain, self.exact = copy.deepcopy(self.small), ROUNDED
+            try:
+                self.logits(self.plain)
+            except Exception as error:
+                raise NotBuiltError(f"its forward pass of tokens alone fails: {one_line(error)}") from error
+
+    @property
+    def causal(self) -> bool:
+        return self.family.task == "causal-lm"
+
+    def ids(self, length: int = 9, rows: int = 2) -> Tensor:
+        return torch.randint(3, VOCABULARY - 2, (rows, length), generator=torch.Generator().manual_seed(length))
+
+    def logits(self, model: nn.Module, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        ids = self.ids() if ids is None else ids
+        more: dict[str, Any] = {"use_cache": False} if self.causal else {}
+        with torch.no_grad():
+            found: Tensor = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **more
+            ).logits
+        return found
+
+    def targets(self) -> list[str]:
+        """``adapter.target_modules`` as a run settles them."""
+        if self._targets is None:
+            model = {"task": self.family.task} | ({} if self.causal else {"labels": LABELS})
+            try:
+                settings, _ = settle_targets(
+                    build_config({"method": "lora", "model": model, "data": {"max_length": 64}}),
+                    copy.deepcopy(self.plain.config),
+                )
+            except ValueError as error:
+                raise RefusedError(one_line(error)) from error
+            self._targets = settings.adapter.target_modules
+        return self._targets
+
+    def adapted(self, method: str) -> PreTrainedModel:
+        """The model with adapters as a run chooses their layers, all of whose numbers are drawn."""
+        model = copy.deepcopy(self.plain)
+        adapter = {"rank": 2, "density": 0.05, "dropout": 0.0, "target_modules": self.targets()}
+        try:
+            rosa_ds.inject(model, build_config({"method": method, "adapter": adapter}).adapter_config())
+        except ValueError as error:
+            raise RefusedError(one_line(error)) from error
+        draw = torch.Generator().manual_seed(3)
+        layers = adapted_layers(model)
+        sparse = {name: layer for name, layer in layers.items() if layer.entries}
+        positions = {
+            layer.weight_name: torch.randperm(layer.weight_numel, generator=draw)[: layer.entries].sort().values.int()
+            for layer in sparse.values()
+        }
+        if sparse:
+            rosa_ds.set_mask(model, positions)
+        for layer in layers.values():
+            for part in (layer.A, layer.B, layer.values):
+                if part is not None:
+                    part.data = (torch.randn(part.shape, generator=draw) * 0.1).to(layer.weight.dtype)
+        return model
+
+
+def differ(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Raise AssertionError unless two tensors are equal, relative to the largest number."""
+    assert found.shape == expected.shape, f"{what}: shapes {tuple(found.shape)} and {tuple(expected.shape)}"
+    off = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-6)
+    assert off <= tolerance, f"{what} off by {off:.2g}"
+
+
+def check_gradients(subject: Subject) -> None:
+    """The adapters' gradients are those of ``W + scale B A + S`` as dense autograd has them."""
+    for method in ("lora", "robust"):
+        model = subject.adapted(method)
+        leaves: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        for name, layer in adapted_layers(model).items():
+            assert layer.A is not None
+            assert layer.B is not None
+            parts = {"A": layer.A, "B": layer.B} | ({} if layer.values is None else {"values": layer.values})
+            own = {part: tensor.detach().clone().requires_grad_() for part, tensor in parts.items()}
+            leaves |= {f"{name}.{part}": tensor for part, tensor in own.items()}
+            low_rank = layer.scale * own["B"] @ own["A"]
+            weight = layer.weight.detach() + (low_rank.T if layer.transposed else low_rank)
+            if layer.positions is not None:
+                flat = torch.zeros(weight.numel(), dtype=weight.dtype)
+                weight = weight + flat.index_add(0, layer.positions.long(), own["values"]).view_as(weight)
+            weights[f"{name}.weight"] = weight
+        ids = subject.ids()
+        more = {"attention_mask": torch.ones_like(ids)} | ({"use_cache": False} if subject.causal else {})
+        found, expected = (
+            model(input_ids=ids, **more).logits,
+            torch.func.functional_call(subject.plain, weights, kwargs={"input_ids": ids, **more}).logits,
+        )
+        differ(found.detach(), expected.detach(), subject.exact, f"{method}: logits")
+        toward = torch.randn(found.shape, generator=torch.Generator().manual_seed(5)).to(found.dtype)
+        (found * toward).sum().backward()
+        (expected * toward).sum().backward()
+        trained = dict(model.named_parameters())
+        largest = max(float(leaf.grad.abs().max()) for leaf in leaves.values() if leaf.grad is not None)
+        for name, leaf in leaves.items():
+            ours = trained[name].grad
+            ours, dense = (torch.zeros_like(leaf) if grad is None else grad for grad in (ours, leaf.grad))
+            off = float((ours - dense).abs().max()) / largest
+            assert off <= subject.exact, f"{method}: the gradient of {name} is off by {off:.2g}"
+            assert dense.any() or "expert" in name, f"{method}: no gradient reaches {name}"
+
+
+def check_merge(subject: Subject) -> None:
+    """The merged model says what the adapted one says."""
+    model = subject.adapted("robust")
+    before = subject.logits(model)
+    rosa_ds.merge(model)
+    differ(subject.logits(model), before, max(subject.exact, EXACT), "logits")
+
+
+def check_export(subject: Subject) -> None:
+    """The merged model, saved and loaded by transformers, says the same."""
+    model = subject.adapted("robust")
+    rosa_ds.merge(model)
+    model.save_pretrained(subject.folder / "merged")
+    again = auto_class(subject.family.task).from_pretrained(subject.folder / "merged", dtype=model.dtype).eval()
+    differ(subject.logits(again), subject.logits(model), subject.exact, "logits")
+
+
+def check_causal(subject: Subject) -> None:
+    """A language model that sees the future is refused before the first step, and no other one is."""
+    if not subject.causal:
+        return
+    ids = subject.ids(16, 1)
+    other = ids.clone()
+    other[0, -1] = 1 + ids[0, -1]
+    one, two = (subject.logits(subject.plain, rows)[:, :-1] for rows in (ids, other))
+    sees = not torch.allclose(one, two, rtol=0, atol=1e-4 * float(one.std()))
+    tokens = Tokens([*ids[0].tolist()] * 2, [True] * 32)
+    data: Any = SimpleNamespace(lengths=np.array([32]), tokens=lambda _: tokens)
+    model = subject.adapted("lora")
+    refusal = None
+    try:
+        probe(model, model, data, 0, traced=True)
+    except ValueError as error:
+        refusal = error
+    if refusal is not None:
+        assert sees, f"refused, and does not see the future: {refusal}"
+        raise RefusedError(one_line(refusal)) from refusal
+    assert not sees, "sees the future, and is not refused"
+
+
+def check_reader(subject: Subject) -> None:
+    """Stage 3's reader gives parameters, buffers and logits of the loading of stages 0 to 2, in three types."""
+    folder = subject.folder / "base"
+    subject.small.save_pretrained(folder, save_original_format=False)
+    settings = ModelSettings(
+        name_or_path=str(folder), task=subject.family.task, labels=[] if subject.causal else LABELS
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        try:
+            expected = load_model(settings, dtype)
+            model, base = stream_base(settings, dtype)
+        except (ValueError, NotStreamableError) as error:
+            raise RefusedError(one_line(error)) from error
+        allocate(model, base.fill, torch.device("cpu"))
+        base.close()
+        for kind in ("parameters", "buffers"):
+            ours, theirs = (dict(getattr(m, f"named_{kind}")()) for m in (model, expected))
+            assert ours.keys() == theirs.keys(), f"{dtype}: {kind} {sorted(ours.keys() ^ theirs.keys())[:2]}"
+            for name, tensor in ours.items():
+                assert tensor.dtype == theirs[name].dtype, f"{name} is {tensor.dtype}, not {theirs[name].dtype}"
+                same = torch.equal(tensor.nan_to_num(), theirs[name].nan_to_num())
+                assert same, f"{dtype}: {name} differs"
+        try:
+            logits = subject.logits(expected)
+        except Exception as error:
+            raise TransformersError(f"no forward pass in {dtype}: {one_line(error)}") from error
+        differ(subject.logits(model).float(), logits.float(), 0.0, f"{dtype}: logits")
+
+
+def check_padding(subject: Subject) -> None:
+    """Padding on the right does not change what is said of real tokens."""
+
+    def off(model: nn.Module) -> float:
+        ids = subject.ids()
+        alone = subject.logits(model, ids)
+        longer = nn.functional.pad(ids, (0, 5), value=0)
+        padded = subject.logits(model, longer, (torch.arange(14) < 9).long().expand(2, -1))
+        padded = padded[:, :9] if subject.causal else padded
+        return float((padded - alone).abs().max() / alone.abs().max())
+
+    if (found := off(subject.adapted("robust"))) > (tolerance := 10 * subject.exact):
+        if (theirs := off(subject.plain)) > tolerance:
+            raise TransformersError(f"logits off by {theirs:.2g} without an adapter, too")
+        raise AssertionError(f"logits off by {found:.2g}")
+
+
+def check_generation(subject: Subject) -> None:
+    """Rows that are padded on the left in a batch go on as they do alone, greedily."""
+    if not subject.causal:
+        return
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=None, chat_template=None)
+    prompts = [subject.ids(length, 1)[0].tolist() for length in (5, 9)]
+
+    def ours(model: PreTrainedModel, batch_size: int) -> list[list[int]]:
+        return continuations(model, tokenizer, prompts, Generation(batch_size=batch_size, max_new_tokens=6))
+
+    def theirs(rows: list[list[int]]) -> list[list[int]]:
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        how = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+        subject.plain.generation_config = GenerationConfig()
+        with torch.no_grad():
+            return subject.plain.generate(ids, attention_mask=mask, generation_config=how)[:, longest:].tolist()
+
+    try:
+        alone, together = ours(subject.plain, 1), ours(subject.plain, 2)
+    except Exception as error:
+        try:
+            theirs(prompts)
+        except Exception as plain:
+            raise TransformersError(one_line(plain)) from plain
+        raise AssertionError(one_line(error)) from error
+    if alone != together:
+        if [theirs([row])[0] for row in prompts] != theirs(prompts):
+            raise TransformersError("a batch padded on the left goes on in another way than its rows alone")
+        raise AssertionError("a batch goes on in another way than its rows alone")
+
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    "gradients": check_gradients,
+    "merge": check_merge,
+    "export": check_export,
+    "causal": check_causal,
+    "stage 3": check_reader,
+    "padding": check_padding,
+    "generation": check_generation,
+}
+
+
+def sweep(family: Family) -> dict[str, Outcome]:
+    """What each check finds of a family; ``{"built": ...}`` alone for one that is not built."""
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        try:
+            subject = Subject(family, Path(folder))
+        except NotBuiltError as error:
+            return {"built": Outcome("not built", str(error))}
+        return {name: _outcome(check, subject) for name, check in CHECKS.items()}
+
+
+def _outcome(check: Callable[[Subject], None], subject: Subject) -> Outcome:
+    try:
+        check(subject)
+    except RefusedError as error:
+        return Outcome("refused", str(error))
+    except TransformersError as error:
+        return Outcome("transformers", str(error))
+    except AssertionError as error:
+        return Outcome("wrong", " ".join(str(error).split())[:200] or "an assertion")
+    except Exception as error:  # a traceback is no refusal
+        return Outcome("wrong", one_line(error))
+    return Outcome("right")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what models of random sizes make transformers say."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def sweep_apart(family: Family, seconds: float) -> dict[str, Outcome]:
+    """:func:`sweep` in a process of its own, which ends after some seconds."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(sweep(family)))
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            return {"built": Outcome("not built", f"not done in {seconds:.0f} s")}
+        found: dict[str, Outcome] = receiver.recv()
+        return found
+    except EOFError:
+        return {"built": Outcome("wrong", "its process died")}
+    finally:
+        child.kill()
+        child.join()
+
+
+def table(found: dict[Family, dict[str, Outcome]], wanted: int, seconds: float) -> str:
+    """The documentation's table of families, in Markdown."""
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    lines = [
+        "# Families of models",
+        "",
+        f"Made by `python tests/support/family_sweep.py --table docs/families.md` with {versions}, in {seconds / 60:.1f} minutes.",
+        "Families of the installed transformers are built small, with random weights, and looked at on the CPU.",
+        f"Looked at are {len(found)} of {wanted}.",
+        "",
+        "`right`: it holds. `refused`: one line says so before work is done. `transformers`: plain transformers does so, too.",
+        "`wrong`: a defect. `not built`: there is no small model of it here, and nothing is known.",
+        "",
+        *(f"- **{name}**: {' '.join((check.__doc__ or '').split())}" for name, check in CHECKS.items()),
+        "",
+    ]
+    for task in dict.fromkeys(family.task for family in found):
+        mine = {family: outcomes for family, outcomes in found.items() if family.task == task}
+        counts = {state: sum(worst(o) == state for o in mine.values()) for state in _ORDER}
+        lines += [f"## {task}", "", ", ".join(f"{count} {state}" for state, count in counts.items()) + "."]
+        lines += ["", "| family | " + " | ".join(CHECKS) + " | why |", "|---" * (len(CHECKS) + 2) + "|"]
+        for family, outcomes in sorted(mine.items(), key=lambda item: item[0].name):
+            cells = [outcomes.get(name, outcomes.get("built", Outcome("right"))).state for name in CHECKS]
+            reasons = dict.fromkeys(f"{name}: {o.why}" for name, o in outcomes.items() if o.why)
+            lines.append(f"| {family.name} | {' | '.join(cells)} | {'; '.join(reasons).replace('|', '/')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_ORDER: tuple[State, ...] = ("wrong", "refused", "transformers", "not built", "right")
+
+
+def worst(outcomes: dict[str, Outcome]) -> State:
+    """The first of wrong, refused, transformers, not built and right that a family's checks have."""
+    return next(state for state in _ORDER if any(outcome.state == state for outcome in outcomes.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="families; all by default")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--table", type=Path, help="file to write")
+    parser.add_argument("--workers", type=int, default=1, help="families at once")
+    parser.add_argument("--seconds", type=float, default=60, help="most for a family")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    begun = time.monotonic()
+    found = {}
+    wanted = [f for task in given.tasks for f in families(task) if not given.names or f.name in given.names]
+    with ThreadPoolExecutor(given.workers) as pool:
+        waiting = {pool.submit(sweep_apart, family, given.seconds): family for family in wanted}
+        for done in as_completed(waiting):
+            family = waiting[done]
+            found[family] = done.result()
+            said = "; ".join(f"{name} {o.state} {o.why}" for name, o in found[family].items() if o.state != "right")
+            sys.stdout.write(f"{family}: {worst(found[family])} at {time.monotonic() - begun:.0f} s. {said}\n")
+            sys.stdout.flush()
+            if given.table:
+                given.table.parent.mkdir(parents=True, exist_ok=True)
+                given.table.write_text(table(found, len(wanted), time.monotonic() - begun))
+
+
+if __name__ == "__main__":
+    main()
