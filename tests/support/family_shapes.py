@@ -65,6 +65,7 @@ def build(family: Family) -> PreTrainedModel:
     """A small model with random weights from one seed, float32, in evaluation mode. Raises: NotBuiltError."""
     try:
         config = _shrink(AutoConfig.for_model(family.name))
+        type(config).from_dict(config.to_dict())  # else its sizes contradict each other, and no file of it can be read
         with parameters_on_meta():
             numel = sum(
                 p.numel() for p in auto_class(family.task).from_config(config, dtype=torch.float32).parameters()
