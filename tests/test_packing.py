@@ -95,8 +95,14 @@ def test_examples_of_several_sequences() -> None:
             assert sorted(chosen) == sorted(rows) == sorted(tokens.step_sequences(step))
             seen += chosen
         assert sorted(seen) == list(range(6))
-    largest = max(tokens.step_sequences(step).size and lengths[tokens.step_sequences(step)].sum() for step in (0, 1))
-    assert 0 < lengths[tokens.largest_micro_batch()].sum() <= largest
+
+
+def test_the_largest_micro_batch() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 64)
+    lengths[11] = 700  # longer than any step's share of a rank
+    plan = BatchPlan(lengths, np.arange(65), (Part("rows", 0, 64, 64),), 8, 2, 2, seed=1, batching="tokens")
+    every = [lengths[b].sum() for step in range(8) for b in plan.micro_batches(step, 0)]
+    assert lengths[plan.largest_micro_batch()].sum() == max(every) == 700
 
 
 def test_packed_targets_stop_at_the_end_of_a_sequence() -> None:

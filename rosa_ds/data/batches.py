@@ -89,11 +89,17 @@ class BatchPlan:
         return list(places.reshape(-1, self.world_size, rows)[:, rank])
 
     def largest_micro_batch(self) -> NDArray[np.int64]:
-        """The sequences of the first rank's first micro-batch of the first epoch's step with most tokens."""
+        """The sequences of the first rank's largest micro-batch, in the first epoch's step with most tokens or that with the
+        longest sequence.
+        """
         epoch = epoch_order(self.parts, self.seed, 0)
-        tokens = np.add.reduceat(self.lengths, self.firsts[:-1])[epoch]
-        of_steps = np.add.reduceat(tokens, np.arange(0, len(tokens), self.batch_size))
-        return self.micro_batches(int(of_steps.argmax()), 0)[0]
+        begins = np.arange(0, len(epoch), self.batch_size)
+        steps = {
+            int(over.reduceat(over.reduceat(self.lengths, self.firsts[:-1])[epoch], begins).argmax())
+            for over in (np.add, np.maximum)
+        }
+        batches = [batch for step in sorted(steps) for batch in self.micro_batches(step, 0)]
+        return max(batches, key=lambda batch: int(self.lengths[batch].sum()))
 
 
 def sequences_of(firsts: NDArray[np.int64], examples: NDArray[np.int64]) -> NDArray[np.int64]:
