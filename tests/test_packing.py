@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,14 @@ from transformers import (
 
 import rosa_ds
 from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.config.command_line import build_config
+from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import IGNORE, Batch, BatchPlan, Part, collate, deal, pack, sequences_of
 from rosa_ds.data.prepare import prepare
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.models.loss import batch_logits
-from rosa_ds.training.packing import keeps_sequences_apart
+from rosa_ds.training.packing import keeps_sequences_apart, plan_batches
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -103,6 +107,30 @@ def test_the_largest_micro_batch() -> None:
     plan = BatchPlan(lengths, np.arange(65), (Part("rows", 0, 64, 64),), 8, 2, 2, seed=1, batching="tokens")
     every = [lengths[b].sum() for step in range(8) for b in plan.micro_batches(step, 0)]
     assert lengths[plan.largest_micro_batch()].sum() == max(every) == 700
+
+
+@pytest.mark.parametrize(
+    ("width", "attention", "expected"),
+    [(4096, "sdpa", "tokens"), (16, "sdpa", "sorted"), (16, "flash_attention_2", "tokens")],
+)
+def test_packing_where_it_takes_fewer_operations(
+    width: int, attention: str, expected: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Attention computes every pair of a row's tokens, unless it is flash-attention; the products grow with the width's square."""
+    rows = [{"text": "select " * length} for length in (2, 9, 40, 3, 5, 60, 8, 4) * 4]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = prepare(str(tmp_path / "rows.jsonl"), "train", tokenizer, DataSettings())
+    config = LlamaConfig(**SIZES | {"hidden_size": width})
+    config._attn_implementation = attention
+
+    def batching(**given: Any) -> str:
+        plan, settings = plan_deepspeed({"train_batch_size": 16}, build_config(given), 1, gpu_has_bfloat16=False)
+        return plan_batches(data, settings, plan, 1, config).batching
+
+    assert batching() == expected
+    assert batching(data={"batching": "tokens"}) == "tokens"
+    assert batching(data={"batching": "random"}) == "random"
+    assert batching(model={"task": "classification"}) == "sorted"
 
 
 def test_packed_targets_stop_at_the_end_of_a_sequence() -> None:

@@ -148,26 +148,25 @@ def test_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path) -> No
 PERSIST = "--ds.zero_optimization.stage3_param_persistence_threshold"
 REUSE = "--ds.zero_optimization.stage3_max_reuse_distance"
 OVERLAP = "--ds.zero_optimization.overlap_comm"
+PACKED = ("--data.batching", "tokens")
 SPLITS: dict[str, tuple[int, int | str, tuple[str, ...]]] = {
-    "1 rank, 4 micro-batches, stage 0": (1, 0, ()),
-    "2 ranks, 2 micro-batches, stage 1": (2, 1, ()),
+    "1 rank, 4 micro-batches, stage 0": (1, 0, ("--data.batching", "sorted")),
+    "2 ranks, 2 micro-batches, stage 1": (2, 1, PACKED),
     "4 ranks, 1 micro-batch, stage 2": (4, 2, ()),
-    "2 ranks, stage 2, positions partitioned": (2, 2, ("--adapter.partition_positions", "true")),
+    "2 ranks, stage 2, positions partitioned": (2, 2, ("--adapter.partition_positions", "true", *PACKED)),
     "2 ranks, stage 2, positions partitioned, checkpointing": (
         2,
         2,
         ("--adapter.partition_positions", "true", "--training.gradient_checkpointing", "true"),
     ),
-    "1 rank, stage 3": (1, 3, ()),
-    "2 ranks, stage 3, DeepSpeed's own persistence": (2, 3, (PERSIST, "100000")),
+    "1 rank, stage 3": (1, 3, ("--data.batching", "random")),
+    "2 ranks, stage 3, DeepSpeed's own persistence": (2, 3, (PERSIST, "100000", *PACKED)),
     "4 ranks, stage 3, nothing persists, no reuse, no overlap": (4, 3, (PERSIST, "0", REUSE, "0", OVERLAP, "false")),
     "2 ranks, stage 3, offload, checkpointing": (
         2,
         "3_offload",
-        (PERSIST, "0", "--training.gradient_checkpointing", "true"),
+        (PERSIST, "0", "--training.gradient_checkpointing", "true", *PACKED),
     ),
-    "1 rank, padded rows": (1, 0, ("--data.batching", "sorted")),
-    "2 ranks, stage 3, padded rows": (2, 3, ("--data.batching", "random")),
     "2 ranks, stage 3, reentrant checkpointing": (2, 3, ("--training.gradient_checkpointing", "reentrant")),
     "2 ranks, stage 2, DeepSpeed's checkpointing": (2, 2, ("--ds.activation_checkpointing.profile", "true")),
     "2 ranks, stage 3, DeepSpeed's checkpointing, on the host": (
@@ -193,7 +192,7 @@ def one_batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on one rank with a single micro-batch a step, without padding."""
     folder = tmp_path_factory.mktemp("one")
     size = ("--ds.train_micro_batch_size_per_gpu", "16")
-    run("fork", 1, TRAIN, *zero(0), *NO_DROPOUT, *size, cwd=folder)
+    run("fork", 1, TRAIN, *zero(0), *NO_DROPOUT, *size, *PACKED, cwd=folder)
     return folder / "runs" / "default"
 
 

@@ -244,8 +244,8 @@ class DataSettings(Section):
     """Which of a chat's assistant turns are trained, but for those whose message says weight, train or loss_mask 0 or false."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes that tokenise, on the first rank of each node. null: the node's cores divided by its ranks."""
-    batching: Literal["tokens", "sorted", "random"] = "tokens"
-    """How the examples of one optimizer step become micro-batches. tokens: without padding, as many tokens for each rank, the sequences one behind the other; a model that does not keep them apart, as a test at the start finds, and a classifier get sorted ones. sorted: padded rows of similar length. random: padded rows in drawn order."""
+    batching: Literal["auto", "tokens", "sorted", "random"] = "auto"
+    """How the examples of one optimizer step become micro-batches. tokens: without padding, as many tokens for each rank, the sequences one behind the other in a row; a model that does not keep them apart, as a test at the start finds, and a classifier get sorted ones. sorted: padded rows of similar length. random: padded rows in drawn order. auto: tokens where that takes fewer operations than sorted (attention without flash-attention computes every pair of a row's tokens)."""
 
     @field_validator("train", "eval", mode="before")
     @classmethod

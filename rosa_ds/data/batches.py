@@ -60,6 +60,11 @@ class BatchPlan:
     batching: Batching
 
     @property
+    def packed(self) -> bool:
+        """Whether a micro-batch is one row of sequences, without padding."""
+        return self.batching == "tokens"
+
+    @property
     def steps_per_epoch(self) -> int:
         return -(-sum(part.taken for part in self.parts) // self.batch_size)
 
@@ -76,17 +81,21 @@ class BatchPlan:
         return chosen if self.batching == "random" else chosen[np.argsort(-self.lengths[chosen], kind="stable")]
 
     def micro_batches(self, step: int, rank: int) -> list[NDArray[np.int64]]:
-        """The sequences of each of this rank's micro-batches of a step, of which padded ones are filled up with -1."""
+        """The sequences of each of a rank's micro-batches of a step, of which padded ones are filled up with -1."""
+        return [of_ranks[rank] for of_ranks in self.of_all_ranks(step)]
+
+    def of_all_ranks(self, step: int) -> list[list[NDArray[np.int64]]]:
+        """The sequences of a step by micro-batch and rank."""
         sequences = self.step_sequences(step)
-        if self.batching == "tokens":
+        if self.packed:
             dealt = deal(self.lengths[sequences], self.world_size, self.accumulation_steps)
-            return [sequences[bins[rank]] for bins in dealt]
+            return [[sequences[chosen] for chosen in bins] for bins in dealt]
         # neighbours go to all ranks at once, so that ranks wait little for each other
         at_once = self.world_size * self.accumulation_steps
         rows = max(self.micro_batch_size, -(-len(sequences) // at_once))
         places = np.full(at_once * rows, PADDING_ROW, dtype=np.int64)
         places[: len(sequences)] = sequences
-        return list(places.reshape(-1, self.world_size, rows)[:, rank])
+        return [list(of_ranks) for of_ranks in places.reshape(-1, self.world_size, rows)]
 
     def largest_micro_batch(self) -> NDArray[np.int64]:
         """The sequences of the first rank's largest micro-batch, in the first epoch's step with most tokens or that with the

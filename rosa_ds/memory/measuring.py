@@ -130,7 +130,7 @@ def shape_of(batch: Batch) -> Shape:
 
 def largest(data: TokenSet, batches: BatchPlan, pad_id: int) -> Shape:
     """The shape of the largest micro-batch: of the longest sequences, or without padding of the step with most tokens."""
-    if batches.batching == "tokens":
+    if batches.packed:
         return shape_of(data.batch(batches.largest_micro_batch(), pad_id, packed=True))
     rows = len(batches.micro_batches(0, 0)[0])
     return shape_of(data.batch(np.argsort(-data.lengths, kind="stable")[:rows], pad_id))

@@ -23,8 +23,9 @@ from rosa_ds.models.stream import build_on_meta
 from rosa_ds.planning.search import GIB, Planner
 from rosa_ds.training.init_adapter import begin_from
 from rosa_ds.training.model import check_readable
+from rosa_ds.training.packing import plan_batches
 from rosa_ds.training.schedule import Schedule
-from rosa_ds.training.settle import build_schedule, plan_batches, settle, warn_of
+from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def dry_run(command: CommandLine, ranks: int) -> None:
         tokenizer = load_tokenizer(settings.model, settings.data)
         _, data, eval_data = prepare_data(settings, tokenizer)
         check_readable(planner.model, tokenizer, data, eval_data)
-        shape = largest(data, plan_batches(data, settings, plan, ranks), tokenizer.pad_token_id)
+        shape = largest(data, plan_batches(data, settings, plan, ranks, planner.model.config), tokenizer.pad_token_id)
     except ValueError as error:
         problem = error
         logger.warning("tokenizer or data would end the run; the plan is for rows of %d tokens", shape.length)

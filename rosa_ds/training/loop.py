@@ -187,10 +187,10 @@ class Loop:
         scale = run.state.loss_scale()
         run.engine.train()
         nll = torch.zeros((), dtype=torch.float64, device=run.engine.device)
-        micro_batches, packed = run.batches.micro_batches(step.data_step, rank), run.batches.batching == "tokens"
+        micro_batches = run.batches.micro_batches(step.data_step, rank)
         for number, micro in enumerate(micro_batches, start=1):
             distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number}")
-            batch = run.data.batch(micro, run.pad_id, packed)
+            batch = run.data.batch(micro, run.pad_id, run.batches.packed)
             with self._measurement.forward(batch, number) if self._measurement else contextlib.nullcontext():
                 loss_sum = token_loss_sum(run.engine, batch, run.engine.device)
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.

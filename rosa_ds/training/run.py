@@ -38,9 +38,9 @@ from rosa_ds.training.interrupt import Interruption
 from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
-from rosa_ds.training.packing import keeps_sequences_apart
+from rosa_ds.training.packing import keeps_sequences_apart, plan_batches
 from rosa_ds.training.reach import probe, settle_targets
-from rosa_ds.training.settle import build_schedule, plan_batches, settle, warn_of
+from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
 from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.files import move_aside, write_json, written_folder
@@ -128,7 +128,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
             check_resumable(saved, identity)
 
     # The schedule, and before DeepSpeed takes the parameters what a restart puts back; then the engine.
-    batches = plan_batches(data, settings, plan, distributed.world_size())
+    batches = plan_batches(data, settings, plan, distributed.world_size(), model.config)
     schedule = build_schedule(settings, batches.steps_per_epoch)
     methods = build_methods(model, settings, schedule)
     restarts = schedule.restart and schedule.mask_steps > 0
@@ -141,7 +141,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
     calls = probe(engine, model, data, pad_id, traced)
-    if batches.batching == "tokens" and not keeps_sequences_apart(engine, data):
+    if batches.packed and not keeps_sequences_apart(engine, data):
         batches = dataclasses.replace(batches, batching="sorted")
     forget_order(engine)
 

@@ -8,8 +8,6 @@ from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.deepspeed import DeepSpeedPlan, check_packages, plan_deepspeed
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.config.unused import settings_without_effect
-from rosa_ds.data.batches import BatchPlan
-from rosa_ds.data.prepare import TokenSet
 from rosa_ds.training.schedule import Schedule
 from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 from rosa_ds.zero.schema import check_by_deepspeed
@@ -39,21 +37,6 @@ def warn_of(settings: RunConfig) -> None:
             settings.method,
             extra=SAME_ON_ALL_RANKS,
         )
-
-
-def plan_batches(data: TokenSet, settings: RunConfig, plan: DeepSpeedPlan, ranks: int) -> BatchPlan:
-    """How the steps' examples become micro-batches; those of a classifier are always padded."""
-    wanted = settings.data.batching
-    return BatchPlan(
-        lengths=data.lengths,
-        firsts=data.firsts,
-        parts=data.parts,
-        batch_size=plan.batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        world_size=ranks,
-        seed=settings.training.seed,
-        batching="sorted" if wanted == "tokens" and settings.model.task == "classification" else wanted,
-    )
 
 
 def build_schedule(settings: RunConfig, steps_per_epoch: int) -> Schedule:

@@ -22,9 +22,10 @@ CASE: Case = {
 }
 
 
-def waits_of_a_step(case: Case, base: Path, folder: Path) -> dict[str, int]:
+def waits_of_a_step(case: Case, batching: str, base: Path, folder: Path) -> dict[str, int]:
     """What and where -> how often, in the third step of a run on its first rank."""
     given = [*words(case), "--model.name_or_path", str(base), "--training.output_dir", str(folder / "run")]
+    given += ["--data.batching", batching]
     variables = {"ROSA_KERNELS": "torch"}
     file = str(folder / "waits")
     run("device", int(case["ranks"]), "--waits", file, TRAIN, *given, cwd=folder, timeout=100, variables=variables)
@@ -39,10 +40,10 @@ NORM = "the host needs the result of _local_scalar_dense: training/loop.py:_trai
 MASK = "transformers/masking_utils.py"
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_waits_of_a_step(stage: str, small_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "batching", "masks"), [("2", "tokens", 1), ("3", "sorted", 2)])
+def test_waits_of_a_step(stage: str, batching: str, masks: int, small_base: Path, tmp_path: Path) -> None:
     """Ours: the loss before the optimizer's step, and the gradients' norm after it; none for a micro-batch."""
-    found = waits_of_a_step(CASE | {"stage": stage}, small_base, tmp_path)
+    found = waits_of_a_step(CASE | {"stage": stage}, batching, small_base, tmp_path)
     of_deepspeed = {
         where: times for where, times in found.items() if "runtime/utils.py" in where or "zero/stage" in where
     }
@@ -50,4 +51,4 @@ def test_waits_of_a_step(stage: str, small_base: Path, tmp_path: Path) -> None:
     ours = {where: times for where, times in found.items() if where not in of_deepspeed | of_transformers}
     assert ours == {LOSS_COPY: 1, NORM: 1}
     assert sum(of_deepspeed.values()) == {"2": 3, "3": 1}[stage]
-    assert sum(of_transformers.values()) == int(CASE["accumulation"])  # whether a row holds several sequences
+    assert sum(of_transformers.values()) == masks * int(CASE["accumulation"])
