@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,8 +188,10 @@ def test_a_torch_that_is_too_old_for_gpus_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
     (finding,) = doctor.accelerators()
     assert finding.advice == "GPUs need torch 2.8 or newer, installed is 2.7.1+cu126: pip install 'torch>=2.8'"
+    before = dict(os.environ)
     with pytest.raises(ValueError, match="GPUs need torch 2.8 or newer"):
         zero.initialize()
+    assert dict(os.environ) == before  # which later processes would have
     monkeypatch.setattr(torch, "__version__", "2.10.0")
     assert list(doctor.accelerators()) == []
 

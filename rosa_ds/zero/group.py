@@ -40,6 +40,8 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     """
     import deepspeed  # slow, and needed by nobody who only imports this module
 
+    if problem := torch_for_gpus():
+        raise ValueError(problem)
     join_slurm_step()
     check_ranks()
     distributed.on_leave(_remove_shared_buffer)
@@ -48,8 +50,6 @@ def initialize(timeout_minutes: float = 30.0) -> None:
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
         )
     os.environ.setdefault("LOCAL_RANK", "0")
-    if problem := torch_for_gpus():
-        raise ValueError(problem)
     if torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         # all ranks of a host end, not only those without a GPU
