@@ -28,7 +28,7 @@ from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.prepare import prepare
 from rosa_ds.memory.activation_tracer import Shape
-from rosa_ds.memory.fake_model import ActivationPlan, with_layers
+from rosa_ds.memory.fake_model import ActivationPlan, alike_layers, with_layers
 from rosa_ds.models.load import load_model
 from rosa_ds.planning.search import Planner
 from rosa_ds.training.model import adapt
@@ -239,3 +239,12 @@ def test_a_plan_says_that_it_could_not_look(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level("WARNING"):
         Planner(build_config({"method": "lora"}), {}, config)
     assert "which layers the loss depends on is not known" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["prophetnet", "longformer", "funnel"])
+def test_layers_that_say_something_each_are_not_taken_for_alike(kind: str) -> None:
+    """A window for each layer (Longformer), and numbers of layers that cannot be set (ProphetNet, Funnel)."""
+    config = AutoConfig.for_model(kind)
+    if kind == "longformer":
+        config.attention_window = [64] * config.num_hidden_layers
+    assert alike_layers(config) is None

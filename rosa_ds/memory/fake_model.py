@@ -57,6 +57,13 @@ def alike_layers(config: Any) -> int | None:
     depth = getattr(config, "num_hidden_layers", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     uneven = any(getattr(config, name, None) for name in ("mlp_only_layers", "first_k_dense_replace", "sub_configs"))
+    uneven |= any(
+        isinstance(value, list) and len(value) == depth for name, value in vars(config).items() if name != "layer_types"
+    )
+    try:
+        copy.deepcopy(config).num_hidden_layers = MORE
+    except NotImplementedError:  # it has a number for each of its parts
+        return None
     return depth if isinstance(depth, int) and depth > MORE and len(kinds) < 2 and not uneven else None
 
 

@@ -267,7 +267,7 @@ def check_reader(subject: Subject) -> str:
         except Exception as error:
             raise TransformersError(f"no forward pass in {dtype}: {one_line(error)}") from error
         if not any(parameter.dtype != dtype for parameter in expected.parameters()):
-            differ(subject.logits(model).float(), logits.float(), 0.0, f"{dtype}: logits")
+            differ(subject.logits(model).float(), logits.float(), 1e-6, f"{dtype}: logits")
     return ""
 
 
