@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Of the logits' standard deviation: more than the order of a sum makes of it, less than a token that is seen."""
+
+
+def rounding_of(logits: Tensor) -> float:
+    """How far logits of a model may lie from those that the same numbers give in another order of sums."""
+    return _ROUNDING.get(logits.dtype, 1e-4) * float(logits.float().std())
 
 
 def is_finite(tensor: Tensor) -> bool:

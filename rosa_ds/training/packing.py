@@ -22,7 +22,7 @@ from rosa_ds.config.deepspeed import DeepSpeedPlan
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import PADDING_ROW, Batch, BatchPlan
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.models.checks import ROUNDING
+from rosa_ds.models.checks import rounding_of
 from rosa_ds.models.loss import batch_logits
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def keeps_sequences_apart(engine: Any, data: TokenSet) -> bool:
     ids = data.sequence(int(data.lengths.argmax())).ids[:_LENGTH]
     engine.eval()
     alone, behind, behind_other = (_first_logits(engine, before, ids) for before in ([], ids, ids[::-1]))
-    rounding = ROUNDING.get(alone.dtype, 1e-4) * float(alone.float().std())
+    rounding = rounding_of(alone)
     if _distances(behind, behind_other).max() > rounding:
         return _refused("what is said of a sequence depends on the one before it")
     # the median: elsewhere another order of sums may choose other experts

@@ -26,7 +26,7 @@ from rosa_ds.data.prepare import TokenSet
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.memory.activation_tracer import NOT_TRACED, Shape, running, without_numbers
 from rosa_ds.memory.fake_model import MORE, alike_layers, with_layers, with_padding
-from rosa_ds.models.checks import ROUNDING
+from rosa_ds.models.checks import rounding_of
 from rosa_ds.models.load import read_config
 from rosa_ds.models.loss import batch_logits, loss_of
 from rosa_ds.models.stream import build_on_meta
@@ -212,7 +212,7 @@ def _short_batch(data: TokenSet, pad_id: int) -> Batch:
 def _check_causal(model: PreTrainedModel, logits: Tensor) -> None:
     """Raise ValueError if what is said before the last token depends on it. Shapes: logits (2, K, V) of the K positions before it."""
     wide = logits.float()
-    if float((wide[0] - wide[1]).abs().max()) > ROUNDING.get(logits.dtype, 1e-4) * float(wide.std()):
+    if float((wide[0] - wide[1]).abs().max()) > rounding_of(logits):
         raise ValueError(
             f"{type(model).__name__} sees the tokens that it is to predict (another last token changes what it says before it): it "
             "is no language model that continues a text; encoders have a setting such as is_decoder in config.json, or use "
