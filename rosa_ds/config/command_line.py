@@ -92,9 +92,8 @@ class _SplitArguments:
         kind = setting_types().get(name)
         if kind == list[str]:
             self.lists[name] = read_list(f"--{name}", text)
-        elif any(
-            get_origin(choice) is list for choice in get_args(kind)
-        ):  # a text or a list, which is JSON; pydantic-settings would collect what is given twice
+        elif any(get_origin(choice) is list for choice in get_args(kind)):
+            # a text or a list, which is JSON; pydantic-settings would collect what is given twice
             self.lists[name] = None if text == "none" and type(None) in get_args(kind) else text
         else:
             self.ours += _as_arguments(f"--{name}", text)

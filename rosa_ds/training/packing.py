@@ -24,6 +24,7 @@ from rosa_ds.data.batches import PADDING_ROW, Batch, BatchPlan
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.models.checks import rounding_of
 from rosa_ds.models.loss import batch_logits
+from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 
 logger = logging.getLogger(__name__)
 _LENGTH, _COMPARED = 64, 8
@@ -119,5 +120,6 @@ def _distances(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _refused(reason: str) -> bool:
-    logger.warning("data.batching tokens: %s; rows are padded instead (data.batching sorted)", reason)
+    message = "data.batching tokens: %s; rows are padded instead (data.batching sorted)"
+    logger.warning(message, reason, extra=SAME_ON_ALL_RANKS)
     return False
