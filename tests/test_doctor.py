@@ -52,6 +52,12 @@ def test_two_ranks_are_examined_and_timed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_each_package_is_named_once() -> None:
+    names = [finding.what for finding in doctor.versions()]
+    assert len(names) == len(set(names))
+    assert {"torch", "triton", "bitsandbytes"} <= set(names)
+
+
 def test_findings_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert "apt-get install g++" in next(iter(doctor.compilers())).advice

@@ -87,9 +87,11 @@ def examine_ranks(size: int) -> list[Finding]:
 def versions() -> Iterator[Finding]:
     """Installed packages against what this project asks for."""
     yield Finding("python", sys.version.split()[0])
-    for text in importlib.metadata.requires("rosa-ds") or []:
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": "gpu"}):
+    every = [Requirement(text) for text in importlib.metadata.requires("rosa-ds") or []]
+    always = {wanted.name for wanted in every if wanted.marker is None}
+    for wanted in every:
+        # The extra "gpu" asks for a newer torch: `accelerators` compares it, where there is a GPU.
+        if wanted.marker is not None and (wanted.name in always or not wanted.marker.evaluate({"extra": "gpu"})):
             continue
         try:
             version = importlib.metadata.version(wanted.name)
