@@ -22,6 +22,7 @@ from transformers import (
 import rosa_ds
 from classifiers import SIZES, make_base, make_rows, write_rows
 from launching import ROOT, TRAIN, metrics, run
+from rosa_ds.adapters.quantize import quantize_as
 from rosa_ds.adapters.targets import find_targets, linear_layers
 from rosa_ds.config.command_line import build_config
 from rosa_ds.config.deepspeed import plan_deepspeed
@@ -30,9 +31,10 @@ from rosa_ds.data.prepare import prepare
 from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.memory.fake_model import ActivationPlan, alike_layers, with_layers
 from rosa_ds.models.load import load_model
+from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.planning.search import Planner
 from rosa_ds.training.model import adapt
-from rosa_ds.training.reach import probe, settle_targets, unreached, uses
+from rosa_ds.training.reach import Use, find_unused, keep_dense, probe, settle_targets, unreached, uses
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 GROUPED = SMALL | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -76,10 +78,12 @@ def test_all_linear_takes_the_layers_that_the_loss_depends_on(
     config: Any, left_out: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a backward pass of a model with numbers says it, too."""
-    settings, traced = settle_targets(build_config({"method": "lora"}), config)
-    assert traced or config.model_type == "falcon"  # it wants a mask, and is looked at with numbers alone
+    settings = build_config({"method": "lora"})
+    unused = find_unused(settings, config)
+    assert unused is not None or config.model_type == "falcon"  # it wants a mask, and is looked at with numbers alone
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
+    settings = settle_targets(settings, model, unused)
     every, taken = find_targets(model, ["all-linear"]), find_targets(model, settings.adapter.target_modules)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
     assert (
@@ -95,15 +99,28 @@ def test_all_linear_takes_the_layers_that_the_loss_depends_on(
 
 def test_a_layer_that_is_named_and_not_used_is_refused() -> None:
     settings = build_config({"adapter": {"target_modules": ["in_proj", "dt_proj"]}})
+    config = config_of("mamba", **MAMBA)
+    model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(
         ValueError, match=r"names 4 layers that no gradient reaches, .*dt_proj; name others, such as in_proj"
     ):
-        settle_targets(settings, config_of("mamba", **MAMBA))
-    settings = build_config({"model": {"quantization": "nf4"}})
-    with pytest.raises(
-        ValueError, match=r"reads the weight of backbone.layers.0.mixer.dt_proj itself.* cannot be quantised"
-    ):
-        settle_targets(settings, config_of("mamba", **MAMBA))
+        settle_targets(settings, model, find_unused(settings, config))
+
+
+@pytest.mark.parametrize(
+    ("config", "dense"), [(config_of("mamba", **MAMBA), "dt_proj"), (gemma3(), None)], ids=["mamba", "gemma3"]
+)
+def test_what_the_model_reads_itself_is_not_quantised(config: Any, dense: str | None) -> None:
+    """A tower that text never reaches is not adapted, and takes no more memory than what is."""
+    settings = build_config({"model": {"quantization": "nf4", "quantization_skip": ["lm_head"]}})
+    assert keep_dense(settings, None) is settings
+    settings = keep_dense(settings, find_unused(settings, config))
+    model = AutoModelForCausalLM.from_config(config)
+    layers = linear_layers(model)
+    quantize_as(model, settings.model, torch.float32, [])
+    skipped = {name for name in layers if not isinstance(model.get_submodule(name), QuantizedLinear)}
+    assert skipped == {name for name in layers if name == "lm_head" or (dense and name.endswith(dense))}
+    model(input_ids=torch.tensor([[3, 4, 5]]))
 
 
 @pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
@@ -140,12 +157,15 @@ class Uneven(nn.Module):
 def test_uses() -> None:
     model = Uneven().requires_grad_(False)
     found = uses(model, dict(model.named_children()), lambda: model(torch.ones(2, 4)).sum())
-    assert {name: (use.calls, use.reaches_loss) for name, use in found.items()} == {
-        "twice": (2, True),
-        "read": (0, False),
-        "dropped": (1, False),
-        "idle": (0, False),
+    assert found == {
+        "twice": Use(2, True, False),
+        "read": Use(0, False, False),
+        "dropped": Use(1, False, False),
+        "idle": Use(0, False, False),
     }
+    model.requires_grad_(True)
+    found = uses(model, dict(model.named_children()), lambda: model(torch.ones(2, 4)).sum())
+    assert [name for name, use in found.items() if use.weight_reaches_loss] == ["twice", "read"]
 
 
 def test_the_first_pass_of_a_run_looks_again(

@@ -97,9 +97,10 @@ def _what_stays_dense(model: nn.Module) -> str:
 
 
 def _stay_dense(model: nn.Module, skip: Iterable[str]) -> set[str]:
-    """Linear layers that are not quantised: the head, and those in modules that are trained whole."""
+    """Linear layers that are not quantised: the head, and those in modules to skip or that are trained whole."""
     layers = linear_layers(model)
-    whole = match_names(skip, [name for name, _ in model.named_modules() if name], "skip (adapter.modules_to_save)")
+    names = [name for name, _ in model.named_modules() if name]
+    whole = match_names(skip, names, "skip (adapter.modules_to_save, model.quantization_skip)")
     whole += whole_modules(model)
     inside = {name for name in layers for module in whole if f"{name}.".startswith(f"{module}.")}
     return head_names(model, layers) | inside
@@ -168,6 +169,7 @@ def quantize_as(
     """:func:`quantize` as the settings say, by default on this rank's device; nothing where they say none."""
     if settings.quantization != "none":
         device = distributed.device() if device is None else device
+        skip = [*skip, *settings.quantization_skip]
         quantize(model, settings.quantization, settings.double_quantization, dtype, skip, device)
 
 

@@ -45,6 +45,8 @@ class ModelSettings(Section):
     """How the frozen linear layers are kept, but for the output head: as they are, or with bitsandbytes in 4 bits (nf4) or 8 (int8); they compute in model.dtype."""
     double_quantization: bool = True
     """With nf4: the scales of its blocks in 8 bits, too (4.13 bits a number instead of 4.5)."""
+    quantization_skip: list[str] = []
+    """Modules that are not quantised, with all that is in them: names, name endings and regular expressions. A run adds the layers whose weight the model reads itself."""
     attn_implementation: str | None = None
     """Attention of transformers: eager, sdpa, flash_attention_2, ... (its own choice where not given)."""
     task: Task = "causal-lm"

@@ -18,6 +18,8 @@ def settings_without_effect(settings: RunConfig) -> list[str]:
         unused |= {f"draw.{name}": "draw.every is never" for name in ("moments", "warmup_steps")}
     if settings.model.quantization != "nf4":
         unused["model.double_quantization"] = f"model.quantization is {settings.model.quantization}"
+    if settings.model.quantization == "none":
+        unused["model.quantization_skip"] = "model.quantization is none"
     if settings.training.max_steps is not None:
         unused["training.epochs"] = "training.max_steps is given"
     sections = ("model", "adapter", "mask", "draw", "training")

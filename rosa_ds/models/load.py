@@ -331,12 +331,13 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
     }
     if settings.quantization == "none":
         return base
-    return {**base, "quantization": settings.quantization, "double_quantization": settings.double_quantization}
+    base |= {"quantization": settings.quantization, "double_quantization": settings.double_quantization}
+    return base | ({"quantization_skip": settings.quantization_skip} if settings.quantization_skip else {})
 
 
 def identified(base: Mapping[str, Any]) -> ModelSettings:
     """Settings that load what :func:`identify` described."""
-    keys = ("name_or_path", "revision", "quantization", "double_quantization", "task", "labels")
+    keys = ("name_or_path", "revision", "quantization", "double_quantization", "quantization_skip", "task", "labels")
     return ModelSettings(**{key: base[key] for key in keys if key in base})
 
 

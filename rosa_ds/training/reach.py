@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from transformers import PreTrainedModel
 
 from rosa_ds.adapters.inject import adapted_layers
@@ -41,10 +42,13 @@ _WITH_ALL_SHAPES = torch.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """What a forward pass does with a layer: how often it calls it, and whether the loss depends on what that gives."""
+    """What a forward pass does with a layer: how often it calls it, whether the loss depends on what that gives, and whether it
+    depends on the layer's weight, where that needs a gradient.
+    """
 
     calls: int
     reaches_loss: bool
+    weight_reaches_loss: bool
 
 
 def uses(model: nn.Module, layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[str, Use]:
@@ -67,7 +71,18 @@ def uses(model: nn.Module, layers: Mapping[str, nn.Module], loss: Callable[[], T
         hooks.enter_context(_without_checkpointing(model))
         hooks.enter_context(torch.enable_grad())
         reached = _ancestors(loss().grad_fn)
-    return {name: Use(len(found), any(node in reached for node in found)) for name, found in nodes.items()}
+    return {
+        name: Use(len(found), any(node in reached for node in found), _accumulation(layers[name]) in reached)
+        for name, found in nodes.items()
+    }
+
+
+def _accumulation(layer: nn.Module) -> Any:
+    """The node of autograd that a layer's weight has its gradient from."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.requires_grad and weight.is_leaf:
+        return get_gradient_edge(weight).node
+    return None
 
 
 def _ancestors(node: Any) -> set[Any]:
@@ -99,69 +114,98 @@ def unreached(found: Mapping[str, Use]) -> list[str]:
     return [name for name, use in found.items() if not use.reaches_loss and "expert" not in name]
 
 
-def settle_targets(settings: RunConfig, config: Any = None) -> tuple[RunConfig, bool]:
-    """The settings with ``all-linear`` resolved where it would adapt layers that the loss does not depend on; says which.
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """Linear layers of a base that the loss does not depend on, by name: those whose weight the model ``read`` itself, and all."""
 
-    The model goes through a forward pass without numbers, of rows of ``data.max_length``: nothing of its weights is read, and
-    every stage and quantised base gives the same answer.
+    read: tuple[str, ...]
+    every: tuple[str, ...]
+
+
+def find_unused(settings: RunConfig, config: Any = None) -> Unused | None:
+    """Which of a base's linear layers are not used as such, before anything of its weights is read.
+
+    The model goes through a forward pass without numbers, of rows of ``data.max_length``, so every stage and kind of base gives
+    the same answer.
 
     Args:
         config: of transformers; by default the base's.
 
-    Returns: the settings, and whether the model could be traced so; else nothing is known yet.
-    Raises: ValueError for such a layer that ``adapter.target_modules`` names, or that would be quantised.
+    Returns: ``None`` for a model that could not be traced so, as where experts are chosen by numbers: nothing is known yet.
     """
     if settings.parts.everything:
-        return settings, True
+        return Unused((), ())
     begun = time.monotonic()
-    config = read_config(settings.model) if config is None else config
+    config = with_padding(read_config(settings.model) if config is None else config)
     alike = alike_layers(config) is not None
-    few = with_padding(with_layers(config, MORE) if alike else config)
+    few = with_layers(config, MORE) if alike else config
     try:
-        small = build_on_meta(few, settings.model, _WITH_ALL_SHAPES)
-        idle = _unreached_without_numbers(small, settings.data.max_length)
-    except NOT_TRACED as error:  # experts that are chosen by numbers; the first pass with numbers looks again
+        model = build_on_meta(few, settings.model, _WITH_ALL_SHAPES)
+        found = _uses_without_numbers(model, settings.data.max_length)
+    except NOT_TRACED as error:  # the first pass with numbers looks again
         logger.debug("which layers the loss depends on is not known yet (%s: %s)", type(error).__name__, error)
-        return settings, False
-    if not idle:
-        return settings, True
-    model = build_on_meta(config, settings.model, _WITH_ALL_SHAPES) if alike else small
-    wanted = find_targets(model, settings.adapter.target_modules)
-    kinds = set(map(kind_of, idle)) if alike else set(idle)
-    dead = [name for name in wanted if (kind_of(name) if alike else name) in kinds]
-    if not dead:
-        return settings, True
-    if settings.model.quantization != "none":
-        raise ValueError(
-            f"model.quantization {settings.model.quantization}: the model reads the weight of {dead[0]} itself, or text never reaches "
-            f"it ({len(dead)} such layers: {summary(dead)}): it cannot be quantised; use model.quantization none"
-        )
-    if settings.adapter.target_modules != ["all-linear"]:
-        raise ValueError(_refusal("adapter.target_modules names", dead, wanted))
-    logger.warning(
-        "all-linear leaves out %d of %d layers, whose weight the model reads itself or which text never reaches: %s (found in %.1f s)",
-        len(dead),
-        len(wanted),
-        summary(dead),
-        time.monotonic() - begun,
+        return None
+    every = unreached(found)
+    read = [name for name in every if found[name].weight_reaches_loss]
+    if every and alike:
+        whole = linear_layers(build_on_meta(config, settings.model, _WITH_ALL_SHAPES))
+        read, every = ([name for name in whole if kind_of(name) in set(map(kind_of, kinds))] for kinds in (read, every))
+    logger.debug(
+        "found %d linear layers that the loss does not depend on in %.1f s", len(every), time.monotonic() - begun
     )
-    kept = [name for name in wanted if name not in set(dead)]
-    adapter = settings.adapter.model_copy(update={"target_modules": kept})
-    return settings.model_copy(update={"adapter": adapter}), True
+    return Unused(tuple(read), tuple(every))
 
 
-def _unreached_without_numbers(model: PreTrainedModel, length: int) -> list[str]:
+def _uses_without_numbers(model: PreTrainedModel, length: int) -> dict[str, Use]:
     layers = linear_layers(model)
     mode = without_numbers(model)
     with running(model, mode, Shape(2, length, _TARGETS, padded=False)) as loss:
-        return unreached(uses(model, layers, loss))
+        return uses(model, layers, loss)
+
+
+def keep_dense(settings: RunConfig, unused: Unused | None) -> RunConfig:
+    """The settings of a base that is to be quantised, with the layers whose weight the model reads itself left as they are."""
+    if settings.model.quantization == "none" or unused is None or not unused.read:
+        return settings
+    logger.warning(
+        "%d layers whose weight the model reads itself are not quantised: %s", len(unused.read), summary(unused.read)
+    )
+    skip = list(dict.fromkeys([*settings.model.quantization_skip, *unused.read]))
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"quantization_skip": skip})})
+
+
+def settle_targets(settings: RunConfig, model: nn.Module, unused: Unused | None) -> RunConfig:
+    """The settings with ``all-linear`` resolved where it would adapt layers that the loss does not depend on; says which.
+
+    Args:
+        model: the base, or one of its shape on the meta device.
+
+    Raises: ValueError for such a layer that ``adapter.target_modules`` names.
+    """
+    if unused is None or not unused.every or settings.parts.everything:
+        return settings
+    wanted = find_targets(model, settings.adapter.target_modules)
+    dead = [name for name in wanted if name in set(unused.every)]
+    if not dead:
+        return settings
+    if settings.adapter.target_modules != ["all-linear"]:
+        raise ValueError(_refusal("adapter.target_modules names", dead, wanted))
+    logger.warning(
+        "all-linear leaves out %d of %d layers, whose weight the model reads itself or which text never reaches: %s",
+        len(dead),
+        len(wanted),
+        summary(dead),
+    )
+    kept = [name for name in wanted if name not in set(dead)]
+    adapter = settings.adapter.model_copy(update={"target_modules": kept})
+    return settings.model_copy(update={"adapter": adapter})
 
 
 def probe(engine: Any, model: PreTrainedModel, data: TokenSet, pad_id: int, traced: bool) -> int:
     """One forward pass of two short rows with the adapters, on the device and by the kernels of the run. Collective.
 
     Args:
-        traced: :func:`settle_targets` could look at the model. What this pass does not reach may then need longer rows, or a
+        traced: :func:`find_unused` could look at the model. What this pass does not reach may then need longer rows, or a
             kernel passes it by, and is told; else it is refused.
 
     Returns: how often it calls the layer that it calls most.

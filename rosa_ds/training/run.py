@@ -39,7 +39,7 @@ from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
 from rosa_ds.training.packing import keeps_sequences_apart, plan_batches
-from rosa_ds.training.reach import probe, settle_targets
+from rosa_ds.training.reach import find_unused, keep_dense, probe, settle_targets
 from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
 from rosa_ds.utils.errors import RunError
@@ -100,12 +100,15 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         settings, data, eval_data = prepare_data(settings, tokenizer)
 
     # The base, what an adapter that the run begins with decides, and the adapters; sharded at stage 3.
+    with distributed.together():
+        unused = find_unused(settings)
+        settings = keep_dense(settings, unused)
     model, weights, pad_id = load_checked_base(settings, plan, tokenizer, data, eval_data)
     with distributed.together():
         base = identify(settings.model)
     settings, start = begin_from(settings, model, base, saved)
     with distributed.together():
-        settings, traced = settle_targets(settings)
+        settings = settle_targets(settings, model, unused)
     warn_of(settings)
     settings = with_head(settings, model)
     with distributed.together():
@@ -140,7 +143,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     account = predict(model, plan, memory_terms(model, plan, settings), recomputes)
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
-    calls = probe(engine, model, data, pad_id, traced)
+    calls = probe(engine, model, data, pad_id, traced=unused is not None)
     if batches.packed and not keeps_sequences_apart(engine, data):
         batches = dataclasses.replace(batches, batching="sorted")
     forget_order(engine)

@@ -40,7 +40,7 @@ from rosa_ds.models.loss import batch_logits
 from rosa_ds.models.stream import NotStreamableError, allocate, stream_base
 from rosa_ds.models.task import auto_class
 from rosa_ds.training.packing import keeps_sequences_apart
-from rosa_ds.training.reach import probe, settle_targets
+from rosa_ds.training.reach import find_unused, probe, settle_targets
 
 State = Literal["right", "refused", "transformers", "wrong", "not built"]
 LABELS = ["no", "yes"]
@@ -117,10 +117,9 @@ class Subject:
         if self._targets is None:
             model = {"task": self.family.task} | ({} if self.causal else {"labels": LABELS})
             try:
-                settings, _ = settle_targets(
-                    build_config({"method": "lora", "model": model, "data": {"max_length": 64}}),
-                    copy.deepcopy(self.plain.config),
-                )
+                settings = build_config({"method": "lora", "model": model, "data": {"max_length": 64}})
+                unused = find_unused(settings, self.plain.config)
+                settings = settle_targets(settings, self.plain, unused)
             except ValueError as error:
                 raise RefusedError(one_line(error)) from error
             self._targets = settings.adapter.target_modules
