@@ -37,6 +37,7 @@ from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.schedule import Schedule, Step
 from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.files import write_json
+from rosa_ds.zero.engine import forget_order
 from rosa_ds.zero.trained_state import TrainedState
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class Loop:
         first, begun = self.step, time.monotonic()
         if self._evaluation_due:
             self._evaluate()
+            forget_order(self.run.engine)
         if not self._stop:
             for method in self.run.methods:
                 method.begin(self.step)

@@ -26,6 +26,7 @@ from rosa_ds.models.load import load_model, load_tokenizer
 from rosa_ds.training.engine import build_engine
 from rosa_ds.training.evaluate import evaluate
 from rosa_ds.training.model import adapt, load_base
+from rosa_ds.zero.engine import forget_order
 from rosa_ds.zero.trained_state import TrainedState
 
 FOLDER, THRESHOLD = Path(sys.argv[1]), int(sys.argv[2])
@@ -102,6 +103,23 @@ def check_other_checkpoints_are_loaded_whole() -> None:
         assert "lm_head.weight" in reference
         for key, tensor in reference.items():
             assert torch.equal(zero.read_whole(model.get_parameter(key)), tensor), key
+
+
+def check_the_order_of_steps_is_not_that_of_an_evaluation() -> None:
+    """DeepSpeed takes a first forward pass for a step, and finds out in the next backward pass."""
+    for forgotten in (False, True):
+        _, engine, _ = make_engine(settings("llama"))
+        engine.eval()
+        with torch.no_grad():
+            for _ in range(2):
+                engine(input_ids=IDS, use_cache=False)
+        if forgotten:
+            forget_order(engine)
+        engine.train()
+        for _ in range(2):
+            step(engine)
+        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        assert coordinator.is_complete_trace() == forgotten
 
 
 def check_injecting_gathers_nothing() -> None:
