@@ -108,9 +108,11 @@ def build_engine(
 
 
 def forget_order(engine: Any) -> None:
-    """After a forward pass without a backward one: stage 3 shall learn the order of a whole step from the next one.
+    """After forward passes without a backward one: stage 3 shall learn the order of a whole step from the next one.
 
-    DeepSpeed keeps parameters from forward to backward, and fetches them ahead, by the first order that it has seen.
+    DeepSpeed keeps parameters from forward to backward, and fetches them ahead, by the first order that it has seen. What it
+    lets go behind a module it has decided once for ever, also for an order that is no longer valid (0.19.8): after two
+    evaluation batches every later step would gather all parameters again for its backward pass.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
     if offload is None:
@@ -118,3 +120,7 @@ def forget_order(engine: Any) -> None:
     coordinator = offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
+    decide = type(coordinator)._PartitionedParameterCoordinator__params_to_release
+    for cell in decide.__closure__ or ():  # below a wrapper for profilers
+        if clear := getattr(cell.cell_contents, "cache_clear", None):
+            clear()

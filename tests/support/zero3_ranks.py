@@ -105,21 +105,29 @@ def check_other_checkpoints_are_loaded_whole() -> None:
             assert torch.equal(zero.read_whole(model.get_parameter(key)), tensor), key
 
 
-def check_the_order_of_steps_is_not_that_of_an_evaluation() -> None:
-    """DeepSpeed takes a first forward pass for a step, and finds out in the next backward pass."""
-    for forgotten in (False, True):
+def check_an_evaluation_changes_nothing_of_later_steps() -> None:
+    """DeepSpeed takes a first forward pass for a step, and keeps what it has decided by that."""
+
+    gathered = {}
+    for case in ("no evaluation", "evaluated", "and forgotten"):
         _, engine, _ = make_engine(settings("llama"))
         engine.eval()
         with torch.no_grad():
-            for _ in range(2):
+            for _ in range(0 if case == "no evaluation" else 2):
                 engine(input_ids=IDS, use_cache=False)
-        if forgotten:
+        if case == "and forgotten":
             forget_order(engine)
         engine.train()
         for _ in range(2):
             step(engine)
-        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-        assert coordinator.is_complete_trace() == forgotten
+        assert engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace() == (case != "evaluated")
+        step(engine)
+        with distributed.TrafficCounter() as counter:
+            step(engine)
+        gathered[case] = sum(size for (kind, _), size in counter.bytes.items() if kind.startswith("all_gather"))
+    assert gathered["and forgotten"] == gathered["no evaluation"]
+    if THRESHOLD == 0:
+        assert gathered["evaluated"] > 1.5 * gathered["no evaluation"]  # what forget_order is there for
 
 
 def check_injecting_gathers_nothing() -> None:
