@@ -35,8 +35,9 @@ from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import IGNORE, Batch, BatchPlan, Part, collate, deal, pack, sequences_of
 from rosa_ds.data.prepare import prepare
 from rosa_ds.data.tokenise import Tokens
+from rosa_ds.models.attention import BY_SEQUENCE
 from rosa_ds.models.loss import batch_logits
-from rosa_ds.training.packing import keeps_sequences_apart, plan_batches
+from rosa_ds.training.packing import find_leak, plan_batches, settle_batches
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -111,12 +112,17 @@ def test_the_largest_micro_batch() -> None:
 
 @pytest.mark.parametrize(
     ("width", "attention", "expected"),
-    [(4096, "sdpa", "tokens"), (16, "sdpa", "sorted"), (16, "flash_attention_2", "tokens")],
+    [
+        (4096, "eager", "tokens"),
+        (16, "eager", "sorted"),
+        (16, "sdpa", "tokens"),
+        (16, "flash_attention_2", "tokens"),
+    ],
 )
 def test_packing_where_it_takes_fewer_operations(
     width: int, attention: str, expected: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Attention computes every pair of a row's tokens, unless it is flash-attention; the products grow with the width's square."""
+    """Eager attention computes every pair of a row's tokens; the products grow with the width's square."""
     rows = [{"text": "select " * length} for length in (2, 9, 40, 3, 5, 60, 8, 4) * 4]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = prepare(str(tmp_path / "rows.jsonl"), "train", tokenizer, DataSettings())
@@ -168,7 +174,7 @@ def loss_in_float64(model: Any, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits[0], batch.targets[0], ignore_index=IGNORE, reduction="sum")
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [BY_SEQUENCE, "sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_packed_equals_each_sequence_alone(kind: str, attention: str) -> None:
     """The loss, and the gradient of every part of every adapter, float64."""
@@ -186,7 +192,7 @@ def test_packed_equals_each_sequence_alone(kind: str, attention: str) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     packed = loss_in_float64(model, pack(sequences))
     alone = torch.stack([loss_in_float64(model, collate([tokens], 0)) for tokens in sequences]).sum()
-    float64 = attention == "sdpa"  # eager attention has its softmax in float32
+    float64 = attention != "eager"  # eager attention has its softmax in float32
     torch.testing.assert_close(packed, alone, rtol=1e-12 if float64 else 1e-8, atol=0.0)
     for found, expected in zip(torch.autograd.grad(packed, trained), torch.autograd.grad(alone, trained), strict=True):
         assert float((found - expected).norm() / expected.norm()) <= (1e-12 if float64 else 1e-5)
@@ -196,14 +202,17 @@ def test_packed_equals_each_sequence_alone(kind: str, attention: str) -> None:
     ("kind", "reason"),
     [("llama", None), ("gemma3", None), ("gpt2", None), ("bloom", "takes no position_ids"), ("mamba", "position_ids")],
 )
+@pytest.mark.parametrize("attention", [BY_SEQUENCE, "sdpa"])
 def test_which_models_keep_sequences_apart(
-    kind: str, reason: str | None, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+    kind: str, reason: str | None, attention: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
     model = build(kind)
     model.resize_token_embeddings(len(tokenizer))
-    assert keeps_sequences_apart(model, data) == (reason is None)
-    assert reason is None or reason in caplog.text
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention)
+    leak = find_leak(model, data)
+    assert leak is None if reason is None else reason in str(leak)
 
 
 @pytest.mark.parametrize("leak", ["state", "position"])
@@ -217,5 +226,7 @@ def test_a_leak_is_found(leak: str, tokenizer: PreTrainedTokenizerBase, caplog: 
     else:  # counts tokens itself
         model.transformer.wpe.register_forward_pre_hook(lambda _, given: torch.arange(given[0].shape[1])[None])
         expected = "depends on where it stands"
-    assert not keeps_sequences_apart(model, data)
+    batches = BatchPlan(data.lengths, data.firsts, data.parts, 2, 2, 1, seed=1, batching="tokens")
+    assert settle_batches(batches, model, data, "tokens").batching == "sorted"
     assert expected in caplog.text
+    assert model.config._attn_implementation == "sdpa"

@@ -34,13 +34,14 @@ NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A micro-batch: ``rows`` of ``length`` tokens, logits of ``kept`` positions, and whether rows are ``padded`` or hold several
-    sequences, so that attention has a mask.
+    sequences, so that attention has a mask; ``joined``: it has none, and copies the sequences' results into one.
     """
 
     rows: int
     length: int
     kept: int
     padded: bool = True
+    joined: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,20 +159,25 @@ def _fused_attention(
     return _FusedAttention.apply(query, key, value, attn_mask)
 
 
+def _joined_attention(*given: Any, **named: Any) -> Any:
+    """As :func:`rosa_ds.models.attention.of_sequences` without a kernel for it."""
+    return _fused_attention(*given, **named).clone()
+
+
 _UNMASKED = "rosa_unmasked"
 AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 AttentionMaskInterface.register(_UNMASKED, lambda *arguments, **named: None)
 
 
 @contextlib.contextmanager
-def _attention_of(model: Any, padded: bool) -> Iterator[None]:
+def _attention_of(model: Any, shape: Shape) -> Iterator[None]:
     """Fused attention, which tensors without numbers would not choose. Rows of one length need no mask, which transformers
     sees in the numbers of a mask alone.
     """
     before, plain = model.config._attn_implementation, nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = _fused_attention
+    nn.functional.scaled_dot_product_attention = _joined_attention if shape.joined else _fused_attention
     if before != "eager":  # kernels of other packages keep what torch's keep, and do not run here
-        model.config._attn_implementation = "sdpa" if padded else _UNMASKED
+        model.config._attn_implementation = "sdpa" if shape.padded else _UNMASKED
     try:
         yield
     finally:
@@ -246,7 +252,7 @@ def running(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Iterator[Ca
             return arguments, named | {"attention_mask": mask}
 
         masked = model.register_forward_pre_hook(with_mask, with_kwargs=True)
-        with masked, _attention_of(model, shape.padded), _dequantising(), _quiet():
+        with masked, _attention_of(model, shape), _dequantising(), _quiet():
             yield lambda: token_loss_sum(model, batch, torch.device("cpu"))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from rosa_ds import distributed, zero
 from rosa_ds.config.schema import RunConfig
@@ -22,6 +23,7 @@ from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, Account
 from rosa_ds.memory.activation_tracer import LiveBytes, SavedBytes, Shape
 from rosa_ds.memory.estimate import activation_terms, named_parts
 from rosa_ds.memory.fake_model import ActivationPlan
+from rosa_ds.models.attention import joins_results, makes_mask
 from rosa_ds.models.load import read_config
 from rosa_ds.zero.gradients import gradient_bytes
 
@@ -39,7 +41,7 @@ class StepMeasurement:
         shape: of the micro-batch that was looked at.
     """
 
-    def __init__(self, model: nn.Module, engine: Any, state: TrainedState) -> None:
+    def __init__(self, model: PreTrainedModel, engine: Any, state: TrainedState) -> None:
         self.model, self.engine, self.state = model, engine, state
         self.shape: Shape | None = None
         self.memory: dict[str, int] = {}
@@ -59,7 +61,7 @@ class StepMeasurement:
         """To enter around the forward pass of micro-batch ``number``; the first has the longest sequences."""
         if number > 1:
             return nullcontext()
-        self.shape = shape_of(batch)
+        self.shape = shape_of(batch, makes_mask(self.model.config), joins_results(self.model))
         return self._saved
 
     def gradients(self) -> None:
@@ -121,19 +123,26 @@ def with_activations(account: Account, settings: RunConfig, dtype: str, shape: S
     return dataclasses.replace(account, memory=account.memory | found)
 
 
-def shape_of(batch: Batch) -> Shape:
+def shape_of(batch: Batch, masked_rows: bool, joined_rows: bool = False) -> Shape:
+    """A micro-batch's shape.
+
+    ``masked_rows``: attention has a mask in a row of several sequences; ``joined_rows``: it copies their results into one.
+    """
     rows, length = batch.input_ids.shape
     masked = batch.attention_mask is not None and not bool(batch.attention_mask.all())
     several = batch.position_ids is not None and int((batch.position_ids == 0).sum()) > rows
-    return Shape(rows, length, batch.kept.numel(), padded=masked or several)
+    return Shape(rows, length, batch.kept.numel(), masked or (several and masked_rows), several and joined_rows)
 
 
-def largest(data: TokenSet, batches: BatchPlan, pad_id: int) -> Shape:
-    """The shape of the largest micro-batch: of the longest sequences, or without padding of the step with most tokens."""
+def largest(data: TokenSet, batches: BatchPlan, pad_id: int, masked_rows: bool, joined_rows: bool = False) -> Shape:
+    """The shape of the largest micro-batch: of the longest sequences, or without padding of the step with most tokens.
+
+    Last arguments as :func:`shape_of`.
+    """
     if batches.packed:
-        return shape_of(data.batch(batches.largest_micro_batch(), pad_id, packed=True))
+        return shape_of(data.batch(batches.largest_micro_batch(), pad_id, packed=True), masked_rows, joined_rows)
     rows = len(batches.micro_batches(0, 0)[0])
-    return shape_of(data.batch(np.argsort(-data.lengths, kind="stable")[:rows], pad_id))
+    return shape_of(data.batch(np.argsort(-data.lengths, kind="stable")[:rows], pad_id), masked_rows)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rosa_ds import distributed
 from rosa_ds.data.batches import IGNORE, Batch, LabelledBatch
+from rosa_ds.models.attention import of_sequences
 
 
 def token_loss_sum(model: Any, batch: Batch, device: torch.device) -> Tensor:
@@ -42,10 +43,11 @@ def batch_logits(model: Any, batch: Batch, device: torch.device) -> Tensor:
         return classes[:, None]
     kept = distributed.send(batch.kept, device)
     inner: nn.Module = getattr(model, "module", model)  # an engine itself takes any arguments
-    if _has_logits_to_keep(type(inner).forward):
-        selected: Tensor = model(**inputs, use_cache=False, logits_to_keep=kept).logits
-        return selected
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    with of_sequences(inner, batch.position_ids, device):
+        if _has_logits_to_keep(type(inner).forward):
+            selected: Tensor = model(**inputs, use_cache=False, logits_to_keep=kept).logits
+            return selected
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[:, kept]
 
 

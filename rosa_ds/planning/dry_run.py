@@ -18,6 +18,7 @@ from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.memory.estimate import activation_terms
 from rosa_ds.memory.measuring import largest
 from rosa_ds.methods.sparse import check_mask_file
+from rosa_ds.models.attention import can_be_by_sequence, makes_mask
 from rosa_ds.models.load import load_tokenizer, read_config
 from rosa_ds.models.stream import build_on_meta
 from rosa_ds.planning.search import GIB, Planner
@@ -62,7 +63,10 @@ def dry_run(command: CommandLine, ranks: int) -> None:
         tokenizer = load_tokenizer(settings.model, settings.data)
         _, data, eval_data = prepare_data(settings, tokenizer)
         check_readable(planner.model, tokenizer, data, eval_data)
-        shape = largest(data, plan_batches(data, settings, plan, ranks, planner.model.config), tokenizer.pad_token_id)
+        config = planner.model.config
+        batches = plan_batches(data, settings, plan, ranks, config)
+        masks = makes_mask(config) and not can_be_by_sequence(config)
+        shape = largest(data, batches, tokenizer.pad_token_id, masks)
     except ValueError as error:
         problem = error
         logger.warning("tokenizer or data would end the run; the plan is for rows of %d tokens", shape.length)

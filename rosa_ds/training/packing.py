@@ -1,8 +1,9 @@
 """Whether a step's sequences stand one behind the other in one row, so that a batch needs no padding: where that takes fewer
 operations, and the model keeps them apart.
 
-Attention does, where transformers makes its mask from position ids that begin again at 0. What carries a state from token to
-token (Mamba, convolutions), or counts positions itself, does not; only a pass with numbers tells.
+Attention does, by sequence (:mod:`rosa_ds.models.attention`) or where transformers makes its mask from position ids that begin
+again at 0. What carries a state from token to token (Mamba, convolutions), or counts positions itself, does not; only a pass
+with numbers tells.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rosa_ds.config.deepspeed import DeepSpeedPlan
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import PADDING_ROW, Batch, BatchPlan
 from rosa_ds.data.prepare import TokenSet
+from rosa_ds.models.attention import BY_SEQUENCE, can_be_by_sequence, makes_mask
 from rosa_ds.models.checks import rounding_of
 from rosa_ds.models.loss import batch_logits
 from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
@@ -55,14 +57,19 @@ def plan_batches(
         return padded
     if wanted != "auto":
         return dataclasses.replace(packed, batching=wanted)
-    if "flash" in str(config._attn_implementation):  # computes no pair of two sequences
+    if can_be_by_sequence(config) or not makes_mask(config):
         return packed
+    return packed if _masks_pay(packed, config) else padded
+
+
+def _masks_pay(packed: BatchPlan, config: PreTrainedConfig) -> bool:
+    """Whether packed rows take fewer operations than padded ones where attention computes every pair of a row's tokens."""
     width = getattr(config.get_text_config(), "hidden_size", None)
     if width is None:
-        return padded
-    share = _operations(packed, width) / _operations(padded, width)
+        return False
+    share = _operations(packed, width) / _operations(dataclasses.replace(packed, batching="sorted"), width)
     logger.info("batches without padding take %.2f of the operations of padded ones", share)
-    return packed if share < 1 else padded
+    return share < 1
 
 
 def _operations(batches: BatchPlan, width: int) -> int:
@@ -83,26 +90,58 @@ def _of_micro_batch(batches: BatchPlan, sequences: NDArray[np.int64], width: int
     return rows * length * (6 * width + length)
 
 
-def keeps_sequences_apart(engine: Any, data: TokenSet) -> bool:
-    """Three forward passes of short rows: a sequence alone, and behind two others, which must not change what is said of it.
-    Collective; says why not.
+def settle_batches(batches: BatchPlan, engine: Any, data: TokenSet, wanted: str) -> BatchPlan:
+    """The batches of a run, padded if the model does not keep packed sequences apart; says why. Collective.
+
+    Attention is by sequence from here on where the model is right with it.
 
     Args:
         engine: a causal language model or its DeepSpeed engine.
+        wanted: ``data.batching``.
+    """
+    if not batches.packed:
+        return batches
+    model: PreTrainedModel = getattr(engine, "module", engine)
+    padded = dataclasses.replace(batches, batching="sorted")
+    if can_be_by_sequence(model.config):
+        model.set_attn_implementation(BY_SEQUENCE)
+        leak = find_leak(engine, data)
+        if leak is None:
+            return batches
+        model.set_attn_implementation("sdpa")
+        logger.info("attention by sequence: %s", leak, extra=SAME_ON_ALL_RANKS)
+        if wanted == "auto" and not _masks_pay(batches, model.config):
+            return padded
+    leak = find_leak(engine, data)
+    if leak is None:
+        return batches
+    message = "data.batching tokens: %s; rows are padded instead (data.batching sorted)"
+    logger.warning(message, leak, extra=SAME_ON_ALL_RANKS)
+    return padded
+
+
+def find_leak(engine: Any, data: TokenSet) -> str | None:
+    """Why packed sequences would not be as each alone, or ``None``: three forward passes of short rows, a sequence alone, and
+    behind two others, which must not change what is said of it. Collective. Argument as :func:`settle_batches`.
     """
     model = getattr(engine, "module", engine)
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return _refused(f"{type(model).__name__} takes no position_ids")
+        return f"{type(model).__name__} takes no position_ids"
     ids = data.sequence(int(data.lengths.argmax())).ids[:_LENGTH]
     engine.eval()
-    alone, behind, behind_other = (_first_logits(engine, before, ids) for before in ([], ids, ids[::-1]))
+    try:
+        alone, behind, behind_other = (_first_logits(engine, before, ids) for before in ([], ids, ids[::-1]))
+    except (TypeError, AttributeError, ValueError) as error:  # the same on every rank: the model computes with its mask
+        if model.config._attn_implementation != BY_SEQUENCE:
+            raise
+        return f"{type(model).__name__} does not run with it ({type(error).__name__}: {error})"
     rounding = rounding_of(alone)
     if _distances(behind, behind_other).max() > rounding:
-        return _refused("what is said of a sequence depends on the one before it")
+        return "what is said of a sequence depends on the one before it"
     # the median: elsewhere another order of sums may choose other experts
     if _distances(alone, behind).median() > rounding:
-        return _refused("what is said of a sequence depends on where it stands")
-    return True
+        return "what is said of a sequence depends on where it stands"
+    return None
 
 
 def _first_logits(engine: Any, before: list[int], ids: list[int]) -> Tensor:
@@ -117,9 +156,3 @@ def _first_logits(engine: Any, before: list[int], ids: list[int]) -> Tensor:
 def _distances(first: Tensor, second: Tensor) -> Tensor:
     """The largest difference at each position, float32 (K,)."""
     return (first.float() - second.float()).abs().amax(dim=-1)
-
-
-def _refused(reason: str) -> bool:
-    message = "data.batching tokens: %s; rows are padded instead (data.batching sorted)"
-    logger.warning(message, reason, extra=SAME_ON_ALL_RANKS)
-    return False

@@ -29,6 +29,7 @@ from rosa_ds.memory.estimate import predict
 from rosa_ds.memory.measuring import largest, with_activations
 from rosa_ds.methods import Restart, build_methods, memory_terms
 from rosa_ds.methods.sparse import check_loaded_mask, check_mask_file
+from rosa_ds.models.attention import joins_results, makes_mask
 from rosa_ds.models.load import download, identify, load_tokenizer
 from rosa_ds.models.task import is_classifier
 from rosa_ds.training.engine import build_engine, parameter_groups
@@ -38,7 +39,7 @@ from rosa_ds.training.interrupt import Interruption
 from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
-from rosa_ds.training.packing import keeps_sequences_apart, plan_batches
+from rosa_ds.training.packing import plan_batches, settle_batches
 from rosa_ds.training.reach import find_unused, keep_dense, probe, settle_targets
 from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
@@ -144,8 +145,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
     calls = probe(engine, model, data, pad_id, traced=unused is not None)
-    if batches.packed and not keeps_sequences_apart(engine, data):
-        batches = dataclasses.replace(batches, batching="sorted")
+    batches = settle_batches(batches, engine, data, settings.data.batching)
     forget_order(engine)
 
     folder = _open_folder(settings, plan, account, tokenizer, source, saved.step if saved else 0)
@@ -270,7 +270,8 @@ def _explained(run: Run, plan: DeepSpeedPlan) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            shape = largest(run.data, run.batches, run.pad_id)
+            rows = makes_mask(run.model.config), joins_results(run.model)
+            shape = largest(run.data, run.batches, run.pad_id, *rows)
             account = with_activations(run.account, run.settings, plan.dtype, shape)
             raise RunError(explain_memory(account, run.settings, plan.stage, plan.micro_batch_size, error)) from error
         if isinstance(error, MemoryError) or not distributed.lost_contact(error):

@@ -32,14 +32,15 @@ from family_shapes import TASKS, VOCABULARY, Family, NotBuiltError, build, famil
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.config.command_line import build_config
 from rosa_ds.config.schema import ModelSettings
-from rosa_ds.data.batches import collate, pack
+from rosa_ds.data.batches import BatchPlan, Part, collate, pack
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.evaluation.generate import Generation, continuations
+from rosa_ds.models.attention import makes_mask
 from rosa_ds.models.load import load_model
 from rosa_ds.models.loss import batch_logits
 from rosa_ds.models.stream import NotStreamableError, allocate, stream_base
 from rosa_ds.models.task import auto_class
-from rosa_ds.training.packing import keeps_sequences_apart
+from rosa_ds.training.packing import settle_batches
 from rosa_ds.training.reach import find_unused, probe, settle_targets
 
 State = Literal["right", "refused", "transformers", "wrong", "not built"]
@@ -292,14 +293,15 @@ def check_packing(subject: Subject) -> str:
     sequences = [Tokens(subject.ids(length, 1)[0].tolist(), [True] * length) for length in (9, 14, 5)]
     data: Any = SimpleNamespace(lengths=np.array([9, 14, 5]), sequence=lambda number: sequences[number])
     model = subject.adapted("robust")
-    if not keeps_sequences_apart(model, data):
+    batches = BatchPlan(data.lengths, np.arange(4), (Part("rows", 0, 3, 3),), 3, 3, 1, seed=0, batching="tokens")
+    if not settle_batches(batches, model, data, "tokens").packed:
         return "padded"
     cpu = torch.device("cpu")
     with torch.no_grad():
         packed = batch_logits(model, pack(sequences), cpu)[0]
         alone = torch.cat([batch_logits(model, collate([tokens], 0), cpu)[0] for tokens in sequences])
     differ(packed, alone, subject.exact, "logits")
-    return ""
+    return "with a mask" if makes_mask(model.config) else ""
 
 
 def check_generation(subject: Subject) -> None:
