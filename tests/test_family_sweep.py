@@ -22,7 +22,7 @@ OTHERWISE = {
     Family("causal-lm", "roberta"): {"causal": "refused"},
 }
 """What is not right: transformers' generation of batches that are padded on the left, and an encoder."""
-PADDED = ("bloom", "mamba", "opt", "roberta")
+PADDED = ("bloom", "mamba", "roberta")
 
 
 @pytest.mark.parametrize("family", GATE, ids=str)

@@ -147,8 +147,9 @@ def find_leak(engine: Any, data: TokenSet) -> str | None:
 def _first_logits(engine: Any, before: list[int], ids: list[int]) -> Tensor:
     """What is said of the first tokens of ``ids``, which stand in a row behind ``before``, (K, V)."""
     kept = torch.arange(len(before), len(before) + min(_COMPARED, len(ids)))
-    positions = torch.tensor([*range(len(before)), *range(len(ids))])
-    batch = Batch(torch.tensor([[*before, *ids]]), None, kept, torch.empty(1, len(kept)), positions[None])
+    # alone as in a padded row: some models count positions from another number than 0
+    positions = torch.tensor([[*range(len(before)), *range(len(ids))]]) if before else None
+    batch = Batch(torch.tensor([[*before, *ids]]), None, kept, torch.empty(1, len(kept)), positions)
     with torch.no_grad():
         return batch_logits(engine, batch, engine.device)[0]
 
