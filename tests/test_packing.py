@@ -1,4 +1,6 @@
-"""Batches without padding: how they are dealt, that they change nothing, and which models keep their sequences apart."""
+"""Batches without padding: how they are dealt, that they change nothing, and which models keep their sequences apart. Padded
+ones: which models need a mask.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -36,8 +40,9 @@ from rosa_ds.data.batches import IGNORE, Batch, BatchPlan, Part, collate, deal, 
 from rosa_ds.data.prepare import prepare
 from rosa_ds.data.tokenise import Tokens
 from rosa_ds.models.attention import BY_SEQUENCE
-from rosa_ds.models.loss import batch_logits
+from rosa_ds.models.loss import batch_logits, token_loss_sum
 from rosa_ds.training.packing import find_leak, plan_batches, settle_batches
+from rosa_ds.training.padding import needs_mask
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -161,6 +166,9 @@ def build(kind: str) -> Any:
         return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4, layer_types=types))
     if kind == "bloom":
         return BloomForCausalLM(BloomConfig(vocab_size=200, hidden_size=32, n_layer=2, n_head=4))
+    if kind == "opt":
+        sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return OPTForCausalLM(OPTConfig(vocab_size=200, max_position_embeddings=512, word_embed_proj_dim=32, **sizes))
     if kind == "mamba":
         return MambaForCausalLM(MambaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=4))
     if kind == "qwen3":
@@ -230,3 +238,63 @@ def test_a_leak_is_found(leak: str, tokenizer: PreTrainedTokenizerBase, caplog: 
     assert settle_batches(batches, model, data, "tokens").batching == "sorted"
     assert expected in caplog.text
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(kind, how) for kind in ("llama", "gemma3", "gpt2", "bloom", "opt") for how in ("sdpa", "eager")]
+    + [("mamba", None)],
+)
+def test_padded_rows_without_a_mask(
+    kind: str, attention: str | None, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loss, and the gradient of every parameter, are those of the run with the mask, float32."""
+    caplog.set_level("INFO")
+    data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
+    model = build(kind)
+    model.resize_token_embeddings(len(tokenizer))
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    model.train()
+    assert not needs_mask(model, data, 0)
+    assert model.training
+    assert "padded rows have no attention mask" in caplog.text
+    model.eval()  # no dropout
+    found, expected = (data.batch([0, -1, 1, 2], 0, masked=masked) for masked in (False, True))
+    assert found.attention_mask is None
+    assert expected.attention_mask is not None
+    assert not expected.attention_mask.all()
+    losses = [token_loss_sum(model, batch, CPU) for batch in (found, expected)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0.0)
+    ours, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    largest = max(float(gradient.abs().max()) for gradient in theirs)
+    for gradient, masked in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, masked, rtol=1e-6, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("reads", ["how long the row is", "positions from its end"])
+def test_a_model_that_reads_the_mask_keeps_it(
+    reads: str, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
+    model = build("gpt2")
+    model.resize_token_embeddings(len(tokenizer))
+
+    def mask_of(named: dict[str, Tensor]) -> Tensor:
+        return named.get("attention_mask", torch.ones_like(named["input_ids"]))
+
+    def scaled(_: nn.Module, __: Any, named: dict[str, Tensor], out: Any) -> Any:
+        out.logits = out.logits * mask_of(named).sum(1)[:, None, None]
+        return out
+
+    def from_the_end(_: nn.Module, given: Any, named: dict[str, Any]) -> Any:
+        positions = mask_of(named).flip(1).cumsum(1).flip(1)
+        return given, named | {"position_ids": positions}
+
+    if reads == "how long the row is":
+        model.register_forward_hook(scaled, with_kwargs=True)
+    else:
+        model.register_forward_pre_hook(from_the_end, with_kwargs=True)
+    assert needs_mask(model, data, 0)
+    assert "padded rows have an attention mask" in caplog.text

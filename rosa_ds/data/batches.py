@@ -176,7 +176,8 @@ class Batch:
     """A micro-batch, on the CPU: rows that are padded on the right, or sequences one behind the other in one row.
 
     ``targets`` are the next tokens of the ``kept`` positions, :data:`IGNORE` where nothing is trained. Padded rows have an
-    ``attention_mask``; a row of several sequences has ``position_ids``, which begin again at 0 with each.
+    ``attention_mask`` where the model needs it; a row of several sequences has ``position_ids``, which begin again at 0 with
+    each.
     Shapes: input_ids, attention_mask, position_ids (B, L) int64; kept (K,) int64; targets (B, K) int64.
     """
 
@@ -201,15 +202,20 @@ class LabelledBatch(Batch):
     types: Tensor | None = None
 
 
-def collate(sequences: Sequence[Tokens], pad_id: int) -> Batch:
-    """Pad on the right and keep only positions whose next token is trained in some row."""
+def collate(sequences: Sequence[Tokens], pad_id: int, masked: bool = True) -> Batch:
+    """Pad on the right and keep only positions whose next token is trained in some row.
+
+    Args:
+        masked: with an ``attention_mask``; a causal model says the same of real tokens without.
+    """
     length = max(len(tokens.ids) for tokens in sequences)
     input_ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(sequences), length), dtype=torch.int64)
+    attention_mask = torch.zeros((len(sequences), length), dtype=torch.int64) if masked else None
     targets = torch.full((len(sequences), length), IGNORE, dtype=torch.int64)
     for row, tokens in enumerate(sequences):
         input_ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids, dtype=torch.int64)
-        attention_mask[row, : len(tokens.ids)] = 1
+        if attention_mask is not None:
+            attention_mask[row, : len(tokens.ids)] = 1
         targets[row, : len(tokens.ids)] = _targets(tokens)
     kept = _kept(targets)
     return Batch(input_ids, attention_mask, kept, targets[:, kept])

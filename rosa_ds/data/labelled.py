@@ -56,9 +56,14 @@ class LabelledSet(TokenSet):
         return column(self.data, "class")
 
     def batch(
-        self, sequences: Sequence[int] | NDArray[np.int64], pad_id: int | None, packed: bool = False
+        self,
+        sequences: Sequence[int] | NDArray[np.int64],
+        pad_id: int | None,
+        packed: bool = False,
+        masked: bool = True,
     ) -> LabelledBatch:
         assert not packed, "a class belongs to a row"
+        assert masked, "a classifier finds a row's end, or its tokens, by the mask"
         if pad_id is None:
             raise ValueError(NO_PADDING)
         has_types = bool(self.sequence(0).types)

@@ -95,11 +95,18 @@ class TokenSet:
         found = [self.sequence(index) for index in range(self.firsts[example], self.firsts[example + 1])]
         return Tokens([i for tokens in found for i in tokens.ids], [on for tokens in found for on in tokens.trained])
 
-    def batch(self, sequences: Sequence[int] | NDArray[np.int64], pad_id: int | None, packed: bool = False) -> Batch:
+    def batch(
+        self,
+        sequences: Sequence[int] | NDArray[np.int64],
+        pad_id: int | None,
+        packed: bool = False,
+        masked: bool = True,
+    ) -> Batch:
         """A micro-batch of sequences. In place of -1, or of none, stand two padding tokens without a target.
 
         Args:
             packed: one behind the other instead of padded.
+            masked: padded rows have an attention mask.
 
         Raises: ValueError without a padding token.
         """
@@ -107,7 +114,7 @@ class TokenSet:
             raise ValueError(NO_PADDING)
         blank = Tokens([pad_id, pad_id], [False, False])
         found = [blank if index == PADDING_ROW else self.sequence(index) for index in sequences] or [blank]
-        return pack(found) if packed else collate(found, pad_id)
+        return pack(found) if packed else collate(found, pad_id, masked)
 
     def summary(self) -> str:
         """How much there is to train on, in words."""

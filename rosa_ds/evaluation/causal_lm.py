@@ -30,6 +30,7 @@ from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_availabl
 from rosa_ds.models.loss import losses_of
 from rosa_ds.training.evaluate import visit_batches
 from rosa_ds.training.model import check_positions
+from rosa_ds.training.padding import needs_mask
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ def perplexity(
         losses = losses_of(logits, batch.targets.to(logits.device))
         sums[torch.from_numpy(indices)] = losses.double().sum(dim=1).cpu()
 
-    visit_batches(model, data, batch_size, padding_of(tokenizer), add)
+    pad_id = padding_of(tokenizer)
+    visit_batches(model, data, batch_size, pad_id, add, masked=needs_mask(model, data, pad_id))
     sums = distributed.sum_over_ranks(sums.to(distributed.device())).cpu()
     loss = float(sums.sum()) / int(data.trained.sum())
     figures: dict[str, Any] = {"perplexity": math.exp(loss), "loss": loss, "examples": len(data)}

@@ -134,15 +134,18 @@ def shape_of(batch: Batch, masked_rows: bool, joined_rows: bool = False) -> Shap
     return Shape(rows, length, batch.kept.numel(), masked or (several and masked_rows), several and joined_rows)
 
 
-def largest(data: TokenSet, batches: BatchPlan, pad_id: int, masked_rows: bool, joined_rows: bool = False) -> Shape:
+def largest(
+    data: TokenSet, batches: BatchPlan, pad_id: int, masked: bool, masked_rows: bool, joined_rows: bool = False
+) -> Shape:
     """The shape of the largest micro-batch: of the longest sequences, or without padding of the step with most tokens.
 
-    Last arguments as :func:`shape_of`.
+    ``masked``: padded rows have an attention mask; the last arguments as :func:`shape_of`.
     """
     if batches.packed:
         return shape_of(data.batch(batches.largest_micro_batch(), pad_id, packed=True), masked_rows, joined_rows)
     rows = len(batches.micro_batches(0, 0)[0])
-    return shape_of(data.batch(np.argsort(-data.lengths, kind="stable")[:rows], pad_id), masked_rows)
+    longest = np.argsort(-data.lengths, kind="stable")[:rows]
+    return shape_of(data.batch(longest, pad_id, masked=masked), masked_rows)
 
 
 @contextlib.contextmanager

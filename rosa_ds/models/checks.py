@@ -14,6 +14,11 @@ def rounding_of(logits: Tensor) -> float:
     return _ROUNDING.get(logits.dtype, 1e-4) * float(logits.float().std())
 
 
+def distances(first: Tensor, second: Tensor) -> Tensor:
+    """The largest difference of logits at each position, float32. Shapes: both (..., V); result (...)."""
+    return (first.float() - second.float()).abs().amax(dim=-1)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number of a tensor is infinite or NaN: a sum first, which reads it once and keeps nothing."""
     return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())

@@ -65,8 +65,10 @@ def dry_run(command: CommandLine, ranks: int) -> None:
         check_readable(planner.model, tokenizer, data, eval_data)
         config = planner.model.config
         batches = plan_batches(data, settings, plan, ranks, config)
-        masks = makes_mask(config) and not can_be_by_sequence(config)
-        shape = largest(data, batches, tokenizer.pad_token_id, masks)
+        # which few language models need a mask only a pass with numbers tells
+        masked = settings.model.task == "classification"
+        masked_rows = makes_mask(config) and not can_be_by_sequence(config)
+        shape = largest(data, batches, tokenizer.pad_token_id, masked, masked_rows)
     except ValueError as error:
         problem = error
         logger.warning("tokenizer or data would end the run; the plan is for rows of %d tokens", shape.length)

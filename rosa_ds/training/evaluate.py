@@ -27,6 +27,7 @@ def visit_batches(
     pad_id: int,
     visit: Visit,
     interrupted: Callable[[], bool] = bool,
+    masked: bool = True,
 ) -> bool:
     """Give ``visit`` this rank's batches: their sequences' numbers, themselves, and the model's logits of their targets.
 
@@ -35,6 +36,7 @@ def visit_batches(
 
     Args:
         interrupted: asked after each batch, by all ranks; if it says so, the result is ``False``.
+        masked: rows have an attention mask, see :func:`rosa_ds.training.padding.needs_mask`.
     """
     order = np.argsort(-data.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -43,7 +45,7 @@ def visit_batches(
     for number in range(distributed.rank(), -(-len(batches) // ranks) * ranks, ranks):
         distributed.progress(f"evaluation, batch {number // ranks + 1}")
         indices = batches[number] if number < len(batches) else batches[-1]
-        batch = data.batch(indices, pad_id)
+        batch = data.batch(indices, pad_id, masked=masked)
         logits = batch_logits(model, batch, device)
         if number < len(batches):
             visit(indices, batch, logits)
@@ -53,7 +55,12 @@ def visit_batches(
 
 
 def evaluate(
-    model: Any, data: TokenSet, batch_size: int, pad_id: int, interrupted: Callable[[], bool] = bool
+    model: Any,
+    data: TokenSet,
+    batch_size: int,
+    pad_id: int,
+    interrupted: Callable[[], bool] = bool,
+    masked: bool = True,
 ) -> dict[str, Any] | None:
     """``loss``, the mean negative log-likelihood of all targets of ``data`` in nats, and ``accuracy`` where these are classes: the
     same on every rank. Of several sources also ``losses`` and ``accuracies``, source -> its own. Arguments as
@@ -73,7 +80,7 @@ def evaluate(
             if has_classes:
                 sums[number, 1] += (own.argmax(-1) == their).sum()
 
-    if not visit_batches(model, data, batch_size, pad_id, add, interrupted):
+    if not visit_batches(model, data, batch_size, pad_id, add, interrupted, masked):
         return None
     totals = distributed.sum_over_ranks(sums)
     counts = np.add.reduceat(data.trained, firsts)

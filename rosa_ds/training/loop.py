@@ -51,6 +51,7 @@ class Run:
     Attributes:
         methods: what acts around steps; ``restart``: what they begin again with.
         identity: what a resumed run must have again.
+        masked: padded rows have an attention mask, which the model needs.
         calls_a_pass: how often a forward pass calls the adapted layer that it calls most.
     """
 
@@ -66,6 +67,7 @@ class Run:
     data: TokenSet
     eval_data: TokenSet | None
     pad_id: int
+    masked: bool
     identity: Identity
     account: Account
     interruption: Interruption
@@ -192,7 +194,7 @@ class Loop:
         micro_batches = run.batches.micro_batches(step.data_step, rank)
         for number, micro in enumerate(micro_batches, start=1):
             distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number}")
-            batch = run.data.batch(micro, run.pad_id, run.batches.packed)
+            batch = run.data.batch(micro, run.pad_id, run.batches.packed, run.masked)
             with self._measurement.forward(batch, number) if self._measurement else contextlib.nullcontext():
                 loss_sum = token_loss_sum(run.engine, batch, run.engine.device)
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.
@@ -327,7 +329,7 @@ class Loop:
         start = time.monotonic()
         run.engine.eval()
         batch_size = run.settings.training.eval_batch_size
-        figures = evaluate(run.engine, data, batch_size, run.pad_id, self._interrupted)
+        figures = evaluate(run.engine, data, batch_size, run.pad_id, self._interrupted, run.masked)
         if figures is None:
             return  # a resumed run does it again
         self._evaluation_due = False

@@ -24,7 +24,7 @@ from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import PADDING_ROW, Batch, BatchPlan
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.models.attention import BY_SEQUENCE, can_be_by_sequence, makes_mask
-from rosa_ds.models.checks import rounding_of
+from rosa_ds.models.checks import distances, rounding_of
 from rosa_ds.models.loss import batch_logits
 from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 
@@ -136,10 +136,10 @@ def find_leak(engine: Any, data: TokenSet) -> str | None:
             raise
         return f"{type(model).__name__} does not run with it ({type(error).__name__}: {error})"
     rounding = rounding_of(alone)
-    if _distances(behind, behind_other).max() > rounding:
+    if distances(behind, behind_other).max() > rounding:
         return "what is said of a sequence depends on the one before it"
     # the median: elsewhere another order of sums may choose other experts
-    if _distances(alone, behind).median() > rounding:
+    if distances(alone, behind).median() > rounding:
         return "what is said of a sequence depends on where it stands"
     return None
 
@@ -152,8 +152,3 @@ def _first_logits(engine: Any, before: list[int], ids: list[int]) -> Tensor:
     batch = Batch(torch.tensor([[*before, *ids]]), None, kept, torch.empty(1, len(kept)), positions)
     with torch.no_grad():
         return batch_logits(engine, batch, engine.device)[0]
-
-
-def _distances(first: Tensor, second: Tensor) -> Tensor:
-    """The largest difference at each position, float32 (K,)."""
-    return (first.float() - second.float()).abs().amax(dim=-1)

@@ -40,6 +40,7 @@ from rosa_ds.training.loop import Loop, Run
 from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
 from rosa_ds.training.packing import plan_batches, settle_batches
+from rosa_ds.training.padding import needs_mask
 from rosa_ds.training.reach import find_unused, keep_dense, probe, settle_targets
 from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
@@ -146,6 +147,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
 
     calls = probe(engine, model, data, pad_id, traced=unused is not None)
     batches = settle_batches(batches, engine, data, settings.data.batching)
+    masked = needs_mask(engine, data, pad_id)
     forget_order(engine)
 
     folder = _open_folder(settings, plan, account, tokenizer, source, saved.step if saved else 0)
@@ -162,6 +164,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
         data=data,
         eval_data=eval_data,
         pad_id=pad_id,
+        masked=masked,
         identity=identity,
         account=account,
         interruption=interruption,
@@ -270,7 +273,7 @@ def _explained(run: Run, plan: DeepSpeedPlan) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            rows = makes_mask(run.model.config), joins_results(run.model)
+            rows = run.masked, makes_mask(run.model.config), joins_results(run.model)
             shape = largest(run.data, run.batches, run.pad_id, *rows)
             account = with_activations(run.account, run.settings, plan.dtype, shape)
             raise RunError(explain_memory(account, run.settings, plan.stage, plan.micro_batch_size, error)) from error
