@@ -34,6 +34,7 @@ from rosa_ds.models.load import download, identify, load_tokenizer
 from rosa_ds.models.task import is_classifier
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
+from rosa_ds.training.gpu_settings import choose_allocator
 from rosa_ds.training.init_adapter import begin_from, check_start
 from rosa_ds.training.interrupt import Interruption
 from rosa_ds.training.loop import Loop, Run
@@ -76,6 +77,7 @@ def train(command: CommandLine) -> Path:
 def _train(command: CommandLine, interruption: Interruption) -> Path:
     begin_log()
     _fill_caches(command)
+    choose_allocator()
     plan, settings = _join_ranks(command)
     output = Path(settings.training.output_dir)
     with distributed.together():
