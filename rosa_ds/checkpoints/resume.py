@@ -26,6 +26,7 @@ MAY_CHANGE = frozenset(
         "training.keep_checkpoints",
         "training.tensorboard",
         "training.gradient_checkpointing",
+        "training.deterministic",
         "training.stall_minutes",
         "training.timeout_minutes",
         "training.max_bad_steps",

@@ -337,6 +337,8 @@ class TrainingSettings(Section):
     """The learning rate after its warm-up: to 0 linearly, to 0 along a cosine, or constant."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Of data order, initialisation, dropout and random masks."""
+    deterministic: bool = False
+    """On GPUs, the same bits from the same run again, which attention's backward does not give by itself: torch takes the forms of its operators that do, and refuses those that have none. On CPUs it is always so."""
     gradient_checkpointing: bool | Literal["reentrant", "host"] = False
     """Recompute activations in backward instead of keeping them: true, reentrant for torch's older way, or host for that with
     what each block begins from kept in the host's memory."""

@@ -34,7 +34,12 @@ from rosa_ds.models.load import download, identify, load_tokenizer
 from rosa_ds.models.task import is_classifier
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
-from rosa_ds.training.gpu_settings import choose_allocator
+from rosa_ds.training.gpu_settings import (
+    check_deterministic,
+    choose_allocator,
+    deterministic,
+    has_no_deterministic_form,
+)
 from rosa_ds.training.init_adapter import begin_from, check_start
 from rosa_ds.training.interrupt import Interruption
 from rosa_ds.training.loop import Loop, Run
@@ -63,11 +68,16 @@ def train(command: CommandLine) -> Path:
         InterruptedRunError: SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) came; the state is saved.
     """
     try:
-        with Interruption() as interruption:
+        with Interruption() as interruption, deterministic(command.config.training.deterministic):
             return _train(command, interruption)
     except RunError:
         raise
     except (RuntimeError, MemoryError) as error:
+        if operator := has_no_deterministic_form(error):
+            raise RunError(
+                f"training.deterministic: {operator} has no form that gives the same bits again: leave the setting out, or what needs "
+                "this operator"
+            ) from error
         if not is_out_of_memory(error):
             raise
         stage = command.deepspeed.get("zero_optimization", {}).get("stage", 0)
@@ -110,6 +120,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     model, weights, pad_id = load_checked_base(settings, plan, tokenizer, data, eval_data)
     with distributed.together():
         base = identify(settings.model)
+        if settings.training.deterministic:
+            check_deterministic(model.config._attn_implementation)
     settings, start = begin_from(settings, model, base, saved)
     with distributed.together():
         settings = settle_targets(settings, model, unused)

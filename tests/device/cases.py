@@ -68,7 +68,7 @@ COMMON = {
     "draw.every": "2 steps",
 }
 PRECISIONS = {
-    "float32": {"model.dtype": "float32"},
+    "float32": {"model.dtype": "float32", "training.deterministic": "true"},
     "bfloat16": {"model.dtype": "bfloat16"},
     "float16": {"model.dtype": "float16", "ds.fp16.initial_scale_power": "4"},
     "nf4": {"model.dtype": "bfloat16", "model.quantization": "nf4"},
