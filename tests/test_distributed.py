@@ -161,6 +161,100 @@ def test_a_stalled_rank_is_named(tmp_path: Path) -> None:
     assert "in barrier" in waiting  # the stack of the rank that waits
 
 
+NCCL = """
+import os
+import sys
+import threading
+import torch.distributed as dist
+from rosa_ds import distributed, zero
+from rosa_ds.distributed import watch
+
+failed = []
+gloos = dist.barrier
+
+def barrier():
+    \"\"\"As NCCL's kernels, which never end without the other rank; its watchdog sees a connection that is closed, or none.\"\"\"
+    try:
+        gloos()
+    except RuntimeError:
+        if sys.argv[1] == "aborts":
+            if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3") != "0":
+                os.abort()
+            failed.append("REMOTE_ERROR")
+        threading.Event().wait()
+
+dist.barrier = barrier
+watch.PAUSE_SECONDS = 0.3
+watch.backend_error = lambda: failed[0] if failed else ""
+distributed.leave_errors_to_watch()
+zero.initialize()
+distributed.start_watch(float("inf"))
+distributed.barrier()
+distributed.start_watch(120.0 if sys.argv[1] == "aborts" else 2.0)
+distributed.progress("step 1")
+if distributed.rank() == 1:
+    threading.Event().wait(1.0)  # its signs of life are known
+    os._exit(9)
+distributed.progress("step 2")
+distributed.barrier()
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("backend", ["aborts", "hangs"])
+def test_a_dead_rank_under_nccl_is_named(backend: str, tmp_path: Path) -> None:
+    """By the one that waits for it, before the stall's time where the backend sees it, and else after that."""
+    script = tmp_path / "nccl.py"
+    script.write_text(NCCL)
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), backend],
+            env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, waiting = ranks[0].communicate(timeout=80)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == 74, waiting
+    why = "no progress for 2 s" if backend == "hangs" else "a collective failed (REMOTE_ERROR)"
+    assert f"{why}: rank 1 on {socket.gethostname()} (no sign of life) at 'step 1' for" in waiting
+    assert "the others wait at 'step 2'" in waiting
+
+
+def test_nccls_errors_are_left_to_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in watch._ERROR_HANDLING:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    distributed.leave_errors_to_watch()
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    distributed.leave_errors_to_watch()
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
+
+
+@pytest.mark.parametrize(("answer", "said"), [("SUCCESS", ""), ("COMM_ERROR", "COMM_ERROR"), (None, "")])
+def test_what_a_backend_says_of_its_collectives(answer: str | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backend:
+        def get_error(self) -> object:
+            if answer is None:
+                raise RuntimeError("Backend gloo does not support getError")
+            return getattr(torch._C._distributed_c10d.ErrorType, answer)
+
+    class Group:
+        def _get_backend(self, _: torch.device) -> Backend:
+            return Backend()
+
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", Group)
+    assert watch.backend_error() == said
+
+
 BUSY = """
 import atexit
 import sys

@@ -32,4 +32,11 @@ from rosa_ds.distributed.group import (
 )
 from rosa_ds.distributed.timing import backend, time_collectives
 from rosa_ds.distributed.traffic import TrafficCounter
-from rosa_ds.distributed.watch import describe_ranks, lost_contact, progress, start_watch, stop_watch
+from rosa_ds.distributed.watch import (
+    describe_ranks,
+    leave_errors_to_watch,
+    lost_contact,
+    progress,
+    start_watch,
+    stop_watch,
+)

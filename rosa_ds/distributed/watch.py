@@ -3,7 +3,8 @@
 Every rank says where it is with :func:`progress`, in the same order as the others. A thread of each rank writes that
 to the group's store again and again, with a count of the times: its sign of life. A rank that has not got further for
 a while reads twice what all have said. Those that gave no sign of life in between are the ones waited for, and if all did,
-those that are furthest behind. It names them and ends, instead of waiting for ever.
+those that are furthest behind. It names them and ends, instead of waiting for ever. Where the backend says that a
+collective has failed, it does not wait for that while.
 """
 
 from __future__ import annotations
@@ -23,21 +24,39 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from rosa_ds.distributed.group import peak_memory_bytes, rank, world_size
+from rosa_ds.distributed.group import device, peak_memory_bytes, rank, world_size
 
 logger = logging.getLogger(__name__)
 STALLED_STATUS = 74  # of a process that ended because a rank stalled (EX_IOERR)
 ANSWER_SECONDS = 10.0  # that the store may take
+PAUSE_SECONDS = 5.0  # between two signs of life, at most
+_ERROR_HANDLING = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING")
 LEFT = -1  # in place of a count of signs of life
 Answer = TypeVar("Answer")
 _active: Watch | None = None
 
 
+def leave_errors_to_watch() -> None:
+    """Before the ranks are joined: NCCL's watchdog shall not abort the process when another rank is gone, which would end the
+    watch before it can name that rank. What a user has chosen stays.
+    """
+    if not any(name in os.environ for name in _ERROR_HANDLING):
+        os.environ[_ERROR_HANDLING[0]] = "0"
+
+
 def start_watch(seconds: float) -> None:
-    """Begin to watch this rank; nothing to do alone, or with 0 seconds."""
+    """Begin to watch this rank, or go on with another time; nothing to do alone, or with 0 seconds.
+
+    Args:
+        seconds: without progress, after which the run ends; ``inf``: only where a collective has failed.
+    """
     global _active
-    if _active is None and world_size() > 1 and seconds > 0:
+    if world_size() == 1 or seconds <= 0:
+        return
+    if _active is None:
         _active = Watch(dist.distributed_c10d._get_default_store(), seconds)
+    else:
+        _active.allow(seconds)
 
 
 def stop_watch() -> None:
@@ -80,6 +99,15 @@ def lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(text in said for text in gone)
 
 
+def backend_error() -> str:
+    """How the collectives of this rank's device have failed, by the backend's word; empty where it says nothing, or cannot."""
+    with contextlib.suppress(RuntimeError, AttributeError, AssertionError, ValueError):
+        error = dist.distributed_c10d._get_default_group()._get_backend(device()).get_error()
+        if error.name != "SUCCESS":
+            return str(error.name)
+    return ""
+
+
 class Watch:
     """Watches this rank's progress and tells the others.
 
@@ -93,11 +121,13 @@ class Watch:
         # a client of its own: another's blocking call would hold this thread up
         self.store, self.seconds = store.clone(), seconds
         self.end = end or _end_process
-        self.pause = min(5.0, seconds / 4)
+        self.pause = min(PAUSE_SECONDS, seconds / 4)
+        self._failure, self._failed_at = "", 0.0
         self._report = Report(0, "start", time.time(), 0, socket.gethostname())
         self._asking: threading.Thread | None = None
         self._since = time.monotonic()
-        self._closed = threading.Event()
+        self._closed = False
+        self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rosa-watch", daemon=True)
         self._thread.start()
 
@@ -108,8 +138,15 @@ class Watch:
         )
         self._since = time.monotonic()
 
+    def allow(self, seconds: float) -> None:
+        """Another time without progress, from now on."""
+        self._since = time.monotonic()
+        self.seconds, self.pause = seconds, min(PAUSE_SECONDS, seconds / 4)
+        self._woken.set()
+
     def close(self) -> None:
-        self._closed.set()
+        self._closed = True
+        self._woken.set()
         self._thread.join()
 
     def _run(self) -> None:
@@ -117,7 +154,10 @@ class Watch:
         before: list[Report] = []
         while True:
             alive += 1
-            stalled = time.monotonic() - self._since - self.seconds
+            if not self._failure and (failure := backend_error()):
+                self._failure, self._failed_at = failure, time.monotonic()
+            due = self._failed_at if self._failure else self._since + self.seconds
+            stalled = time.monotonic() - due
             try:
                 self._tell(alive)
                 if stalled <= 0:
@@ -125,14 +165,19 @@ class Watch:
                 elif not before:
                     before = self.ask_all()
                 elif stalled > 3 * self.pause:  # two signs of life of every rank that gives any
-                    return self._leave(describe_stall(before, self.ask_all(), self.seconds))
+                    return self._leave(describe_stall(before, self.ask_all(), self._said()))
             except (dist.DistError, RuntimeError, TimeoutError) as error:
                 if stalled > 0:
                     last = self._report
-                    said = f"no progress for {self.seconds:.0f} s at {last.where!r} on {last.host}"
+                    said = f"{self._said()} at {last.where!r} on {last.host}"
                     return self._leave(f"{said}, and no word of the other ranks: {error}")
-            if self._closed.wait(self.pause):
+            self._woken.wait(self.pause)
+            self._woken.clear()
+            if self._closed:
                 return
+
+    def _said(self) -> str:
+        return f"a collective failed ({self._failure})" if self._failure else f"no progress for {self.seconds:.0f} s"
 
     def _leave(self, message: str) -> None:
         with contextlib.suppress(dist.DistError, RuntimeError, TimeoutError):
@@ -184,13 +229,13 @@ class Report(NamedTuple):
         return f"{host}{mark} at {self.where!r}" + (ago.format(time.time() - self.since) if self.since else "")
 
 
-def describe_stall(before: Sequence[Report], after: Sequence[Report], seconds: float) -> str:
+def describe_stall(before: Sequence[Report], after: Sequence[Report], why: str) -> str:
     """Which ranks the others wait for.
 
     Args:
         before: of every rank, what it had said when this one was found to stand still.
         after: what it has said since, long enough for a sign of life.
-        seconds: without progress.
+        why: the run ends, in words.
     """
     silent = [
         other
@@ -203,7 +248,7 @@ def describe_stall(before: Sequence[Report], after: Sequence[Report], seconds: f
     named = ", ".join(f"rank {other}{after[other].placed(' for {:.0f} s', mark)}" for other in missing)
     places = sorted({report.where for other, report in enumerate(after) if other not in missing})
     waiting = f"; the others wait at {', '.join(map(repr, places))}" if places else " (all ranks)"
-    return f"no progress for {seconds:.0f} s: {named}{waiting}"
+    return f"{why}: {named}{waiting}"
 
 
 def read_reports(store: dist.Store, ranks: int) -> list[Report]:

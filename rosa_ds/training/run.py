@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,8 @@ def train(command: CommandLine) -> Path:
             raise
         stage = command.deepspeed.get("zero_optimization", {}).get("stage", 0)
         raise RunError(explain_loading(command.config, stage, error)) from error
+    finally:
+        distributed.stop_watch()
 
 
 def _train(command: CommandLine, interruption: Interruption) -> Path:
@@ -186,7 +189,6 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     )
     distributed.start_watch(60 * settings.training.stall_minutes)
     with contextlib.ExitStack() as closing:
-        closing.callback(distributed.stop_watch)
         closing.enter_context(_explained(run, plan))
         with distributed.together():
             due = saved is not None and saved.evaluation_due
@@ -228,7 +230,11 @@ def _join_ranks(command: CommandLine) -> tuple[DeepSpeedPlan, RunConfig]:
     training = command.config.training
     # of a collective: rarely reached, since the watch looks at what is said of each step; a first download may take long
     usual = max(120.0, 2 * training.stall_minutes) if training.stall_minutes else 7 * 24 * 60.0
+    if training.stall_minutes:
+        distributed.leave_errors_to_watch()
     zero.initialize(training.timeout_minutes or usual)
+    if training.stall_minutes:  # loading may take long: until the first step only a failed collective ends the run
+        distributed.start_watch(math.inf)
     threads, ranks = distributed.use_threads(), distributed.world_size()
     plan, settings = settle(command, ranks, distributed.gpu_has_bfloat16())
     if plan.dtype == "float16" and not zero.has_float16():

@@ -94,14 +94,14 @@ def interpret() -> None:
 def _names_of_the_device() -> Iterator[tuple[Any, str, Any]]:
     """Where rosa_ds asks which device there is: every such name, so that a new one is missed by a test."""
     from rosa_ds import distributed
-    from rosa_ds.distributed import group, timing
+    from rosa_ds.distributed import group, timing, watch
 
     answers = {
         "device": lambda: torch.device(NAME, 0),
         "gpu_has_bfloat16": lambda: True,
         "free_memory": lambda: DEVICE_BYTES // 2,
     }
-    for module in (distributed, group, timing):
+    for module in (distributed, group, timing, watch):
         for name, answer in answers.items():
             if hasattr(module, name):
                 yield module, name, answer
