@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -62,7 +63,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
             f"{' or '.join(_WORKSPACES)}"
         )
     variables = {name: os.environ.get(name) for name in (_WORKSPACE, _FLASH)}
-    cudnn, cuda, memory = torch.backends.cudnn, torch.backends.cuda, torch.utils.deterministic
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     flags = cudnn.deterministic, cudnn.benchmark, cuda.cudnn_sdp_enabled(), memory.fill_uninitialized_memory
     os.environ.update({_WORKSPACE: given or _WORKSPACES[0], _FLASH: "1"})
