@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -19,13 +20,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 import rosa_ds
 from launching import ROOT, SMALL, TRAIN, losses, metrics, run
 from rosa_ds import distributed
-from rosa_ds.adapters.quantize import load_quantized
+from rosa_ds.adapters.quantize import load_quantized, packed_hashes
+from rosa_ds.checkpoints.source import open_source
 from rosa_ds.config.schema import AdapterConfig, MergeBase, ModelSettings, RunConfig
 from rosa_ds.config.unused import settings_without_effect
+from rosa_ds.export.adapted import load_adapted, load_merged
 from rosa_ds.export.merge import export_merged, export_peft
 from rosa_ds.export.verify import verify
 from rosa_ds.models.load import load_model
-from rosa_ds.models.quantized import Form, Kind, QuantizedLinear
+from rosa_ds.models.quantized import Form, Kind, QuantizedLinear, quantization_of
 from rosa_ds.utils.files import write_manifest
 
 KINDS: list[tuple[Kind, bool]] = [("nf4", True), ("nf4", False), ("int8", True)]
@@ -245,6 +248,47 @@ def test_an_adapter_says_how_its_base_is_quantised(stored: Path, tmp_path: Path,
     assert not (tmp_path / "wrong").exists()
 
 
+def test_other_numbers_than_were_trained_on_are_not_merged_into(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another device's sums and ties: one bit of one layer's packed numbers."""
+    model = AutoModelForCausalLM.from_pretrained(stored).eval()
+    rosa_ds.quantize(model, "nf4")
+    packed = packed_hashes(model)
+    rosa_ds.inject(model, AdapterConfig(method="lora", rank=2))
+    assert packed_hashes(model) == packed
+    base = {"name_or_path": str(stored), **quantization_of(model), "packed": packed}
+    rosa_ds.save_adapter(model, tmp_path / "adapter", base)
+    export_merged(tmp_path / "adapter", tmp_path / "same", None)
+
+    pack, planted = Form.pack, packed_shape(model, "model.layers.1.mlp.down_proj")
+
+    def elsewhere(self: Form, weight: Tensor) -> dict[str, Tensor]:
+        found = pack(self, weight)
+        if self.shape == planted:
+            found["weight"][0] ^= 1
+        return found
+
+    monkeypatch.setattr(Form, "pack", elsewhere)
+    with pytest.raises(ValueError, match=r"down_proj is quantised to other numbers .*--merge-base original") as refused:
+        export_merged(tmp_path / "adapter", tmp_path / "out", None)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    export_merged(tmp_path / "adapter", tmp_path / "out", None, "original")
+    with contextlib.closing(open_source(tmp_path / "adapter")) as source:
+        load_adapted(source, torch.float32)
+        assert "quantised to other numbers here than the run trained on (2 of 14 layers)" in caplog.text
+        with pytest.raises(ValueError, match="--merge-base original"):
+            load_merged(source, torch.float32)
+
+
+def packed_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """Of the matrix of a quantised layer."""
+    form = model.get_submodule(name).form
+    assert isinstance(form, Form)
+    return form.shape
+
+
 def test_a_base_that_is_loaded_whole_has_the_same_bits(stored: Path, tmp_path: Path) -> None:
     """In every compute type: training in 16 bits and export in 32 quantise the same numbers."""
     model = AutoModelForCausalLM.from_pretrained(stored)
@@ -441,6 +485,11 @@ def test_ten_steps_like_the_dense_model_at_stages_2_and_3(tmp_path: Path, dequan
     accounts = [json.loads((tmp_path / name / "accounting.json").read_text()) for name in ("stage2", "stage3")]
     assert accounts[0]["measured"]["memory"]["base"] == accounts[0]["predicted"]["total"]["base"]
     assert accounts[1]["measured"]["memory"]["base"] <= 0.51 * accounts[0]["measured"]["memory"]["base"]
+    described = [json.loads((tmp_path / name / "adapter" / "rosa_adapter.json").read_text()) for name in runs]
+    packed = [description["base"].get("packed") for description in described]
+    assert packed[0] == packed[1]
+    assert len(packed[0]) > 7
+    assert packed[2] is None
     merged = export_merged(tmp_path / "stage3", tmp_path / "out", None)
     assert verify(tmp_path / "stage3", merged).passed
 

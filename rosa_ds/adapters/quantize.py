@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +158,48 @@ def quantized_forms(model: nn.Module) -> dict[str, Form]:
     return {
         name: form for name, module in model.named_modules() if isinstance(form := getattr(module, "form", None), Form)
     }
+
+
+def packed_hash(packed: Mapping[str, Tensor]) -> str:
+    """Of the two arrays of a quantised layer, wherever they are."""
+    digest = hashlib.sha256()
+    for part in (PACKED, SCALES):
+        digest.update(packed[part].detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def packed_hashes(model: nn.Module, together: bool = False) -> dict[str, str]:
+    """:func:`packed_hash` of every quantised layer, by name.
+
+    Args:
+        together: the ranks share the work, and all have the result; of a model that is divided it has to be so. Else each rank
+            that calls it does all of it.
+    """
+    mine = {}
+    ranks, rank = (distributed.world_size(), distributed.rank()) if together else (1, 0)
+    for number, name in enumerate(quantized_forms(model)):
+        layer = model.get_submodule(name)
+        arrays = {part: zero.read_whole(getattr(layer, part)) for part in (PACKED, SCALES)}
+        if number % ranks == rank:
+            mine[name] = packed_hash(arrays)
+    parts = distributed.gather_objects(mine) if together else [mine]
+    return dict(sorted((name, value) for part in parts for name, value in part.items()))
+
+
+def other_numbers(base: Mapping[str, Any], found: Mapping[str, str]) -> str | None:
+    """What is to be said where layers are quantised to other numbers than those that a run saw: sums and ties fall otherwise on
+    another device, or in another bitsandbytes.
+
+    Args:
+        base: as the run has described it; one of before such hashes were kept says nothing.
+        found: hashes of layers here.
+    """
+    known = base.get("packed", {})
+    differ = [name for name, value in found.items() if known.get(name, value) != value]
+    if not differ:
+        return None
+    count = f" ({len(differ)} of {len(found)} layers)" if len(found) > 1 else ""
+    return f"{differ[0]} is quantised to other numbers here than the run trained on{count}"
 
 
 def quantize_as(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from rosa_ds.adapters.folder import description_file
 from rosa_ds.adapters.inject import adapted_layers, inject, merge
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.quantize import load_quantized, open_quantized
+from rosa_ds.adapters.quantize import load_quantized, open_quantized, other_numbers, packed_hashes
 from rosa_ds.adapters.state import fill_adapter
 from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.checkpoints.checkpoint import is_checkpoint
@@ -24,6 +27,8 @@ from rosa_ds.models.stream import Base, open_base
 from rosa_ds.models.task import settle_padding
 from rosa_ds.utils.json_files import read_json
 
+logger = logging.getLogger(__name__)
+
 
 def load_merged(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
     """The base with its adapter folded in: summed in float32, rounded once to ``dtype``.
@@ -33,6 +38,7 @@ def load_merged(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase
     settings = identified(source.description.base)
     narrow = not source.base and settings.quantization == "none" and stored_dtype(settings) == dtype
     model = load_adapted(source, dtype if narrow else torch.float32, merge_base)
+    refuse_other_numbers(source.description.base, packed_hashes(model))
     merge(model)
     # buffers, such as rotary frequencies, stay in float32 as transformers keeps them
     for name, parameter in model.named_parameters():
@@ -49,6 +55,17 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
+def refuse_other_numbers(base: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Raise ValueError for a merge into other quantised numbers than were trained on. Arguments as
+    :func:`rosa_ds.adapters.quantize.other_numbers`.
+    """
+    if problem := other_numbers(base, found):
+        raise ValueError(
+            f"{problem}: export where there is such a GPU and bitsandbytes as the run had, or merge into the weights as they were "
+            "before (--merge-base original)"
+        )
+
+
 def load_adapted(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBase = "dequantized") -> PreTrainedModel:
     """The base with its adapter, not merged, in ``dtype`` with a float32 adapter.
 
@@ -63,6 +80,8 @@ def load_adapted(source: StoredAdapter, dtype: torch.dtype, merge_base: MergeBas
         model = load_model(settings, dtype)
     elif merge_base == "dequantized":
         model = load_quantized(settings, dtype, description.config.modules_to_save)
+        if problem := other_numbers(description.base, packed_hashes(model)):
+            logger.warning("%s; what it says may differ a little", problem)
     else:
         return _load_on_original(source, load_model(settings, dtype))
     settle_generation(model, source, run_tokenizer(source))

@@ -19,13 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from rosa_ds import distributed
 from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.layer import AdaptedLinear
-from rosa_ds.adapters.quantize import quantized_forms
+from rosa_ds.adapters.quantize import packed_hash, quantized_forms
 from rosa_ds.adapters.state import check_changes, check_fit, trained_parameters
 from rosa_ds.adapters.stored import StoredAdapter
 from rosa_ds.config.schema import MergeBase
-from rosa_ds.export.adapted import rounded
+from rosa_ds.export.adapted import refuse_other_numbers, rounded
 from rosa_ds.models.convert import NotStreamableError
 from rosa_ds.models.quantized import PACKED, SCALES
 from rosa_ds.models.stream import Base
@@ -245,7 +246,10 @@ class MergedRows:
         """The base of a quantised layer in float32, with what draws have changed."""
         layer = name.removesuffix(f".{PACKED}")
         original = self.base.rows(name, slice(None)).float()
-        packed = self.forms[name].pack(original)
+        on_device = self.forms[name].pack(original.to(distributed.device()))  # as the run did
+        packed = {part: array.cpu() for part, array in on_device.items()}
+        if self.merge_base == "dequantized":
+            refuse_other_numbers(self.source.description.base, {layer: packed_hash(packed)})
         base = self.forms[name].unpack(packed[PACKED], packed[SCALES], torch.float32)
         self.quantization_error[layer] = float((base - original).norm() / original.norm().clamp_min(1e-30))
         if self.merge_base == "original":

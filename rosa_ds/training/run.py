@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rosa_ds import distributed, zero
+from rosa_ds.adapters.quantize import packed_hashes, quantized_forms
 from rosa_ds.adapters.state import save_adapter
 from rosa_ds.adapters.targets import with_head
 from rosa_ds.checkpoints import checkpoint, deepspeed_format
@@ -136,6 +137,9 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
             check_start(settings, model, start)
         if mask is not None:
             check_loaded_mask(mask, model)
+
+    if quantized_forms(model):  # by which export knows that it merges into the numbers that are trained on
+        base = {**base, "packed": packed_hashes(model, together=True)}
 
     # All ranks have the same input, and a resumed run the same as before.
     record = {**settings.model_dump(), "deepspeed": plan.record()}
