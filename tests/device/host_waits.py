@@ -23,7 +23,7 @@ COUNTED_BY_THE_HOST = {
     "unique_dim",
     "bincount",
 }
-CODE = ("/rosa_ds/", "/kernels/", "deepspeed/runtime", "transformers/", "torch/optim")
+CODE = ("/rosa_ds/", "/rosa_kernels/", "deepspeed/runtime", "transformers/", "torch/optim")
 
 
 def tensors(*trees: Any) -> list[torch.Tensor]:
