@@ -14,7 +14,7 @@ import rosa_ds
 from rosa_ds.adapters.mask import MaskCollector, gradient_score, top_positions
 from rosa_ds.config.mask_scores import RANKINGS, Score, ranking_of
 from rosa_ds.config.schema import AdapterConfig
-from rosa_kernels.collect import op as collect
+from rosa_kernels import gradient
 
 DENSITY = 0.07
 
@@ -108,7 +108,7 @@ def test_micro_batches_of_a_step_add_up_before_they_are_squared(llama: PreTraine
 def test_one_micro_batch_keeps_its_largest_entries_alone(
     llama: PreTrainedModel, score: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "BLOCK_BYTES", 8 * 32 * 5)  # five rows of a float64 matrix of 32 columns at a time
+    monkeypatch.setattr(gradient, "BLOCK_BYTES", 4 * 32 * 5)  # five rows of a matrix of 32 columns at a time
     rosa_ds.inject(llama, AdapterConfig(method="robust", rank=2, density=DENSITY, dropout=0.0))
     layers = rosa_ds.adapted_layers(llama)
     blocks: list[int] = []

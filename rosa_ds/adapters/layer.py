@@ -17,7 +17,7 @@ from rosa_ds.adapters.subspace import split_off
 from rosa_ds.config.schema import DrawSettings
 from rosa_ds.models.quantized import PACKED, SCALES, QuantizedLinear, to_dtype
 from rosa_kernels.adapter_linear.op import Around, Collect, SparseProduct
-from rosa_kernels.pattern.plan import needs_tiles
+from rosa_kernels.pattern.plan import waits_for_device
 
 MAX_POSITIONS = 2**31 - 1
 
@@ -194,8 +194,8 @@ class AdaptedLinear(nn.Module):
     def _current_plan(self) -> rosa_kernels.Plan | None:
         """The mask's plan, made when the mask is set, or here after the layer was moved, loaded or copied.
 
-        A plan is as large as the positions. Where those are partitioned, torch makes it again in each backward; Triton,
-        which would wait for the device to make it, keeps it.
+        A plan may be as large as the positions. Where those are partitioned, a CPU makes it again in each backward; a
+        device, which would be waited for, keeps it.
         """
         if self.plan is None and self.mask_known and self.positions is not None:
             self._make_plan(self.positions)
@@ -205,7 +205,7 @@ class AdaptedLinear(nn.Module):
         if isinstance(positions, FakeTensor):
             return  # of a plan of memory: there is nothing to sort
         divided = self.positions is not None and zero.is_partitioned(self.positions)
-        if positions.numel() == self.entries and (not divided or needs_tiles(positions.device)):
+        if positions.numel() == self.entries and (not divided or waits_for_device(positions.device)):
             self.plan = rosa_kernels.make_plan(positions, *self.weight_shape, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:

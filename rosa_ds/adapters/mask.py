@@ -20,7 +20,8 @@ from rosa_ds.config.mask_scores import RANKINGS, Score, ranking_of
 from rosa_ds.utils.files import TensorFiles, sync_files, write_tensors
 from rosa_ds.utils.generators import keyed_generator
 from rosa_ds.utils.suggest import did_you_mean
-from rosa_kernels.collect.op import RunningTopK, gradient_blocks
+from rosa_kernels.collect.op import RunningTopK
+from rosa_kernels.gradient import gradient_blocks
 
 Mask = dict[str, Tensor]
 """Weight name -> (Z,) sorted int32 positions, flat row-major in the weight as it is stored."""

@@ -28,7 +28,7 @@ from rosa_ds.config.schema import MaskSettings, RunConfig
 from rosa_ds.memory.account import Term
 from rosa_ds.methods import method
 from rosa_ds.utils.files import file_hash
-from rosa_kernels.collect.op import BLOCK_BYTES, TOKENS_AT_ONCE, block_rows
+from rosa_kernels.gradient import BLOCK_BYTES, TOKENS_AT_ONCE, block_rows
 
 if TYPE_CHECKING:
     from rosa_ds.adapters.stored import StoredAdapter
@@ -299,7 +299,7 @@ def _collect_bytes(
     wide = 0
     if plan.dtype != "float32":
         shapes = [layer.weight_shape for layer in layers.values()]
-        wide = max(4 * TOKENS_AT_ONCE * (min(rows, block_rows(columns, 4)) + columns) for rows, columns in shapes)
+        wide = max(4 * TOKENS_AT_ONCE * (min(rows, block_rows(columns)) + columns) for rows, columns in shapes)
     # the block and its scores, what of 16-bit factors is wide, and where candidates are kept those of the block: scores,
     # 64-bit indices, old and new
     return max(load), 2 * block + wide + (40 * most if single else 0)

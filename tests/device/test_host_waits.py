@@ -13,7 +13,7 @@ from launching import TRAIN, run
 pytestmark = pytest.mark.ranks
 CASE: Case = {
     "stage": "2",
-    "method": "lora",
+    "method": "robust",
     "precision": "bfloat16",
     "offload": "none",
     "accumulation": "2",
@@ -40,9 +40,9 @@ NORM = "the host needs the result of _local_scalar_dense: training/loop.py:_trai
 MASK = "transformers/masking_utils.py"
 
 
-@pytest.mark.parametrize(("stage", "batching", "masks"), [("2", "tokens", 1), ("3", "sorted", 1)])
+@pytest.mark.parametrize(("stage", "batching", "masks"), [("2", "tokens", 2), ("3", "sorted", 2)])
 def test_waits_of_a_step(stage: str, batching: str, masks: int, small_base: Path, tmp_path: Path) -> None:
-    """Ours: the loss before the optimizer's step, and the gradients' norm after it; none for a micro-batch."""
+    """Ours: the loss before the optimizer's step, and the gradients' norm after it; none for a micro-batch, or a layer."""
     found = waits_of_a_step(CASE | {"stage": stage}, batching, small_base, tmp_path)
     of_deepspeed = {
         where: times for where, times in found.items() if "runtime/utils.py" in where or "zero/stage" in where
@@ -50,5 +50,5 @@ def test_waits_of_a_step(stage: str, batching: str, masks: int, small_base: Path
     of_transformers = {where: times for where, times in found.items() if MASK in where}
     ours = {where: times for where, times in found.items() if where not in of_deepspeed | of_transformers}
     assert ours == {LOSS_COPY: 1, NORM: 1}
-    assert sum(of_deepspeed.values()) == {"2": 3, "3": 1}[stage]
-    assert sum(of_transformers.values()) == masks * int(CASE["accumulation"])
+    assert sum(of_deepspeed.values()) == {"2": 4, "3": 1}[stage]
+    assert sum(of_transformers.values()) == masks

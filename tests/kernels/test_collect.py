@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rosa_kernels.collect import op
-from rosa_kernels.collect.op import RunningTopK, gradient_blocks
+from rosa_kernels import gradient
+from rosa_kernels.collect.op import RunningTopK
 from rosa_kernels.collect.reference import top_positions_reference
+from rosa_kernels.gradient import gradient_blocks
 from rosa_kernels.testing import assert_rel_close
 
 
@@ -33,7 +34,7 @@ def test_example() -> None:
 def test_same_entries_whatever_the_blocks(
     count: int, block_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(gradient, "BLOCK_BYTES", block_bytes)
     generator = torch.Generator().manual_seed(0)
     grad, x = (torch.randn(9, size, generator=generator).to(dtype) for size in (35, 21))
     blocks = list(gradient_blocks(grad, x))
@@ -68,12 +69,50 @@ def test_long_inputs_of_16_bits_are_widened_in_parts() -> None:
     with WideNumbers() as numbers:
         [(first, block)] = gradient_blocks(grad, x)
     assert first == 0
-    assert max(numbers.made) == op.TOKENS_AT_ONCE * 40
+    assert max(numbers.made) == gradient.TOKENS_AT_ONCE * 40
     assert_rel_close("G", block, grad.double().T @ x.double(), torch.float32)
     grad, x = grad.float(), x.float()
     with WideNumbers() as numbers:
         list(gradient_blocks(grad, x))
     assert numbers.made == [6 * 40]
+
+
+def test_on_cuda_16_bits_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.mm`` into float32 is there on CUDA alone: here stands in for it what it computes."""
+
+    def mm(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        return left.double().matmul(right.double()).to(out_dtype)
+
+    monkeypatch.setattr(gradient, "multiplies_into_float32", lambda device: True)
+    monkeypatch.setattr(gradient, "BLOCK_BYTES", 4 * 40 * 4)
+    monkeypatch.setattr(torch, "mm", mm)
+    generator = torch.Generator().manual_seed(0)
+    grad, x = (torch.randn(2500, size, generator=generator).bfloat16() for size in (6, 40))
+    with WideNumbers() as numbers:
+        blocks = list(gradient_blocks(grad, x))
+    assert numbers.made == [4 * 40, 2 * 40]  # the blocks and nothing else
+    assert [first for first, _ in blocks] == [0, 4]
+    assert_rel_close("G", torch.cat([block for _, block in blocks]), grad.double().T @ x.double(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "reduced", "expected"),
+    [
+        ("cuda", None, False, True),
+        ("cuda", "7.0", False, False),  # torch refuses it there
+        ("cuda", None, True, False),  # and with sums in float16
+        ("cpu", None, False, False),
+        ("xpu", None, False, False),
+    ],
+)
+def test_where_torch_multiplies_into_float32(
+    device: str, hip: str | None, reduced: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    matmul = type("Matmul", (), {"allow_fp16_accumulation": reduced})
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    assert gradient.multiplies_into_float32(torch.device(device)) == expected
 
 
 def test_nothing_seen() -> None:

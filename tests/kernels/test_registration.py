@@ -11,6 +11,7 @@ from torch import Tensor
 import rosa_kernels
 from rosa_kernels.adapter_linear.base import scattered_matmul_op
 from rosa_kernels.low_rank.op import backward_op, down_op
+from rosa_kernels.pattern.dense import row_bounds
 from rosa_kernels.scatter.op import restore_op, scatter_add_op
 from rosa_kernels.sddmm.op import sddmm_op
 from rosa_kernels.spmm.op import spmm_op
@@ -29,6 +30,7 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "sddmm": (sddmm_op, (grad, x, positions, [])),
         "sddmm planned": (sddmm_op, (grad, x, positions, parts)),
+        "sddmm dense": (sddmm_op, (grad, x, positions, [row_bounds(positions, 5, 7)])),
         "sddmm empty": (sddmm_op, (grad, x, positions[:0], [])),
         "scatter": (scatter_add_op, (weight.clone(), values, positions)),
         "restore": (restore_op, (weight.clone(), values, positions)),

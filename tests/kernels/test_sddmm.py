@@ -6,14 +6,21 @@ import pytest
 import torch
 
 import rosa_kernels
-from rosa_kernels import limits
+from rosa_kernels import gradient
 from rosa_kernels.pattern.csr import compact_plan, csr_pattern
+from rosa_kernels.pattern.dense import row_bounds
 from rosa_kernels.sddmm import torch_code
 from rosa_kernels.sddmm.reference import sddmm_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS = {"csr": lambda *given: torch_code.sddmm_cpu(*given, []), "blocks": torch_code.sddmm_blocks}
+
+
+def in_blocks(grad: torch.Tensor, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return torch_code.sddmm_dense(grad, x, positions, row_bounds(positions, grad.shape[1], x.shape[1]))
+
+
+IMPLEMENTATIONS = {"csr": lambda *given: torch_code.sddmm_cpu(*given, []), "dense": in_blocks}
 
 
 def make(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,10 +53,11 @@ def test_matches_reference(case: tuple[int, int, int, float, str], dtype: torch.
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_of_tokens_add_up(implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_add_up(implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     grad, x = make(37, 12, 20, dtype)
     positions = random_positions(12, 20, 0.3)
-    monkeypatch.setattr(limits, "SCRATCH_BYTES", 600)
+    monkeypatch.setattr(gradient, "BLOCK_BYTES", 4 * 20 * 5)  # five of the 12 rows at a time
+    monkeypatch.setattr(gradient, "TOKENS_AT_ONCE", 8)
     for name, value in {"TRANSPOSE_BYTES": 600, "MIN_TOKENS": 4}.items():
         monkeypatch.setattr(torch_code, name, value)
     values = IMPLEMENTATIONS[implementation](grad, x, positions)

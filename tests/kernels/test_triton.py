@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from rosa_kernels.low_rank import triton_kernel as low_rank_code
 from rosa_kernels.low_rank.reference import backward_reference, down_reference
 from rosa_kernels.pattern import triton_kernel as columns_code
 from rosa_kernels.pattern.csr import CompactPlan
+from rosa_kernels.pattern.plan import Plan
 from rosa_kernels.pattern.tiles import TILE, TilePlan, tile_plan
 from rosa_kernels.scatter.reference import scatter_add_reference
 from rosa_kernels.sddmm import triton_kernel as sddmm_code
@@ -55,15 +58,16 @@ def test_sddmm_with_a_plan(dtype: torch.dtype, least: int) -> None:
     assert_rel_close("values", values, sddmm_reference(grad.double(), x.double(), positions), torch.float32, terms=150)
 
 
-@pytest.mark.parametrize("planned", [True, False], ids=["plan", "no plan"])
+@pytest.mark.parametrize(
+    "plan_of", [tile_plan, rosa_kernels.make_plan, lambda *given: None], ids=["tiles", "plan", "no plan"]
+)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[-1])
-def test_sddmm_shapes(case: Case, dtype: torch.dtype, planned: bool) -> None:
+def test_sddmm_shapes(case: Case, dtype: torch.dtype, plan_of: Callable[..., Plan | None]) -> None:
     tokens, rows, columns, density, _ = case
     grad, x = randn(tokens, rows, dtype=dtype), randn(tokens, columns, dtype=dtype, seed=1)
     positions = random_positions(rows, columns, density).to(DEVICE)
-    plan = rosa_kernels.make_plan(positions, rows, columns, dtype) if planned else None
-    values = rosa_kernels.sddmm(grad, x, positions, plan)
+    values = rosa_kernels.sddmm(grad, x, positions, plan_of(positions, rows, columns, dtype))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert values.dtype == wide
     assert_rel_close("values", values, sddmm_reference(grad.double(), x.double(), positions), wide, terms=tokens)
@@ -87,7 +91,8 @@ def test_sddmm_strides_wide_positions_and_nothing_to_do() -> None:
     grad, x = wide[:, ::2], tall.T  # (40, 30) and (40, 50)
     positions = random_positions(30, 50, 0.3).to(DEVICE).long()
     expected = sddmm_reference(grad.double(), x.double(), positions)
-    for plan in (None, rosa_kernels.make_plan(positions, 30, 50, torch.bfloat16)):
+    planned = [make(positions, 30, 50, torch.bfloat16) for make in (tile_plan, rosa_kernels.make_plan)]
+    for plan in (None, *planned):
         assert_rel_close("values", rosa_kernels.sddmm(grad, x, positions, plan), expected, torch.float32)
     none = positions[:0]
     assert rosa_kernels.sddmm(grad, x, none, rosa_kernels.make_plan(none, 30, 50, torch.bfloat16)).shape == (0,)

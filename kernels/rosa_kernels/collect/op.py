@@ -1,42 +1,9 @@
-"""The dense gradient of a weight a block of rows at a time, and its largest entries without ever holding all of it."""
+"""The largest entries of a dense gradient, without ever holding all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-
-from rosa_kernels.limits import sum_dtype
-
-# A block of rows of the gradient is this large: one all-reduce of a size at which networks run near their full rate.
-BLOCK_BYTES = 64 * 2**20
-TOKENS_AT_ONCE = 1024
-"""So many rows of 16-bit factors are made wide at a time."""
-
-
-def gradient_blocks(grad_TN: Tensor, x_TM: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """``gradᵀ x`` as (first row, block of rows), float32 (float64 for float64), at most BLOCK_BYTES each or one row.
-
-    Beside a block it takes TOKENS_AT_ONCE rows of its 16-bit factors in float32; wide ones are read where they are.
-    Shapes: grad_TN (T, N); x_TM (T, M); a block (rows, M).
-    """
-    wide = sum_dtype(x_TM.dtype)
-    rows = block_rows(x_TM.shape[1], wide.itemsize)
-    for first in range(0, grad_TN.shape[1], rows):
-        grad = grad_TN[:, first : first + rows]
-        if grad.dtype == x_TM.dtype == wide:
-            yield first, grad.T @ x_TM
-            continue
-        block = x_TM.new_zeros((grad.shape[1], x_TM.shape[1]), dtype=wide)
-        for some, others in zip(grad.split(TOKENS_AT_ONCE), x_TM.split(TOKENS_AT_ONCE), strict=True):
-            block.addmm_(some.to(wide).T, others.to(wide))
-        yield first, block
-
-
-def block_rows(columns: int, itemsize: int) -> int:
-    """How many rows of a gradient (N, M) with M columns are formed at once, if it has so many."""
-    return max(1, BLOCK_BYTES // (itemsize * columns))
 
 
 class RunningTopK:

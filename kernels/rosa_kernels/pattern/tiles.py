@@ -40,6 +40,7 @@ class TilePlan:
             a launch does not wait for the device.
         by_row, by_column: for products with the sparse matrix: (pointers (blocks + 1,), members (K, 2)), the tiles of
             each block of rows, and of columns, each with its block on the other side.
+        bounds: :func:`rosa_kernels.pattern.dense.row_bounds` where sampling the dense gradient takes less than the tiles do.
     """
 
     rows: int
@@ -56,13 +57,19 @@ class TilePlan:
     heavy_blocks: tuple[int, int]
     by_row: tuple[Tensor, Tensor]
     by_column: tuple[Tensor, Tensor]
+    bounds: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return self.slots.device
 
     def sampling_parts(self) -> list[Tensor]:
-        """What ``sddmm`` reads: orders of the blocks that heavy tiles touch, heavy tiles and their starts, slots, cells."""
+        """What ``sddmm`` reads: orders of the blocks that heavy tiles touch, heavy tiles and their starts, slots, cells.
+
+        Or of a mask that is sampled from the dense gradient ``bounds`` alone.
+        """
+        if self.bounds is not None:
+            return [self.bounds]
         rows, columns = self.heavy_blocks
         return [
             self.row_order[: rows * TILE],

@@ -8,6 +8,7 @@ from torch import Tensor
 from rosa_kernels.dispatch import choose, on_device_of
 from rosa_kernels.limits import sum_dtype
 from rosa_kernels.pattern.csr import COMPACT_PARTS
+from rosa_kernels.pattern.dense import DENSE_PARTS, row_bounds
 from rosa_kernels.pattern.plan import Plan, check_plan
 from rosa_kernels.sddmm import torch_code
 
@@ -32,6 +33,8 @@ def sampled(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Tenso
     """The product that :func:`sddmm` checked; ``plan``: the parts of a :data:`Plan`, or nothing."""
     if positions_Z.numel() == 0 or grad_TN.shape[0] == 0:
         return torch.zeros_like(positions_Z, dtype=sum_dtype(x_TM.dtype))
+    if len(plan) == DENSE_PARTS:
+        return torch_code.sddmm_dense(grad_TN, x_TM, positions_Z, *plan)
     if choose("sddmm", x_TM.device.type).implementation == "triton":
         from rosa_kernels.sddmm.triton_kernel import launch_sddmm
 
@@ -40,7 +43,8 @@ def sampled(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Tenso
     if x_TM.device.type == "cpu":
         compact = plan if len(plan) == COMPACT_PARTS else []  # tiles say nothing here
         return torch_code.sddmm_cpu(grad_TN, x_TM, positions_Z, compact)
-    return torch_code.sddmm_blocks(grad_TN, x_TM, positions_Z)
+    bounds = row_bounds(positions_Z, grad_TN.shape[1], x_TM.shape[1])
+    return torch_code.sddmm_dense(grad_TN, x_TM, positions_Z, bounds)
 
 
 sddmm_op = torch.library.custom_op("rosa::sddmm", sampled, mutates_args=())
@@ -58,8 +62,8 @@ def sddmm(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: Plan | None 
         grad_TN: gradient of a linear layer's output; any strides.
         x_TM: the layer's input, of the same dtype; any strides.
         positions_Z: flat row-major indices into (N, M), sorted, each once.
-        plan: what :func:`rosa_kernels.make_plan` prepared of these positions. Without it every entry is gathered on a
-            GPU, and the CPU prepares its form again at every call.
+        plan: what :func:`rosa_kernels.make_plan` prepared of these positions. Without it Triton gathers every
+            entry, and torch prepares its form again at every call, for which it waits for a GPU.
 
     Returns:
         (Z,) sums over tokens, float32 (float64 for float64 inputs). Not differentiable.

@@ -1,4 +1,4 @@
-"""The sampled product in torch: ``sampled_addmm`` on the CPU, blocks of rows of the dense product elsewhere."""
+"""The sampled product in torch: ``sampled_addmm`` on the CPU; elsewhere, and for dense masks, the dense gradient sampled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels import limits
+from rosa_kernels.gradient import gradient_blocks
 from rosa_kernels.pattern.csr import acknowledge_beta_csr, compact_plan
 
 # Transposed blocks of tokens are this large, but never of fewer than MIN_TOKENS, which would make the sums of a mask's
@@ -39,17 +40,12 @@ def sddmm_cpu(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, plan: list[Ten
     return total.values()
 
 
-def sddmm_blocks(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor) -> Tensor:
-    """Blocks of rows of the dense product in the sums' type, each sampled and dropped; waits for the device."""
-    (tokens, rows), columns = grad_TN.shape, x_TM.shape[1]
-    dtype = limits.sum_dtype(x_TM.dtype)
-    step = max(1, limits.SCRATCH_BYTES // (dtype.itemsize * max(columns, tokens)))
-    edges = torch.arange(0, rows + step, step, device=positions_Z.device).clamp_(max=rows) * columns
-    bounds = torch.searchsorted(positions_Z.long(), edges).tolist()
-    total = torch.empty(positions_Z.numel(), dtype=dtype, device=x_TM.device)
-    wide_x = x_TM.to(dtype)
-    for block, (start, stop) in enumerate(itertools.pairwise(bounds)):
+def sddmm_dense(grad_TN: Tensor, x_TM: Tensor, positions_Z: Tensor, bounds: Tensor) -> Tensor:
+    """Blocks of rows of the dense gradient, each sampled and dropped. ``bounds``: :func:`row_bounds`, on the CPU."""
+    columns = x_TM.shape[1]
+    total = torch.empty(positions_Z.numel(), dtype=limits.sum_dtype(x_TM.dtype), device=x_TM.device)
+    entries = itertools.pairwise(bounds.tolist())
+    for (first, block), (start, stop) in zip(gradient_blocks(grad_TN, x_TM), entries, strict=True):
         if start < stop:
-            dense = grad_TN[:, block * step : (block + 1) * step].to(dtype).T @ wide_x
-            total[start:stop] = dense.flatten()[positions_Z[start:stop].long() - block * step * columns]
+            torch.index_select(block.view(-1), 0, positions_Z[start:stop] - first * columns, out=total[start:stop])
     return total
