@@ -46,7 +46,8 @@ def sparse_products() -> None:
 
 
 def low_rank_products() -> None:
-    x, A, grad_h, grad_x = randn(TOKENS, COLUMNS), randn(3, COLUMNS), randn(TOKENS, 3), randn(TOKENS, COLUMNS)
+    features = 2 * COLUMNS
+    x, A, grad_h, grad_x = randn(TOKENS, features), randn(3, features), randn(TOKENS, 3), randn(TOKENS, features)
     low_rank.down(x, A, 0.25, torch.tensor([7]))
     low_rank.backward(grad_x, grad_h, x, A, 0.25, torch.tensor([7]))
     low_rank.backward(None, grad_h, x.T.contiguous().T, A, 0.25, torch.tensor([7]))

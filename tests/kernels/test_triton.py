@@ -320,8 +320,11 @@ def test_spmm_in_triton_needs_a_plan() -> None:
         rosa_kernels.spmm_add_into(y, x, randn(2, dtype=torch.float32), positions, (4, 4))
 
 
-def test_large_ranks_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 a backward of more than 64 ranks would spill registers."""
+@pytest.mark.parametrize(
+    ("dtype", "parts"), [(torch.float32, [32] * 9 + [16]), (torch.bfloat16, [64] * 5)], ids=["float32", "bfloat16"]
+)
+def test_large_ranks_in_parts(dtype: torch.dtype, parts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward of more ranks at once would spill registers in float32, and take five times as many instructions in 16 bits."""
     padded, blocks = [], low_rank_code.backward_launch
 
     def launch(itemsize: int, rank: int) -> dict[str, int]:
@@ -329,15 +332,20 @@ def test_large_ranks_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         return blocks(itemsize, rank)
 
     monkeypatch.setattr(low_rank_code, "backward_launch", launch)
+    monkeypatch.setattr(low_rank_code, "DOWN_RANKS", {2: 128, 4: 256})
     probability, seed = 0.25, torch.tensor([5])
     one = torch.ones(20, 1, dtype=torch.float32, device=DEVICE)
     factors = torch.zeros(20, 40, device=DEVICE)
     low_rank.backward(factors, one, factors.clone(), torch.ones_like(factors[:1]), probability, seed)
-    x, A = randn(20, 40, dtype=torch.float32), randn(300, 40, dtype=torch.float32, seed=1)
-    grad_h, grad_x = randn(20, 300, dtype=torch.float32, seed=2), randn(20, 40, dtype=torch.float32, seed=3)
-    more, expected_A = backward_reference(*(tensor.double() for tensor in (grad_h, x, A, factors)))
+    x, A = randn(20, 40, dtype=dtype), randn(300, 40, dtype=dtype, seed=1)
+    grad_h, grad_x = randn(20, 300, dtype=dtype, seed=2), randn(20, 40, dtype=dtype, seed=3)
+    wide = [tensor.double() for tensor in (grad_h, x, A, factors)]
+    more, expected_A = backward_reference(*wide)
     expected_x = grad_x.double() + more
+    h = low_rank.down(x, A, probability, seed)
+    assert h.is_contiguous()
+    assert_rel_close("h", h, down_reference(wide[1], wide[2], wide[3]), dtype)
     grad_A = low_rank.backward(grad_x, grad_h, x, A, probability, seed)
-    assert_rel_close("grad_A", grad_A, expected_A, torch.float32)
-    assert_rel_close("grad_x", grad_x, expected_x, torch.float32)
-    assert padded[1:] == [64] * 5
+    assert_rel_close("grad_A", grad_A, expected_A, dtype)
+    assert_rel_close("grad_x", grad_x, expected_x, dtype)
+    assert padded[1:] == parts

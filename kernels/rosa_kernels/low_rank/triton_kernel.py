@@ -24,10 +24,10 @@ def down_launch(itemsize: int, rank: int) -> dict[str, int]:
 
 
 def backward_launch(itemsize: int, rank: int) -> dict[str, int]:
-    """Blocks of the backward: the largest that spill no registers on sm_80 and sm_90 up to rank 64 (``rosa_kernels.aot``)."""
+    """Blocks of the backward: the largest that spill no registers on sm_80 and sm_90 (``rosa_kernels.aot``)."""
     padded = max(16, triton.next_power_of_2(rank))
-    width = 64 if itemsize == 2 and padded <= 64 else 32 if padded < 64 else 16
-    return {"RANK": padded, "BLOCK_T": 16, "BLOCK_M": width, "num_warps": 8 if width == 16 else 4}
+    width = 64 if itemsize == 2 or padded == 16 else 32
+    return {"RANK": padded, "BLOCK_T": 16, "BLOCK_M": width, "num_warps": 4}
 
 
 def threshold_of(probability: float) -> int:
@@ -35,20 +35,47 @@ def threshold_of(probability: float) -> int:
     return min(round(probability * 2**16), 2**16 - 1)
 
 
-MOST_RANKS = 64
-"""Of one backward in float32: at 128 its threads spill 8 bytes (sm_90), at 256 560, at 512 3,600."""
+# Of one launch, by bytes of a number; more go in parts, each of which draws the dropout again. Twice as many spill registers
+# in float32. In 16 bits a backward of 128 takes 302 instructions an entry, two of 64 take 62.
+DOWN_RANKS = {2: 512, 4: 256}
+BACKWARD_RANKS = {2: 64, 4: 32}
+
+ROUNDS = tl.constexpr(7)
+"""Of Philox: the fewest that pass all tests of BigCrush (Salmon et al., SC 2011); a round more is 6 instructions."""
 
 
 @triton.jit
-def _kept(seed, offs_t, first_m, threshold, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Which entries [BLOCK_T] × [first_m, first_m + BLOCK_M) are not dropped. ``offs_t``: [BLOCK_T, 1]."""
+def _words(seed, offs_t, first_m, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Random bits of [BLOCK_T] × [first_m, first_m + BLOCK_M): four words of (BLOCK_T, BLOCK_M / 8), two lanes each.
+
+    ``offs_t``: [BLOCK_T, 1].
+    """
     groups = first_m // 8 + tl.arange(0, BLOCK_M // 8)[None, :]  # [1, BLOCK_M / 8]
     tokens, groups = tl.broadcast(offs_t.to(tl.uint32), groups.to(tl.uint32))
     zeros = tokens * 0
-    a, b, c, d = tl.philox(seed, tokens, groups, zeros, zeros)
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # [..., 2, 2]: a, b, c, d
-    halves = tl.join(words & 0xFFFF, words >> 16)  # [..., 2, 2, 2]: eight lanes
-    return tl.reshape(halves, [BLOCK_T, BLOCK_M]) >= threshold
+    return tl.philox(seed, tokens, groups, zeros, zeros, ROUNDS)
+
+
+@triton.jit
+def _kept_by_lane(a, b, c, d, threshold, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Which entries are not dropped, for operands of 16 bits, of which a thread has a whole group: it knows their lanes.
+
+    So nothing is left of the choices but shifts. Joined words would have the compiler load the product's other operand in
+    another order and move it together: 86 of 346 instructions of the forward at rank 64.
+    """
+    lane = tl.arange(0, 8)[None, None, :]
+    first, second = tl.where(lane < 2, a[:, :, None], b[:, :, None]), tl.where(lane < 6, c[:, :, None], d[:, :, None])
+    word = tl.where(lane < 4, first, second)
+    half = tl.where(lane % 2 == 0, word << 16, word)  # its lane is in the upper 16 bits
+    return tl.reshape(half, [BLOCK_T, BLOCK_M]) >= threshold.to(tl.uint32) << 16
+
+
+@triton.jit
+def _kept_joined(a, b, c, d, threshold, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The same where a thread has a part of a group, as of float32 or of a product's result: by lane it would draw all of it."""
+    pairs = tl.join(tl.join(a, c), tl.join(b, d))  # [..., 2, 2]: a, b, c, d
+    halves = tl.join(pairs << 16, pairs)  # [..., 2, 2, 2]: eight lanes, in their upper 16 bits
+    return tl.reshape(halves, [BLOCK_T, BLOCK_M]) >= threshold.to(tl.uint32) << 16
 
 
 @triton.jit
@@ -81,7 +108,12 @@ def down_kernel(
         offs_m = (start + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
         inside = (offs_t < num_tokens) & (offs_m < features)
         x = tl.load(x_ptr + offs_t * x_stride_t + offs_m.to(tl.int64) * x_stride_m, mask=inside, other=0.0)
-        dropped = tl.where(_kept(seed, offs_t, start, threshold, BLOCK_T, BLOCK_M), x, 0.0)
+        a, b, c, d = _words(seed, offs_t, start, BLOCK_T, BLOCK_M)
+        if x.dtype.primitive_bitwidth == 16:
+            kept = _kept_by_lane(a, b, c, d, threshold, BLOCK_T, BLOCK_M)
+        else:
+            kept = _kept_joined(a, b, c, d, threshold, BLOCK_T, BLOCK_M)
+        dropped = tl.where(kept, x, 0.0)
         A_mask = (offs_r < rank)[:, None] & (offs_m < features)
         A = tl.load(A_ptr + offs_r[:, None] * features + offs_m, mask=A_mask, other=0.0)
         acc = tl.dot(dropped, tl.trans(A), acc, input_precision="ieee")
@@ -130,12 +162,13 @@ def low_rank_backward_kernel(
         h_mask = (offs_t < last) & (offs_r < rank)[None, :]
         grad_h = tl.load(grad_h_ptr + offs_t * rank + offs_r[None, :], mask=h_mask, other=0.0)
         x = tl.load(x_ptr + offs_t * x_stride_t + offs_m.to(tl.int64) * x_stride_m, mask=inside, other=0.0)
-        kept = _kept(seed, offs_t, tl.program_id(0) * BLOCK_M, threshold, BLOCK_T, BLOCK_M)
+        a, b, c, d = _words(seed, offs_t, tl.program_id(0) * BLOCK_M, BLOCK_T, BLOCK_M)
+        kept = _kept_joined(a, b, c, d, threshold, BLOCK_T, BLOCK_M)
         acc = tl.dot(tl.trans(grad_h), tl.where(kept, x, 0.0), acc, input_precision="ieee")
         if NEEDS_X:
             target = grad_x_ptr + offs_t * grad_x_stride_t + offs_m.to(tl.int64) * grad_x_stride_m
             grad_x = tl.load(target, mask=inside, other=0.0)
-            more = tl.where(kept, tl.dot(grad_h, A, input_precision="ieee") * _scale(threshold), 0.0)
+            more = tl.dot(grad_h, A, input_precision="ieee") * tl.where(kept, _scale(threshold), 0.0)
             tl.store(target, (grad_x.to(tl.float32) + more).to(grad_x.dtype), mask=inside)
     acc *= _scale(threshold)
     tl.store(grad_A_ptr + (split * rank + offs_r[:, None]) * features + offs_m, acc, mask=A_mask)
@@ -144,6 +177,9 @@ def low_rank_backward_kernel(
 def launch_down(x_TM: Tensor, A_RM: Tensor, probability: float, seed: int) -> Tensor:
     """h (T, R) of x's dtype. Inputs are checked, A is contiguous and of x's dtype."""
     (tokens, features), rank = x_TM.shape, A_RM.shape[0]
+    most = DOWN_RANKS[x_TM.element_size()]
+    if rank > most:
+        return torch.cat([launch_down(x_TM, part, probability, seed) for part in A_RM.split(most)], dim=1)
     h_TR = torch.empty(tokens, rank, dtype=x_TM.dtype, device=x_TM.device)
     launch = down_launch(x_TM.element_size(), rank)
     down_kernel[(triton.cdiv(tokens, launch["BLOCK_T"]),)](
@@ -166,8 +202,9 @@ def launch_backward(
 ) -> Tensor:
     """grad_A (R, M) in float32; adds to ``grad_x_TM`` in place. Inputs are checked, grad_h and A are contiguous."""
     (tokens, features), rank = x_TM.shape, A_RM.shape[0]
-    if x_TM.element_size() == 4 and rank > MOST_RANKS:
-        parts = zip(grad_h_TR.split(MOST_RANKS, dim=1), A_RM.split(MOST_RANKS), strict=True)
+    most = BACKWARD_RANKS[x_TM.element_size()]
+    if rank > most:
+        parts = zip(grad_h_TR.split(most, dim=1), A_RM.split(most), strict=True)
         return torch.cat([launch_backward(grad_x_TM, h.contiguous(), x_TM, A, probability, seed) for h, A in parts])
     launch = backward_launch(x_TM.element_size(), rank)
     block_t = launch["BLOCK_T"]
@@ -205,9 +242,10 @@ def compiled_as(dtype: str) -> list[Spec]:
     backward |= {"seed": "i64", "threshold": "i32", "num_tokens": "i32", "tokens_per_split": "i32!"}
     backward |= {"features": "i32!", "rank": "i32", "grad_x_stride_t": "i32!", "grad_x_stride_m": "1"}
     backward |= {"x_stride_t": "i32!", "x_stride_m": "1"}
-    ranks = (8, MOST_RANKS)
-    launches = [{"NEEDS_X": True, **backward_launch(size, rank)} for rank in ranks]
+    largest = [] if dtype == "fp16" else [DOWN_RANKS[size]]  # slow to compile, and as in bf16
+    downs = [down_launch(size, rank) for rank in (8, 64, *largest)]
+    backwards = [{"NEEDS_X": True, **backward_launch(size, rank)} for rank in (8, BACKWARD_RANKS[size])]
     return [
-        *(Spec(down_kernel, down, down_launch(size, rank)) for rank in ranks),
-        *(Spec(low_rank_backward_kernel, backward, launch) for launch in launches),
+        *(Spec(down_kernel, down, launch) for launch in downs),
+        *(Spec(low_rank_backward_kernel, backward, launch) for launch in backwards),
     ]
