@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 import rosa_kernels
 from rosa_kernels.adapter_linear.base import scattered_matmul_op
-from rosa_kernels.low_rank.op import backward_op, down_op
+from rosa_kernels.low_rank.op import backward_op, down_op, gradient_op
 from rosa_kernels.pattern.dense import row_bounds
 from rosa_kernels.scatter.op import restore_op, scatter_add_op
 from rosa_kernels.sddmm.op import sddmm_op
@@ -40,6 +41,7 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "spmm transposed": (spmm_op, (torch.randn(4, 7), grad, values, positions, 5, 7, True, [])),
         "down": (down_op, (x, A, 0.5, seed)),
         "backward": (backward_op, (torch.randn(4, 7), grad_h, x, A, 0.5, seed)),
+        "gradient": (gradient_op, (grad_h, x, A, 0.5, seed)),
         "down of a transposed A": (down_op, (x, torch.randn(7, 2).T, 0.5, seed)),
         "backward of a transposed A": (backward_op, (torch.randn(4, 7), grad_h, x, torch.randn(7, 2).T, 0.5, seed)),
         "backward of a transposed A without dropout": (backward_op, (None, grad_h, x, torch.randn(7, 2).T, 0.0, seed)),
@@ -100,6 +102,26 @@ def test_compiles_into_one_graph(options: dict[str, Any]) -> None:
     for name, expected in run(layer, layer).items():
         assert_rel_close(name, compiled[name], expected, torch.float32)
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@torch._inductor.config.patch(
+    fallback_random=True
+)  # the dropout's seed is torch's; pytest's monkeypatch cannot undo this
+def test_inductor_takes_a_layer_whose_input_needs_no_gradient(dropout: float) -> None:
+    """As a model's first layers; it refuses an op that may write to a tensor and is given none."""
+    layer = Layer(False, dropout=dropout)
+    x, found = torch.linspace(-1, 1, 120).view(2, 3, 20), []
+    torch._dynamo.reset()
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="inductor")):
+        torch.manual_seed(1)
+        layer.zero_grad()
+        function(x).square().sum().backward()
+        found.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
+    assert found[0].keys() == {"bias", "A", "B", "values"}
+    for name, expected in found[0].items():
+        assert_rel_close(name, found[1][name], expected, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -56,7 +56,7 @@ class _Primitives(NamedTuple):
 
 
 _PLAIN = _Primitives(scattered_matmul, add_product, low_rank.down, low_rank.backward, sampled)
-_REGISTERED = _Primitives(scattered_matmul_op, spmm_op, low_rank.down_op, low_rank.backward_op, sddmm_op)
+_REGISTERED = _Primitives(scattered_matmul_op, spmm_op, low_rank.down_op, low_rank.registered_backward, sddmm_op)
 
 
 def _primitives(x: Tensor) -> _Primitives:

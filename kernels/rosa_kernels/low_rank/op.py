@@ -71,3 +71,25 @@ def _(
     grad_x_TM: Tensor | None, grad_h_TR: Tensor, x_TM: Tensor, A_RM: Tensor, probability: float, seed: Tensor
 ) -> Tensor:
     return A_RM.new_empty(A_RM.shape)
+
+
+def gradient(grad_h_TR: Tensor, x_TM: Tensor, A_RM: Tensor, probability: float, seed: Tensor) -> Tensor:
+    """:func:`backward` where x needs no gradient: the compiler's inductor does not take a tensor to write to that is ``None``."""
+    return backward(None, grad_h_TR, x_TM, A_RM, probability, seed)
+
+
+gradient_op = torch.library.custom_op("rosa::low_rank_gradient", gradient, mutates_args=())
+
+
+@gradient_op.register_fake
+def _(grad_h_TR: Tensor, x_TM: Tensor, A_RM: Tensor, probability: float, seed: Tensor) -> Tensor:
+    return A_RM.new_empty(A_RM.shape)
+
+
+def registered_backward(
+    grad_x_TM: Tensor | None, grad_h_TR: Tensor, x_TM: Tensor, A_RM: Tensor, probability: float, seed: Tensor
+) -> Tensor:
+    """:func:`backward` by torch's registered ops."""
+    if grad_x_TM is None:
+        return gradient_op(grad_h_TR, x_TM, A_RM, probability, seed)
+    return backward_op(grad_x_TM, grad_h_TR, x_TM, A_RM, probability, seed)
