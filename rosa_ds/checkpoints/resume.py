@@ -27,6 +27,7 @@ MAY_CHANGE = frozenset(
         "training.tensorboard",
         "training.gradient_checkpointing",
         "training.deterministic",
+        "training.compile",
         "training.stall_minutes",
         "training.timeout_minutes",
         "training.max_bad_steps",

@@ -27,6 +27,7 @@ MAX_AUTO_MICRO_BATCH_SIZE = 8
 SUPPORTED_STAGES = (0, 1, 2, 3)
 BITSANDBYTES = frozenset({"Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"})
 _OPTIMIZERS = ("Adam", "AdamW", *sorted(BITSANDBYTES), "DeepSpeedCPUAdam")
+_COMPILERS = ("inductor", "aot_eager", "eager")
 _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 # Other ways to divide, store or gather parameters than masks, checkpoints and draws can read, and what DeepSpeed fails with
 # after the model is loaded: option -> the value that changes nothing, and where there is more to say why.
@@ -68,6 +69,8 @@ class DeepSpeedPlan:
     accumulation_steps: int
     dtype: str
     stage: int
+    compiler: str | None = None
+    """Backend of torch.compile for the model; ``None``: it runs as it is."""
 
     @property
     def ranks(self) -> int:
@@ -136,6 +139,7 @@ def plan_deepspeed(
             "--ds.zero_optimization.stage 1, or --model.dtype bfloat16"
         )
     _check_gradients(config, dtype, stage)
+    compiler, settings = _take_compiler(config, settings, stage)
     total, micro, steps = resolve_batch(config, world_size)
     config |= _batch_section(micro, steps, world_size)
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
@@ -144,7 +148,7 @@ def plan_deepspeed(
         config["gradient_clipping"] = 1.0
     config.setdefault("steps_per_print", 2**31 - 1)  # our own log says what a step did
     _drop_auto(config, "")
-    return DeepSpeedPlan(config, optimizer, total, micro, steps, dtype, stage), settings
+    return DeepSpeedPlan(config, optimizer, total, micro, steps, dtype, stage, compiler), settings
 
 
 def _check_zero(config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:
@@ -200,6 +204,44 @@ def _check_gradients(config: Mapping[str, Any], dtype: str, stage: int) -> None:
             f"gradient_predivide_factor {config['gradient_predivide_factor']} at stage {stage}: DeepSpeed needs "
             "zero_optimization.reduce_scatter false with it; remove it, or give that"
         )
+
+
+def _take_compiler(config: dict[str, Any], settings: RunConfig, stage: int) -> tuple[str | None, RunConfig]:
+    """The section ``compile`` becomes ``training.compile``; it alone may name another backend than inductor.
+
+    Returns: the backend of torch.compile, ``None`` where nothing is compiled.
+    Raises: ValueError beside what cannot be compiled.
+    """
+    section = _section(config, "compile", '{"enabled": true, "backend": "inductor"}')
+    config.pop("compile", None)
+    enabled, backend = section.get("enabled"), section.get("backend", "inductor")
+    if enabled is not None:
+        if not isinstance(enabled, bool):
+            raise ValueError(f"compile.enabled of the DeepSpeed file is true or false, given {enabled!r}")
+        settings = _merge_training(settings, {"compile": enabled}, "compile.enabled")
+    if backend not in _COMPILERS:
+        raise ValueError(f"compile.backend of the DeepSpeed file is {' or '.join(_COMPILERS)}, given {backend!r}")
+    if not settings.training.compile:
+        return None, settings
+    beside = {
+        f"zero_optimization.stage {stage}": (
+            stage == 3,
+            "DeepSpeed gathers weights by hooks, which a graph does not call",
+        ),
+        f"model.quantization {settings.model.quantization}": (
+            settings.model.quantization != "none",
+            "only dense weights are compiled",
+        ),
+        "adapter.partition_positions true": (settings.adapter.partition_positions, "a graph cannot gather positions"),
+        "training.gradient_checkpointing host": (
+            settings.training.gradient_checkpointing == "host",
+            "torch makes no graph of a block whose input goes to the host",
+        ),
+    }
+    for what, (given, why) in beside.items():
+        if given:
+            raise ValueError(f"training.compile with {what}: {why}; remove one of the two")
+    return str(backend), settings
 
 
 def _check_refused(section: Mapping[str, Any], options: Mapping[str, tuple[Any, str]], path: str) -> None:

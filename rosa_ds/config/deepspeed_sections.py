@@ -37,6 +37,7 @@ class Section:
 _CHECKPOINTS = "checkpoints are those of the section rosa's checkpoint"
 _DIVIDED = "DeepSpeed divides them over the ranks of one model, and here each rank has all of it"
 _MASTERS = "masters are float32"
+_DEEPCOMPILE = "its passes send gradients in another way than masks, masters and checkpoints are read by"
 _SCHEDULE = "the schedule is ours"
 _BUFFERS = "buffers have the type that transformers gives them"
 SECTIONS = {
@@ -67,6 +68,34 @@ SECTIONS = {
         ),
     ),
     "comms_logger": Section(effect=frozenset({"enabled", "prof_all", "prof_ops", "verbose", "debug"})),
+    "compile": Section(
+        effect=frozenset({"enabled", "backend"}),  # of DeepSpeed's older versions; later ones leave them to the program
+        refused={
+            "deepcompile": (False, _DEEPCOMPILE),
+            "autoep_non_moe": (False, "experts are not divided over the ranks"),
+            "passes": (None, _DEEPCOMPILE),
+        },
+        without_effect=dict.fromkeys(
+            (
+                "debug_log",
+                "double_buffer",
+                "free_activation",
+                "free_activation_threshold",
+                "keep_all_input_tensors",
+                "keep_int_input_tensors",
+                "offload_activation",
+                "offload_activation_pin_memory",
+                "offload_opt_states",
+                "offload_parameters",
+                "symmetric_memory",
+                "sync_after_allgather",
+                "sync_after_reduce",
+                "sync_before_allgather",
+                "sync_before_reduce",
+            ),
+            "deepcompile alone reads it, which is not supported",
+        ),
+    ),
     "data_types": Section(
         effect=frozenset({"grad_accum_dtype"}),
         refused={

@@ -342,6 +342,8 @@ class TrainingSettings(Section):
     gradient_checkpointing: bool | Literal["reentrant", "host"] = False
     """Recompute activations in backward instead of keeping them: true, reentrant for torch's older way, or host for that with
     what each block begins from kept in the host's memory."""
+    compile: bool = False
+    """Run the model's blocks as graphs of torch.compile (inductor), at ZeRO stages 0 to 2 with a dense base. The first steps compile, also after the mask; steps that collect gradients run as without."""
     logging_steps: Annotated[int, Field(ge=1)] = 1
     """Steps between two lines of metrics.jsonl."""
     eval_steps: Annotated[int, Field(ge=0)] = 0

@@ -30,6 +30,7 @@ from rosa_ds.memory.account import Account, Report
 from rosa_ds.memory.measuring import StepMeasurement, with_activations
 from rosa_ds.methods import Context, Method, Restart
 from rosa_ds.models.loss import token_loss_sum
+from rosa_ds.training.compiled import as_it_is
 from rosa_ds.training.engine import learning_rates
 from rosa_ds.training.evaluate import evaluate
 from rosa_ds.training.interrupt import Interruption, end_interrupted, take_save_request
@@ -195,7 +196,9 @@ class Loop:
         for number, micro in enumerate(micro_batches, start=1):
             distributed.progress(f"step {step.number + 1} {step.phase}, micro-batch {number}")
             batch = run.data.batch(micro, run.pad_id, run.batches.packed, run.masked)
-            with self._measurement.forward(batch, number) if self._measurement else contextlib.nullcontext():
+            measuring = self._measurement.forward(batch, number) if self._measurement else contextlib.nullcontext()
+            # gradients are collected by code that a graph cannot hold
+            with measuring, as_it_is() if step.phase == "collect" else contextlib.nullcontext():
                 loss_sum = token_loss_sum(run.engine, batch, run.engine.device)
             # DeepSpeed averages gradients over ranks; the sum over ranks divided by all trained tokens is wanted.
             run.engine.backward(loss_sum * (ranks / trained_tokens), scale_wrt_gas=False)

@@ -34,6 +34,7 @@ from rosa_ds.methods.sparse import check_loaded_mask, check_mask_file
 from rosa_ds.models.attention import joins_results, makes_mask
 from rosa_ds.models.load import download, identify, load_tokenizer
 from rosa_ds.models.task import is_classifier
+from rosa_ds.training.compiled import compiled
 from rosa_ds.training.engine import build_engine, parameter_groups
 from rosa_ds.training.failures import all_statuses, explain_loading, explain_memory, is_out_of_memory
 from rosa_ds.training.gpu_settings import (
@@ -194,6 +195,8 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     distributed.start_watch(60 * settings.training.stall_minutes)
     with contextlib.ExitStack() as closing:
         closing.enter_context(_explained(run, plan))
+        if plan.compiler is not None:
+            closing.enter_context(compiled(model, plan.compiler))
         with distributed.together():
             due = saved is not None and saved.evaluation_due
             resumed_at = saved.step if saved is not None else 0

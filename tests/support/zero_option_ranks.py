@@ -6,6 +6,7 @@ a ``dtype`` and a section ``zero``, and may have ``more`` sections, another ``ba
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -21,6 +22,7 @@ from engines import make_engine
 from rosa_ds import distributed, zero
 from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.schema import RunConfig
+from rosa_ds.training.compiled import compiled
 from rosa_ds.training.settle import settle
 from rosa_ds.zero.trained_state import TrainedState
 
@@ -31,11 +33,7 @@ Numbers = dict[str, Tensor]
 
 
 def train(case: dict[str, Any]) -> tuple[Numbers, Numbers]:
-    """Two steps; then everything is read, overwritten, checked, and written back, as for a resume; and a third step.
-
-    Returns: masters and moments after two steps, and masters and parameters after three, on every rank.
-    Raises: ValueError where settings are refused before work.
-    """
+    """:func:`steps` of a case. Raises: ValueError where settings are refused before work."""
     given = RunConfig(
         model={"name_or_path": str(Path(sys.argv[1]) / case.get("base", "llama")), "dtype": case["dtype"]},
         adapter={
@@ -56,7 +54,16 @@ def train(case: dict[str, Any]) -> tuple[Numbers, Numbers]:
     }
     plan, given = settle(CommandLine(given, config, None), distributed.world_size(), False)
     torch.manual_seed(0)
-    _, engine, state = make_engine(given, plan)
+    model, engine, state = make_engine(given, plan)
+    with contextlib.nullcontext() if plan.compiler is None else compiled(model, plan.compiler):
+        return steps(engine, state)
+
+
+def steps(engine: Any, state: TrainedState) -> tuple[Numbers, Numbers]:
+    """Two steps; then everything is read, overwritten, checked, and written back, as for a resume; and a third step.
+
+    Returns: masters and moments after two steps, and masters and parameters after three, on every rank.
+    """
     for number in range(2):
         step(engine, number)
     moments, scalars = state.read_optimizer(dict.fromkeys(state.parameters, distributed.rank()))
