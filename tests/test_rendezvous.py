@@ -117,6 +117,27 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_why(
         zero.initialize()
 
 
+def test_ranks_share_a_gpu_where_collectives_go_through_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ChosenError(Exception):
+        pass
+
+    def choose(number: int) -> None:
+        raise ChosenError(number)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    ranks = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**ranks, "ROSA_COLLECTIVES": "host"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ChosenError, match="1"):
+        zero.initialize()
+    assert os.environ["LOCAL_RANK"] == "1"  # DeepSpeed's device
+    monkeypatch.setenv("ROSA_COLLECTIVES", "nccl")
+    with pytest.raises(ValueError, match="ROSA_COLLECTIVES='nccl': give host, .* or unset it"):
+        zero.initialize()
+
+
 def test_a_lock_that_was_left_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rosa_ds import distributed
+from rosa_ds.distributed import through_host
 from rosa_ds.utils.errors import RunError
 from rosa_ds.utils.packages import torch_for_gpus
 from rosa_ds.utils.rendezvous import check_ranks, choose_gloo_interface, join_slurm_step
@@ -33,10 +34,11 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     """Join the process group that the launcher describes in the environment; alone, be a group of one.
 
     Works under ``deepspeed``, ``torchrun``, ``srun``, plain ``python``, and anything that sets RANK, WORLD_SIZE and MASTER_ADDR.
+    With ``ROSA_COLLECTIVES=host`` ranks share the GPUs there are, see :mod:`rosa_ds.distributed.through_host`.
 
     Raises:
         ValueError: SLURM's tasks without what tells their ranks, or without a GPU for each rank; a launcher's variables that
-            lack one, or contradict each other; a torch that is too old for GPUs.
+            lack one, or contradict each other; a torch that is too old for GPUs; another value of ``ROSA_COLLECTIVES``.
     """
     import deepspeed  # slow, and needed by nobody who only imports this module
 
@@ -54,19 +56,26 @@ def initialize(timeout_minutes: float = 30.0) -> None:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         # all ranks of a host end, not only those without a GPU
         here = max(local + 1, distributed.planned_local_size(1))
-        if here > gpus:
+        if through_host.wanted():
+            local %= gpus
+            os.environ["LOCAL_RANK"] = str(local)  # by which DeepSpeed chooses the GPU
+        elif here > gpus:
             raise ValueError(
                 f"rank {local} of this host sees {gpus} GPU(s), and the host has {here} ranks: start as many ranks a host as it has GPUs, and let each see all "
                 "of them (with srun: --gpus-per-node and not --gpus-per-task, --gpu-bind=none)"
             )
         torch.cuda.set_device(local)
-    else:
+    if through_host.wanted() or not torch.cuda.is_available():
         choose_gloo_interface()
     if not dist.is_initialized():
         tell_of_locks()
         _tell_of_compiling()
         try:
-            deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+            deepspeed.init_distributed(
+                through_host.register() if through_host.wanted() else None,
+                timeout=datetime.timedelta(minutes=timeout_minutes),
+                verbose=False,
+            )
         except (dist.DistError, RuntimeError) as error:
             master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RunError(
