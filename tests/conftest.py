@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from gpu_sessions import check_expression, skip_gpu_tests
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 
 import torch
@@ -44,6 +46,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             path.unlink(missing_ok=True)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    check_expression(config.option.markexpr)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="also tests that take many minutes")
 
@@ -54,6 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("nightly"):
                 item.add_marker(pytest.mark.skip(reason="without --nightly"))
+    skip_gpu_tests(items, torch.cuda.is_available())
     slow = {item.path for item in items if item.get_closest_marker("ranks")}
     items.sort(key=lambda item: item.path not in slow)
 

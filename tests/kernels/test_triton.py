@@ -1,4 +1,4 @@
-"""Every Triton kernel against float64, on a GPU where there is one and in Triton's interpreter otherwise."""
+"""Every Triton kernel against float64: compiled on a GPU with ``-m gpu``, and in Triton's interpreter otherwise."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from rosa_kernels.sddmm.reference import sddmm_reference
 from rosa_kernels.spmm.reference import spmm_reference
 from rosa_kernels.testing import CASES, assert_rel_close, random_positions
 
+pytestmark = pytest.mark.gpu(or_interpreter=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Case = tuple[int, int, int, float, str]

@@ -62,11 +62,13 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def start(launcher: str, ranks: int, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+def start(
+    launcher: str, ranks: int, *arguments: str, cwd: Path, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(launcher, ranks, arguments),
         cwd=cwd,
-        env=environment(),
+        env=environment() | dict(variables or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -95,12 +97,12 @@ def run(
     """Run to the end and return the output; fail with it on another exit status or after ``timeout`` seconds.
 
     With ``fork`` as launcher the ranks come from :mod:`forking`, without the seconds that launchers and imports take; with
-    ``device`` too, and on the emulated device. These two take environment ``variables`` beside this process' own.
+    ``device`` too, and on the emulated device. ``variables``: of the environment, beside this process' own.
     """
     if launcher in ("fork", "device"):
         found, output = _fork(launcher, ranks, arguments, cwd, timeout, environment() | dict(variables or {}))
     else:
-        process = start(launcher, ranks, *arguments, cwd=cwd)
+        process = start(launcher, ranks, *arguments, cwd=cwd, variables=variables)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -16,4 +16,6 @@ def train(check: Check) -> None:
         run = Run(check.work, f"{ranks}-ranks-{stage}", _FLOAT32 | {"ds.zero_optimization.stage": stage}, ranks)
         found = run.finish()
         off = max(abs(a - b) / b for a, b in zip(found, alone, strict=True))
-        check.tell(ranks=ranks, stage=stage, largest_relative_difference=off, losses=[repr(loss) for loss in found])
+        check.tell(
+            ranks=ranks, zero_stage=stage, largest_relative_difference=off, losses=[repr(loss) for loss in found]
+        )

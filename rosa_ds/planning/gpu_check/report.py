@@ -23,6 +23,7 @@ class Report:
 
     def write(self, stage: str, event: str, fields: dict[str, Any]) -> None:
         """Add a record. ``event``: ``begun``, ``found``, or ``ended``."""
+        assert not {"stage", "event", "at_s"} & fields.keys()
         record = {"stage": stage, "event": event, "at_s": round(time.time() - self.begun, 1), **fields}
         _append(self.folder / RECORDS, f"{json.dumps(record)}\n")
         _append(self.folder / TEXT, as_text(record))

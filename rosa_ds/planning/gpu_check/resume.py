@@ -23,7 +23,7 @@ def compare(check: Check) -> None:
             found = run.finish()
             check.tell(
                 what=what,
-                stage=stage,
+                zero_stage=stage,
                 same_losses=found == losses[stage][-len(found) :],
                 same_files=_files(run.folder) == _files(straight[stage].folder),
                 losses=[f"{a!r} {b!r}" for a, b in zip(losses[stage][-len(found) :], found, strict=True)],

@@ -97,7 +97,8 @@ def measure(check: Check) -> None:
                 ratio=whole / first,
                 **{f"{key} of {DEPTHS[1]} layers": value for key, value in more.items()},
             )
-        _against_plan(check, size)
+        found = against_plan(check, size)
+        check.tell(size=size.name, candidate=f"robust on DeepSpeed, stage 2, {DEPTHS[1]} layers", **found)
 
 
 def _build(check: Check, size: Size, depth: int) -> nn.Module:
@@ -188,7 +189,7 @@ def host_waits(run: Callable[[], object]) -> list[str]:
     return [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
 
 
-def _against_plan(check: Check, size: Size) -> None:
+def against_plan(check: Check, size: Size) -> dict[str, Any]:
     """A step of the engine that a run has, at stage 2 on one rank: its largest memory beside what ``rosa-ds plan`` says."""
     depth = DEPTHS[1]
     settings = RunConfig(
@@ -221,4 +222,4 @@ def _against_plan(check: Check, size: Size) -> None:
         found |= {"reserved_GiB": torch.cuda.max_memory_reserved() / GIB, "waits of a step": host_waits(step)}
     else:
         found |= {"peak_GiB": f"not run: {NEEDS_A_GPU}"}
-    check.tell(size=size.name, candidate=f"robust on DeepSpeed, stage 2, {depth} layers", **found)
+    return found
