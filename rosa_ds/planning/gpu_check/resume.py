@@ -32,4 +32,6 @@ def compare(check: Check) -> None:
 
 def _files(folder: Path) -> dict[str, bytes]:
     """The adapter's tensors at the end of a run."""
-    return {path.name: path.read_bytes() for path in (folder / ADAPTER).glob("*.safetensors")}
+    files = {path.name: path.read_bytes() for path in (folder / ADAPTER).glob("*.safetensors")}
+    assert files
+    return files
