@@ -26,8 +26,9 @@ from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, Account, Term
 from rosa_ds.memory.activation_tracer import Activations, LiveBytes, SavedBytes, Shape, watch_gradients
 from rosa_ds.memory.estimate import predict
 from rosa_ds.memory.fake_model import ActivationPlan
+from rosa_ds.models.head import BlockedHead
 from rosa_ds.models.load import TINY_FOLDER, enable_checkpointing, identify, load_model
-from rosa_ds.models.loss import token_loss_sum
+from rosa_ds.models.loss import find_head_with, token_loss_sum, use_head
 from rosa_ds.planning.dry_run import dry_run, phases
 from rosa_ds.planning.search import GIB, Machine, Planner, best
 from rosa_ds.training.schedule import Schedule
@@ -48,6 +49,11 @@ def measure(model: Any, settings: RunConfig, shape: Shape, checkpointing: bool) 
     mask[0, -1] = 0 if shape.padded else 1
     ids = torch.zeros_like(mask)
     batch = Batch(ids, mask, torch.arange(shape.kept), torch.zeros(shape.rows, shape.kept, dtype=torch.int64))
+    block = settings.training.loss_block
+    if block != "whole":
+        head = find_head_with(model, batch, torch.device("cpu"), None if block == "auto" else block)
+        assert isinstance(head, BlockedHead)
+        use_head(model, head)
     live, saved = LiveBytes(), SavedBytes(model)
     for tensor in (*model.parameters(), *model.buffers()):
         live.know(tensor)
@@ -61,20 +67,24 @@ def measure(model: Any, settings: RunConfig, shape: Shape, checkpointing: bool) 
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing", "dtype", "shape"),
+    ("method", "checkpointing", "dtype", "shape", "block"),
     [
-        ("robust", False, "bfloat16", SHAPES[0]),
-        ("robust", True, "float32", SHAPES[0]),
-        ("lora", False, "float32", SHAPES[1]),
-        ("lora", True, "bfloat16", SHAPES[0]),
-        ("subspace", False, "float32", SHAPES[0]),
-        ("full", True, "float32", SHAPES[1]),
+        ("robust", False, "bfloat16", SHAPES[0], "auto"),
+        ("robust", True, "float32", SHAPES[0], 5),
+        ("lora", False, "float32", SHAPES[1], 5),
+        ("lora", True, "bfloat16", SHAPES[0], "whole"),
+        ("subspace", False, "float32", SHAPES[0], "whole"),
+        ("full", True, "float32", SHAPES[1], 24),
     ],
 )
 def test_activations_are_those_of_a_real_step(
-    llama: LlamaForCausalLM, method: str, checkpointing: bool, dtype: str, shape: Shape
+    llama: LlamaForCausalLM, method: str, checkpointing: bool, dtype: str, shape: Shape, block: str | int
 ) -> None:
-    settings = RunConfig(method=method, adapter={"rank": 4, "density": 0.05} if method != "full" else {})
+    settings = RunConfig(
+        method=method,
+        adapter={"rank": 4, "density": 0.05} if method != "full" else {},
+        training={"loss_block": block},
+    )
     wanted = getattr(torch, dtype)
     real = measure(LlamaForCausalLM(llama.config).to(wanted), settings, shape, checkpointing)
     traced = ActivationPlan(llama.config, settings, wanted).measure(shape, checkpointing)

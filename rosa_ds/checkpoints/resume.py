@@ -28,6 +28,7 @@ MAY_CHANGE = frozenset(
         "training.gradient_checkpointing",
         "training.deterministic",
         "training.compile",
+        "training.loss_block",
         "training.stall_minutes",
         "training.timeout_minutes",
         "training.max_bad_steps",

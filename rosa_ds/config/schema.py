@@ -20,6 +20,7 @@ from rosa_ds.config.template import Template
 Task = Literal["causal-lm", "classification"]
 Directions = Literal["random", "window", "top", "bottom", "projection"]
 Factorization = Literal["gram", "svd"]
+LossBlock = Literal["auto", "whole"] | Annotated[int, Field(ge=1)]
 MergeBase = Literal["dequantized", "original"]
 """Of a quantised base: merge into the numbers that training saw, or into those that they were made of."""
 
@@ -344,6 +345,8 @@ class TrainingSettings(Section):
     what each block begins from kept in the host's memory."""
     compile: bool = False
     """Run the model's blocks as graphs of torch.compile (inductor), at ZeRO stages 0 to 2 with a dense base. The first steps compile, also after the mask; steps that collect gradients run as without."""
+    loss_block: LossBlock = "auto"
+    """Trained tokens whose logits are there at once, in training and evaluation: a number, auto (as many as 256 MiB hold in float32), or whole: those of a micro-batch. Models whose logits are not made by one output head take whole."""
     logging_steps: Annotated[int, Field(ge=1)] = 1
     """Steps between two lines of metrics.jsonl."""
     eval_steps: Annotated[int, Field(ge=0)] = 0

@@ -191,6 +191,11 @@ class Batch:
     def trained_tokens(self) -> int:
         return int((self.targets != IGNORE).sum())
 
+    def places(self) -> Tensor | None:
+        """The numbers of the targets that are trained, (T,) int64, counted row after row; ``None`` if all are."""
+        trained = (self.targets != IGNORE).flatten()
+        return None if trained.all() else trained.nonzero().flatten()
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelledBatch(Batch):

@@ -27,8 +27,8 @@ from rosa_ds.evaluation.bootstrap import mean_interval
 from rosa_ds.evaluation.generate import Generation, continuations, padding_of
 from rosa_ds.evaluation.reasoning import Choice, Reasoning, reasoning_of, without_special
 from rosa_ds.evaluation.scores import CORPUS_SCORES, by_question, check_available, check_references, over_all
-from rosa_ds.models.loss import losses_of
 from rosa_ds.training.evaluate import visit_batches
+from rosa_ds.training.head import settle_head
 from rosa_ds.training.model import check_positions
 from rosa_ds.training.padding import needs_mask
 
@@ -141,11 +141,11 @@ def perplexity(
     check_positions(model, {source: data})
     sums = torch.zeros(len(data.lengths), dtype=torch.float64)
 
-    def add(indices: NDArray[np.int64], batch: Batch, logits: Tensor) -> None:
-        losses = losses_of(logits, batch.targets.to(logits.device))
+    def add(indices: NDArray[np.int64], _: Batch, losses: Tensor) -> None:
         sums[torch.from_numpy(indices)] = losses.double().sum(dim=1).cpu()
 
     pad_id = padding_of(tokenizer)
+    settle_head(model, data, pad_id, "auto")
     visit_batches(model, data, batch_size, pad_id, add, masked=needs_mask(model, data, pad_id))
     sums = distributed.sum_over_ranks(sums.to(distributed.device())).cpu()
     loss = float(sums.sum()) / int(data.trained.sum())

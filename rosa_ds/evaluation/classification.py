@@ -15,6 +15,7 @@ from rosa_ds.config.schema import DataSettings
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import prepare_labelled
 from rosa_ds.evaluation.bootstrap import percentile_interval, resampled_rows
+from rosa_ds.models.loss import batch_logits
 from rosa_ds.models.task import classes_of, is_classifier, settle_padding, uses_types
 from rosa_ds.training.evaluate import visit_batches
 from rosa_ds.training.model import check_positions
@@ -55,7 +56,7 @@ def classify(
         mine.update(zip(indices.tolist(), logits.argmax(-1).flatten().tolist(), strict=True))
 
     with torch.inference_mode():
-        visit_batches(model, data, batch_size, pad_id, take)
+        visit_batches(model, data, batch_size, pad_id, take, asked=batch_logits)
     found = {index: number for part in distributed.gather_objects(mine) for index, number in part.items()}
     labels, predictions = data.labels(), np.asarray([found[index] for index in range(len(data))], dtype=np.int64)
     samples = [

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rosa_ds.config.schema import LossBlock
 from rosa_ds.data.batches import Batch, LabelledBatch
-from rosa_ds.models.loss import token_loss_sum
+from rosa_ds.models.loss import blocked_head, find_head_with, token_loss_sum, use_head
 from rosa_ds.models.quantized import Form
 from rosa_ds.models.task import is_classifier, uses_types
 
@@ -34,7 +35,8 @@ NOT_TRACED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A micro-batch: ``rows`` of ``length`` tokens, logits of ``kept`` positions, and whether rows are ``padded`` or hold several
-    sequences, so that attention has a mask; ``joined``: it has none, and copies the sequences' results into one.
+    sequences, so that attention has a mask; ``joined``: it has none, and copies the sequences' results into one. Of the rows ×
+    kept targets ``trained`` count, by default all.
     """
 
     rows: int
@@ -42,6 +44,12 @@ class Shape:
     kept: int
     padded: bool = True
     joined: bool = False
+    trained: int | None = None
+
+    def with_rows(self, rows: int) -> Shape:
+        """The same with another number of rows, which are trained as much."""
+        trained = None if self.trained is None else min(rows * self.kept, -(-self.trained * rows // self.rows))
+        return dataclasses.replace(self, rows=rows, trained=trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,37 +238,58 @@ def without_numbers(model: nn.Module) -> FakeTensorMode:
     return mode
 
 
-def _batch(model: Any, ids: Tensor, kept: int) -> Batch:
+@dataclasses.dataclass(frozen=True)
+class _TracedBatch(Batch):
+    """One whose targets do not tell how many of them are ``trained``."""
+
+    trained: int | None = None
+
+    def places(self) -> Tensor | None:
+        every = self.trained is None or self.trained >= self.targets.numel()
+        return None if every else torch.zeros(self.trained, dtype=torch.int64)  # type: ignore[arg-type]
+
+
+def _batch(model: Any, ids: Tensor, kept: int, trained: int | None) -> Batch:
     """What the model's task makes of rows of token ids, with ``kept`` targets each."""
     if is_classifier(model):
         none = torch.zeros(1, dtype=torch.int64), torch.zeros(len(ids), 1, dtype=torch.int64)
         return LabelledBatch(ids, ids, *none, ids if uses_types(model.config) else None)
-    return Batch(ids, ids, torch.zeros(kept, dtype=torch.int64), torch.zeros(len(ids), kept, dtype=torch.int64))
+    targets = torch.zeros(len(ids), kept, dtype=torch.int64)
+    return _TracedBatch(ids, ids, torch.zeros(kept, dtype=torch.int64), targets, trained=trained)
 
 
 @contextlib.contextmanager
-def running(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Iterator[Callable[[], Tensor]]:
-    """While it is entered, the loss of a micro-batch of a model that :func:`without_numbers` has emptied can be asked for."""
+def running(
+    model: nn.Module, mode: FakeTensorMode, shape: Shape, loss_block: LossBlock = "whole"
+) -> Iterator[Callable[[], Tensor]]:
+    """While it is entered, the loss of a micro-batch of a model that :func:`without_numbers` has emptied can be asked for.
+
+    Args:
+        loss_block: as ``training.loss_block``.
+    """
     rows, length, kept = shape.rows, shape.length, min(shape.kept, shape.length)
     with mode:
         # four dimensions: transformers takes such a mask as it is, and does not ask for its numbers; none: rows of one length
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool) if shape.padded else None
         ids = torch.zeros(rows, length, dtype=torch.int64)
-        batch = _batch(model, ids, kept)
+        batch = _batch(model, ids, kept, shape.trained)
 
         def with_mask(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             return arguments, named | {"attention_mask": mask}
 
         masked = model.register_forward_pre_hook(with_mask, with_kwargs=True)
         with masked, _attention_of(model, shape), _dequantising(), _quiet():
+            if loss_block != "whole" and not is_classifier(model) and blocked_head(model) is None:
+                head = find_head_with(model, batch, ids.device, None if loss_block == "auto" else loss_block)
+                use_head(model, None if isinstance(head, str) else head)
             yield lambda: token_loss_sum(model, batch, torch.device("cpu"))
 
 
-def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape) -> Activations:
-    """Forward and backward of one micro-batch of a model that :func:`without_numbers` has emptied."""
+def trace(model: nn.Module, mode: FakeTensorMode, shape: Shape, loss_block: LossBlock = "auto") -> Activations:
+    """Forward and backward of one micro-batch of a model that :func:`without_numbers` has emptied. Arguments as :func:`running`."""
     model.train()
     live = LiveBytes()
-    with running(model, mode, shape) as loss_of_batch:
+    with running(model, mode, shape, loss_block) as loss_of_batch:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.grad = None
             live.know(tensor)

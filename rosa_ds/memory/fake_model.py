@@ -112,7 +112,7 @@ class ActivationPlan:
         """Raises: ValueError for a model that does not run without numbers."""
         model, mode = self._traced(layers, checkpointing)
         try:
-            return trace(model, mode, shape)
+            return trace(model, mode, shape, self.settings.training.loss_block)
         except NOT_TRACED as error:
             if shape.padded:  # OPT and BLOOM make positions of a mask of two dimensions: as if rows had one length
                 return self._trace(layers, checkpointing, dataclasses.replace(shape, padded=False))
@@ -123,5 +123,5 @@ class ActivationPlan:
 
     def of_rows(self, shape: Shape, checkpointing: bool) -> Activations:
         """As :meth:`measure`, from the line through one and eight rows: for asking about many numbers of rows."""
-        one, eight = (self.measure(dataclasses.replace(shape, rows=rows), checkpointing) for rows in (1, 8))
+        one, eight = (self.measure(shape.with_rows(rows), checkpointing) for rows in (1, 8))
         return one.extended(eight, (shape.rows - 1) / 7)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rosa_ds import distributed, zero
 from rosa_ds.config.schema import RunConfig
-from rosa_ds.data.batches import Batch, BatchPlan
+from rosa_ds.data.batches import Batch, BatchPlan, LabelledBatch
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, Account
 from rosa_ds.memory.activation_tracer import LiveBytes, SavedBytes, Shape
@@ -131,7 +131,9 @@ def shape_of(batch: Batch, masked_rows: bool, joined_rows: bool = False) -> Shap
     rows, length = batch.input_ids.shape
     masked = batch.attention_mask is not None and not bool(batch.attention_mask.all())
     several = batch.position_ids is not None and int((batch.position_ids == 0).sum()) > rows
-    return Shape(rows, length, batch.kept.numel(), masked or (several and masked_rows), several and joined_rows)
+    kept, places = batch.kept.numel(), batch.places()
+    trained = None if places is None or isinstance(batch, LabelledBatch) else places.numel()
+    return Shape(rows, length, kept, masked or (several and masked_rows), several and joined_rows, trained)
 
 
 def largest(

@@ -14,7 +14,7 @@ from rosa_ds import distributed
 from rosa_ds.data.batches import Batch
 from rosa_ds.data.labelled import LabelledSet
 from rosa_ds.data.prepare import TokenSet
-from rosa_ds.models.loss import batch_logits, loss_of
+from rosa_ds.models.loss import batch_logits, losses_of, target_losses
 
 Visit = Callable[[NDArray[np.int64], Batch, Tensor], None]
 
@@ -28,8 +28,9 @@ def visit_batches(
     visit: Visit,
     interrupted: Callable[[], bool] = bool,
     masked: bool = True,
+    asked: Callable[[Any, Batch, torch.device], Tensor] = target_losses,
 ) -> bool:
-    """Give ``visit`` this rank's batches: their sequences' numbers, themselves, and the model's logits of their targets.
+    """Give ``visit`` this rank's batches: their sequences' numbers, themselves, and what the model is ``asked`` of their targets.
 
     Each rank takes every n-th batch of the sequences in order of length. All go through the model equally often, since
     under ZeRO-3 each pass gathers weights: one that has no batch left does the shortest again for nothing.
@@ -46,9 +47,9 @@ def visit_batches(
         distributed.progress(f"evaluation, batch {number // ranks + 1}")
         indices = batches[number] if number < len(batches) else batches[-1]
         batch = data.batch(indices, pad_id, masked=masked)
-        logits = batch_logits(model, batch, device)
+        found = asked(model, batch, device)
         if number < len(batches):
-            visit(indices, batch, logits)
+            visit(indices, batch, found)
         if interrupted():
             return False
     return True
@@ -70,17 +71,18 @@ def evaluate(
     firsts = data.firsts[[part.first for part in data.parts]]
     sums = torch.zeros(len(firsts), 2, dtype=torch.float64, device=model.device)  # losses and hits of each source
 
-    def add(indices: NDArray[np.int64], batch: Batch, logits: Tensor) -> None:
-        targets = batch.targets.to(logits.device)
-        numbers = np.searchsorted(firsts, indices, side="right") - 1
-        for number in np.unique(numbers):
-            rows = torch.from_numpy(np.flatnonzero(numbers == number)).to(logits.device)
-            own, their = (logits, targets) if len(rows) == len(indices) else (logits[rows], targets[rows])
-            sums[number, 0] += loss_of(own, their).double()
-            if has_classes:
-                sums[number, 1] += (own.argmax(-1) == their).sum()
+    def add(indices: NDArray[np.int64], batch: Batch, found: Tensor) -> None:
+        targets = batch.targets.to(found.device)
+        of_rows = [(losses_of(found, targets) if has_classes else found).double().sum(1)]
+        if has_classes:
+            of_rows.append((found.argmax(-1) == targets).double().sum(1))
+        numbers = torch.from_numpy(np.searchsorted(firsts, indices, side="right") - 1).to(found.device)
+        for column, values in enumerate(of_rows):
+            for number in range(len(firsts)):
+                sums[number, column] += values[numbers == number].sum()
 
-    if not visit_batches(model, data, batch_size, pad_id, add, interrupted, masked):
+    asked = batch_logits if has_classes else target_losses
+    if not visit_batches(model, data, batch_size, pad_id, add, interrupted, masked, asked):
         return None
     totals = distributed.sum_over_ranks(sums)
     counts = np.add.reduceat(data.trained, firsts)
