@@ -198,7 +198,7 @@ class BlockedHead:
         for step in self.steps:
             arguments, named = tree_map(settle, (step.arguments, step.named))
             made.append(step.function(*arguments, **named))
-        return made[-1][0]
+        return made[-1].flatten(0, 1)  # not [0], whose gradient is another tensor of that size
 
     def _log_probabilities(self, forward: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
         """In float32 or wider, a new tensor, and the logits that they come from."""
