@@ -13,6 +13,8 @@ from transformers import (
     AlbertForMaskedLM,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     RobertaConfig,
@@ -77,10 +79,10 @@ JAMBA = EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_stat
 def test_all_linear_takes_the_layers_that_the_loss_depends_on(
     config: Any, left_out: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a backward pass of a model with numbers says it, too."""
+    """As a backward pass of a model with numbers says it, too; Falcon asks for those of its mask."""
     settings = build_config({"method": "lora"})
     unused = find_unused(settings, config)
-    assert unused is not None or config.model_type == "falcon"  # it wants a mask, and is looked at with numbers alone
+    assert unused is not None
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     settings = settle_targets(settings, model, unused)
@@ -142,6 +144,33 @@ def test_a_router_that_inherits_from_linear_is_left_out(family: str, caplog: pyt
         find_targets(model, ["router"])
 
 
+LONGFORMER = SMALL | {"num_hidden_layers": 4, "attention_window": 4, "max_position_embeddings": 80}
+CLASSIFIER = {"model": {"task": "classification", "labels": ["no", "yes"]}, "data": {"max_length": 64}}
+
+
+def test_a_layer_whose_gradient_is_always_zero_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Of Longformer's last layer a classifier takes the first token alone, which has query, key and value of its own."""
+    settings = build_config({"method": "lora"} | CLASSIFIER)
+    config = config_of("longformer", **LONGFORMER, num_labels=2, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    unused = find_unused(settings, config)
+    settings = settle_targets(settings, model, unused)
+    names = settings.adapter.target_modules
+    local = [name for name in names if name.endswith((".query", ".key", ".value"))]
+    assert {name.split(".")[3] for name in local} == {"0", "1", "2"}
+    assert sum("query_global" in name for name in names) == 4
+    assert "all-linear leaves out 3 of 36 layers" in caplog.text
+    named = build_config({"method": "lora", "adapter": {"target_modules": ["query"]}} | CLASSIFIER)
+    with pytest.raises(ValueError, match=r"names 1 layers that no gradient reaches, .*longformer.encoder.layer"):
+        settle_targets(named, model, unused)
+
+
+def test_a_model_whose_layers_are_of_another_class_is_refused() -> None:
+    model = AutoModelForSequenceClassification.from_config(config_of("ibert", **SMALL))
+    with pytest.raises(ValueError, match=r"has no linear layer to adapt but its head \(classifier.dense"):
+        find_targets(model, ["all-linear"])
+
+
 class Uneven(nn.Module):
     """Calls one layer twice, reads the weight of another, and drops what a third one gives."""
 
@@ -166,6 +195,31 @@ def test_uses() -> None:
     model.requires_grad_(True)
     found = uses(model, dict(model.named_children()), lambda: model(torch.ones(2, 4)).sum())
     assert [name for name, use in found.items() if use.weight_reaches_loss] == ["twice", "read"]
+
+
+class Zeroed(nn.Module):
+    """Gives one layer nothing but zeros, and multiplies what another one says with zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fed, self.starved, self.muted = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fed(x) + self.starved(torch.zeros_like(x)) + 0 * self.muted(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "used"),
+    [
+        ({}, {"fed", "starved", "muted"}),
+        ({"numbers": True}, {"fed", "muted"}),
+        ({"numbers": True, "exact": True}, {"fed"}),
+    ],
+)
+def test_uses_of_numbers(how: dict[str, bool], used: set[str]) -> None:
+    model = Zeroed().requires_grad_(False)
+    found = uses(model, dict(model.named_children()), lambda: model(torch.ones(2, 4)).sum(), **how)
+    assert {name for name, use in found.items() if use.reaches_loss} == used
 
 
 def test_the_first_pass_of_a_run_looks_again(
@@ -254,7 +308,8 @@ def test_kinds_of_layers_that_follow_from_their_number_under_another_name() -> N
     assert len(with_layers(config, 2).layer_types) == 2
 
 
-def test_a_plan_says_that_it_could_not_look(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plan_says_that_it_could_not_look(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("rosa_ds.training.reach._MOST_WITH_NUMBERS", 0)
     config = config_of("falcon", **{k: v for k, v in SMALL.items() if k != "intermediate_size"})
     with caplog.at_level("WARNING"):
         Planner(build_config({"method": "lora"}), {}, config)

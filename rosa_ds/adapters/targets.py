@@ -41,6 +41,11 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
         heads = head_names(model, layers)
         poolers = tuple(f"{name}." for name in whole if is_classifier(model) and is_pooler(name))
         names = [name for name in layers if name not in heads and not f"{name}.".startswith(poolers)]
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer to adapt but its head ({', '.join(layers)}): its others are of other "
+                "classes than nn.Linear and Conv1D"
+            )
         _check_untied(model, names, layers)
         return {name: layers[name] for name in names}
     names = match_names(wanted, [name for name, _ in model.named_modules() if name], "adapter.target_modules")

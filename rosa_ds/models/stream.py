@@ -152,8 +152,15 @@ def _match(
             raise NotStreamableError(f"{names.get(name, name)} is {tuple(found)} and {name} {tuple(shape)}")
     _check_tied(model, Base(files, plain))
     with torch.no_grad():
-        for name in base.stored_names() & buffers.keys():
-            buffers[name].copy_(base.rows(name, slice(None)))
+        for name, buffer in buffers.items():
+            if name in base.stored_names():
+                stored = base.rows(name, slice(None))
+                module, _, own = name.rpartition(".")
+                model.get_submodule(module)._buffers[own] = (
+                    stored.to(buffer.dtype) if buffer.is_meta else buffer.copy_(stored)
+                )
+            elif buffer.is_meta:
+                raise NotStreamableError(f"it has no tensor for {name}, which is made of a parameter")
     base.close()
     return base
 

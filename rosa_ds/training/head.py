@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rosa_ds import distributed
-from rosa_ds.config.schema import LossBlock
+from rosa_ds.config.schema import LossBlock, RunConfig
 from rosa_ds.data.batches import collate
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.data.tokenise import Tokens
@@ -20,6 +20,14 @@ from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 
 logger = logging.getLogger(__name__)
 _LENGTH, _TARGETS, _BLOCK = 64, 8, 3
+
+
+def settle_loss(settings: RunConfig, engine: Any, data: TokenSet, pad_id: int) -> RunConfig:
+    """:func:`settle_head`, and the settings with what a run does. Collective."""
+    if settle_head(engine, data, pad_id, settings.training.loss_block):
+        return settings
+    training = settings.training.model_copy(update={"loss_block": "whole"})
+    return settings.model_copy(update={"training": training})
 
 
 @torch.no_grad()

@@ -30,12 +30,14 @@ from rosa_ds.memory.fake_model import MORE, alike_layers, with_layers, with_padd
 from rosa_ds.models.checks import rounding_of
 from rosa_ds.models.load import read_config
 from rosa_ds.models.loss import batch_logits, loss_of
-from rosa_ds.models.stream import build_on_meta
+from rosa_ds.models.stream import allocate, build_on_meta
 from rosa_ds.models.task import is_classifier
 from rosa_ds.utils.texts import kind_of, summary
 
 logger = logging.getLogger(__name__)
 _LENGTH, _TARGETS = 256, 8
+_SHORT, _MOST_WITH_NUMBERS, _PERIOD = 64, 500_000_000, 1_000_003
+"""Tokens of a row, and parameters of a model, that a CPU computes with in seconds; after how many numbers the made ones recur."""
 _WITH_ALL_SHAPES = torch.bfloat16
 """The type in which every operator says its result's shape; ``_grouped_mm`` of experts does not in float32."""
 
@@ -51,16 +53,33 @@ class Use:
     weight_reaches_loss: bool
 
 
-def uses(model: nn.Module, layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[str, Use]:
-    """What one call of ``loss``, a forward pass of ``model`` with gradients, does with each of ``layers``."""
+def uses(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    loss: Callable[[], Tensor],
+    numbers: bool = False,
+    exact: bool = False,
+) -> dict[str, Use]:
+    """What one call of ``loss``, a forward pass of ``model`` with gradients, does with each of ``layers``.
+
+    Args:
+        numbers: the model has them, and a layer that is given nothing but zeros does not count as used.
+        exact: nor does one whose gradient is zero, for which the pass goes backward, too.
+    """
     nodes: dict[str, list[Any]] = {name: [] for name in layers}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    fed: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def mark(name: str) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             output = output if output.requires_grad else output.detach().requires_grad_()
             # a node of this call alone, also where what is given is then changed in place (Falcon)
             output = output.clone()
             nodes[name].append(output.grad_fn)
+            if numbers and inputs:
+                fed[name].append(inputs[0].detach().any())
+            if exact:
+                outputs[name].append(output)
             return output
 
         return hook
@@ -70,11 +89,19 @@ def uses(model: nn.Module, layers: Mapping[str, nn.Module], loss: Callable[[], T
             hooks.enter_context(layer.register_forward_hook(mark(name)))
         hooks.enter_context(_without_checkpointing(model))
         hooks.enter_context(torch.enable_grad())
-        reached = _ancestors(loss().grad_fn)
-    return {
-        name: Use(len(found), any(node in reached for node in found), _accumulation(layers[name]) in reached)
-        for name, found in nodes.items()
-    }
+        found = loss()
+        reached = _ancestors(found.grad_fn)
+    used = {name: any(node in reached for node in mine) for name, mine in nodes.items()}
+    read = {name: _accumulation(layer) in reached for name, layer in layers.items()}
+    if numbers:
+        used = {name: use and (not fed[name] or any(map(bool, fed[name]))) for name, use in used.items()}
+    if exact:
+        every = [output for name, mine in outputs.items() if used[name] for output in mine]
+        grads = iter(torch.autograd.grad(found, every, allow_unused=True))
+        for name in [name for name, use in used.items() if use]:
+            own = [next(grads) for _ in outputs[name]]
+            used[name] = any(grad is not None and bool(grad.any()) for grad in own)
+    return {name: Use(len(mine), used[name], read[name]) for name, mine in nodes.items()}
 
 
 def _accumulation(layer: nn.Module) -> Any:
@@ -125,28 +152,30 @@ class Unused:
 def find_unused(settings: RunConfig, config: Any = None) -> Unused | None:
     """Which of a base's linear layers are not used as such, before anything of its weights is read.
 
-    The model goes through a forward pass without numbers, of rows of ``data.max_length``, so every stage and kind of base gives
-    the same answer.
+    The model goes through a forward pass without numbers, of rows of ``data.max_length``, or where it asks for them with made
+    ones, so every stage and kind of base gives the same answer.
 
     Args:
         config: of transformers; by default the base's.
 
-    Returns: ``None`` for a model that could not be traced so, as where experts are chosen by numbers: nothing is known yet.
+    Returns: ``None`` for a model that could not be looked at so: nothing is known yet.
     """
     if settings.parts.everything:
         return Unused((), ())
     begun = time.monotonic()
     config = with_padding(read_config(settings.model) if config is None else config)
     alike = alike_layers(config) is not None
-    few = with_layers(config, MORE) if alike else config
     try:
-        model = build_on_meta(few, settings.model, _WITH_ALL_SHAPES)
-        found = _uses_without_numbers(model, settings.data.max_length)
-    except NOT_TRACED as error:  # the first pass with numbers looks again
+        found, same = _uses_of(config, settings, MORE if alike else None)
+        if alike and not same:  # the last layer is used in another way than those before it
+            alike = False
+            found, _ = _uses_of(config, settings, None)
+    except (*NOT_TRACED, AssertionError, LookupError) as error:  # the first pass of the run looks again
         logger.debug("which layers the loss depends on is not known yet (%s: %s)", type(error).__name__, error)
         return None
     every = unreached(found)
-    read = [name for name in every if found[name].weight_reaches_loss]
+    # of one that is called the graph has the weight anyway
+    read = [name for name in every if found[name].weight_reaches_loss and not found[name].calls]
     if every and alike:
         whole = linear_layers(build_on_meta(config, settings.model, _WITH_ALL_SHAPES))
         read, every = ([name for name in whole if kind_of(name) in set(map(kind_of, kinds))] for kinds in (read, every))
@@ -156,11 +185,53 @@ def find_unused(settings: RunConfig, config: Any = None) -> Unused | None:
     return Unused(tuple(read), tuple(every))
 
 
-def _uses_without_numbers(model: PreTrainedModel, length: int) -> dict[str, Use]:
-    layers = linear_layers(model)
-    mode = without_numbers(model)
-    with running(model, mode, Shape(2, length, _TARGETS, padded=False)) as loss:
-        return uses(model, layers, loss)
+def _uses_of(config: Any, settings: RunConfig, few: int | None) -> tuple[dict[str, Use], bool]:
+    """What a config's model does with its linear layers, and whether layers of one kind are all reached or all not.
+
+    Args:
+        few: how many of its layers are looked at, where all are alike.
+
+    Raises: one of ``NOT_TRACED`` for a model that is too large to be asked with numbers, or does not run with them.
+    """
+    config = config if few is None else with_layers(config, few)
+    small = build_on_meta(config, settings.model, _WITH_ALL_SHAPES)
+    try:
+        layers, mode = linear_layers(small), without_numbers(small)
+        with running(small, mode, Shape(2, settings.data.max_length, _TARGETS, padded=False)) as loss:
+            found = uses(small, layers, loss)
+    except NOT_TRACED:
+        if sum(parameter.numel() for parameter in small.parameters()) > _MOST_WITH_NUMBERS:
+            raise
+        found = _uses_with_numbers(config, settings)
+    idle = unreached(found)
+    kinds = set(map(kind_of, idle))
+    return found, not any(kind_of(name) in kinds for name in found.keys() - set(idle))
+
+
+def _uses_with_numbers(config: Any, settings: RunConfig) -> dict[str, Use]:
+    """As :func:`uses`, forward and backward in float32, of a model with made numbers and of rows that end as texts do."""
+    model = build_on_meta(config, settings.model, torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    noise = 0.02 * torch.randn(_PERIOD, generator=draw)
+
+    def fill(_: str, parameter: nn.Parameter, target: Tensor, __: slice) -> None:
+        times = -(-parameter.numel() // _PERIOD)
+        target.copy_(noise.repeat(times)[: parameter.numel()].view(parameter.shape) + float(parameter.ndim < 2))
+
+    allocate(model, fill, torch.device("cpu"))
+    text = config.get_text_config()
+    length = min(settings.data.max_length, _SHORT)
+    ids = torch.randint(min(_SHORT, text.vocab_size), (2, length), generator=draw)
+    if isinstance(end := getattr(text, "eos_token_id", None), int) and 0 <= end < text.vocab_size:
+        ids[ids == end] = 0 if end else 1
+        ids[:, -1] = end
+    more = {} if is_classifier(model) else {"use_cache": False}
+
+    def loss() -> Tensor:
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
+        return (logits * torch.randn(logits.shape, generator=draw)).sum()
+
+    return uses(model.eval(), linear_layers(model), loss, numbers=True, exact=True)
 
 
 def keep_dense(settings: RunConfig, unused: Unused | None) -> RunConfig:
@@ -180,7 +251,7 @@ def settle_targets(settings: RunConfig, model: nn.Module, unused: Unused | None)
     Args:
         model: the base, or one of its shape on the meta device.
 
-    Raises: ValueError for such a layer that ``adapter.target_modules`` names.
+    Raises: ValueError for such a layer that ``adapter.target_modules`` names, or if no other one is there.
     """
     if unused is None or not unused.every or settings.parts.everything:
         return settings
@@ -197,6 +268,8 @@ def settle_targets(settings: RunConfig, model: nn.Module, unused: Unused | None)
         summary(dead),
     )
     kept = [name for name in wanted if name not in set(dead)]
+    if not kept:
+        raise ValueError(_refusal("all-linear takes", dead, wanted))
     adapter = settings.adapter.model_copy(update={"target_modules": kept})
     return settings.model_copy(update={"adapter": adapter})
 
@@ -223,7 +296,7 @@ def probe(engine: Any, model: PreTrainedModel, data: TokenSet, pad_id: int, trac
         return loss_of(seen[0], batch.targets.to(device))
 
     engine.eval()
-    found = uses(model, layers, loss)
+    found = uses(model, layers, loss, numbers=True)
     length = batch.input_ids.shape[1]
     if dead := unreached(found):
         if not traced:

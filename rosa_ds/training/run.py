@@ -43,7 +43,7 @@ from rosa_ds.training.gpu_settings import (
     deterministic,
     has_no_deterministic_form,
 )
-from rosa_ds.training.head import settle_head
+from rosa_ds.training.head import settle_loss
 from rosa_ds.training.init_adapter import begin_from, check_start
 from rosa_ds.training.interrupt import Interruption
 from rosa_ds.training.loop import Loop, Run
@@ -171,9 +171,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     calls = probe(engine, model, data, pad_id, traced=unused is not None)
     batches = settle_batches(batches, engine, data, settings.data.batching)
     masked = needs_mask(engine, data, pad_id)
-    if not settle_head(engine, data, pad_id, settings.training.loss_block):
-        training = settings.training.model_copy(update={"loss_block": "whole"})
-        settings = settings.model_copy(update={"training": training})
+    settings = settle_loss(settings, engine, data, pad_id)
     forget_order(engine)
 
     folder = _open_folder(settings, plan, account, tokenizer, source, saved.step if saved else 0)
