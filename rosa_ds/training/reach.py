@@ -343,6 +343,7 @@ def _refusal(what: str, dead: list[str], wanted: Iterable[str]) -> str:
     names = [name for name in kept if name not in spoilt]
     remedy = f"name others, such as {','.join(names)}" if names else "name others"
     return (
-        f"{what} {len(dead)} layers that no gradient reaches, because the model reads their weight itself or text never comes to "
-        f"them: {summary(dead)}; {remedy}"
+        f"{what} {len(dead)} layers that no gradient reaches, because the model reads their weight itself, calls them where "
+        f"autograd does not look (without gradients, or in a function of its own that recomputes), or text never comes to them: "
+        f"{summary(dead)}; {remedy}"
     )

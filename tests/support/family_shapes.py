@@ -53,6 +53,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"num_experts_per_tok": 1},
     {"hidden_size": 48},
     {"hidden_size_per_layer_input": 0},
+    {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     {"layer_types": ["conv", "full_attention"] * 2},
     {"default_language": "en_XX"},
     {"axial_pos_embds": False, "is_decoder": True, "num_hashes": 1},

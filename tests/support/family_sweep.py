@@ -119,6 +119,11 @@ class Subject:
             raise
         return found
 
+    def read_back(self, model: PreTrainedModel, name: str) -> Tensor:
+        """Logits of a model that is saved and loaded by transformers."""
+        model.save_pretrained(self.folder / name)
+        return self.logits(self.reloaded(self.folder / name, model.dtype))
+
     def targets(self) -> list[str]:
         """``adapter.target_modules`` as a run settles them."""
         if self._targets is None:
@@ -186,7 +191,7 @@ def check_gradients(subject: Subject) -> str:
         more = {"attention_mask": torch.ones_like(ids)} | ({"use_cache": False} if subject.causal else {})
         found, expected = (
             model(input_ids=ids, **more).logits,
-            torch.func.functional_call(subject.plain, weights, kwargs={"input_ids": ids, **more}).logits,
+            torch.func.functional_call(copy.deepcopy(subject.plain), weights, kwargs={"input_ids": ids, **more}).logits,
         )
         differ(found.detach(), expected.detach(), subject.exact, f"{method}: logits")
         toward = torch.randn(found.shape, generator=torch.Generator().manual_seed(5)).to(found.dtype)
@@ -223,9 +228,17 @@ def check_export(subject: Subject) -> None:
     """The merged model, saved and loaded by transformers, says the same."""
     model = subject.adapted("robust")
     rosa_ds.merge(model)
-    model.save_pretrained(subject.folder / "merged")
-    again = subject.reloaded(subject.folder / "merged", model.dtype)
-    differ(subject.logits(again), subject.logits(model), subject.exact, "logits")
+    try:
+        differ(subject.read_back(model, "merged"), subject.logits(model), subject.exact, "logits")
+    except TransformersError:
+        raise
+    except Exception:
+        plain = subject.logits(subject.plain)
+        try:
+            differ(subject.read_back(subject.plain, "plain"), plain, subject.exact, "logits")
+        except Exception as error:
+            raise TransformersError(f"without an adapter, too, it is not what was saved: {one_line(error)}") from error
+        raise
 
 
 def check_causal(subject: Subject) -> None:
