@@ -208,13 +208,19 @@ def test_rejects_a_tied_head_and_a_second_injection(gpt2: PreTrainedModel) -> No
         rosa_ds.inject(gpt2, AdapterConfig())
 
 
-def test_tied_layers_are_not_adapted_apart(llama: PreTrainedModel) -> None:
-    """Neither by name nor as one of all: each would have an update of its own, and one weight could take only one."""
+def test_tied_layers_are_not_adapted_apart(llama: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Each would have an update of its own, and one weight could take only one: named they are refused, of all left out."""
     first, second = (llama.get_submodule(f"model.layers.{layer}.mlp.up_proj") for layer in (0, 1))
     second.weight = first.weight
     with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj, whose weight is tied to model.layers.1.mlp.up_proj"):
-        rosa_ds.inject(llama, AdapterConfig())
-    rosa_ds.inject(llama, AdapterConfig(target_modules=["q_proj"]))
+        rosa_ds.inject(llama, AdapterConfig(target_modules=["up_proj"]))
+    every = [name for name, layer in llama.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
+    report = rosa_ds.inject(llama, AdapterConfig())
+    assert set(report.adapted) == {name for name in every if "up_proj" not in name}
+    assert (
+        "all-linear leaves out 2 layers whose weight another module has, too (e.g. model.layers.0.mlp.up_proj)"
+        in caplog.text
+    )
 
 
 def test_rejects_a_model_without_linear_layers() -> None:

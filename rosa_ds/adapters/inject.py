@@ -30,8 +30,8 @@ from rosa_ds.adapters.targets import (
     check_patterns,
     find_targets,
     match_names,
-    own_forwards,
     stacked_weights,
+    warn_of_left_out,
 )
 from rosa_ds.config.methods import METHODS
 from rosa_ds.config.schema import (
@@ -118,9 +118,8 @@ def inject(
     if stacked := stacked_weights(model, whole):
         said = "no adapter reaches %d weights of three dimensions (experts, e.g. %s): they stay as they are"
         logger.warning(said, len(stacked), stacked[0], extra=SAME_ON_ALL_RANKS)
-    if config.target_modules == ["all-linear"] and (own := own_forwards(model)):
-        said = "all-linear leaves out %d layers that inherit from nn.Linear and have a forward of their own (e.g. %s, a %s)"
-        logger.warning(said, len(own), own[0], type(model.get_submodule(own[0])).__name__, extra=SAME_ON_ALL_RANKS)
+    if config.target_modules == ["all-linear"]:
+        warn_of_left_out(model)
     plans = {target: plan_layer(target, layer, config) for target, layer in targets.items()}
     draw = draw if config.parts.resampled else None
     if draw is not None:

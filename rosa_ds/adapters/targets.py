@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias, TypeVar
@@ -15,9 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.models.task import head_modules, is_classifier, is_pooler, whole_modules
+from rosa_ds.utils.logs import SAME_ON_ALL_RANKS
 from rosa_ds.utils.suggest import did_you_mean
 from rosa_ds.zero import full_shape
 
+logger = logging.getLogger(__name__)
 Value = TypeVar("Value", int, float)
 
 
@@ -32,7 +35,8 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
         whole: modules that are trained whole. Where a classifier's pooler is one, ``all-linear`` leaves it out.
 
     Raises:
-        ValueError: nothing matches, a matched module is not linear, or its weight is tied to another module's.
+        ValueError: nothing matches, a matched module is not linear, or its weight is tied to another module's (such layers
+            ``all-linear`` leaves out, and head and pooler).
     """
     layers = linear_layers(model)
     if not layers:
@@ -46,8 +50,10 @@ def find_targets(model: nn.Module, wanted: list[str], whole: Iterable[str] = ())
                 f"{type(model).__name__} has no linear layer to adapt but its head ({', '.join(layers)}): its others are of other "
                 "classes than nn.Linear and Conv1D"
             )
-        _check_untied(model, names, layers)
-        return {name: layers[name] for name in names}
+        shared = tied_layers(model, names)
+        if names == shared:
+            _check_untied(model, names, layers)
+        return {name: layers[name] for name in names if name not in set(shared)}
     names = match_names(wanted, [name for name, _ in model.named_modules() if name], "adapter.target_modules")
     not_linear = [name for name in names if name not in layers]
     if not_linear:
@@ -130,10 +136,22 @@ def _matches(name: str, wanted: str) -> bool:
         return False
 
 
-def _check_untied(model: nn.Module, names: Iterable[str], layers: Mapping[str, Linear]) -> None:
+def tied_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the layers ``names`` whose weight another module has, too, such as Zamba's shared blocks."""
+    layers = dict(model.named_modules())
+    owners = _owners(model)
+    return [name for name in names if len(owners.get(id(layers[name].weight), ())) > 1]
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _check_untied(model: nn.Module, names: Iterable[str], layers: Mapping[str, Linear]) -> None:
+    owners = _owners(model)
     for name in names:
         shared = [other for other in owners.get(id(layers[name].weight), []) if other != f"{name}.weight"]
         if shared:
@@ -141,6 +159,18 @@ def _check_untied(model: nn.Module, names: Iterable[str], layers: Mapping[str, L
                 f"adapter.target_modules names {name}, whose weight is tied to {shared[0]}: an adapter on one of the two "
                 "cannot be merged; use adapter.modules_to_save, untie them first, or name other modules"
             )
+
+
+def warn_of_left_out(model: nn.Module) -> None:
+    """Say which linear layers ``all-linear`` leaves out by what they are, beside the head."""
+    if own := own_forwards(model):
+        said = "all-linear leaves out %d layers that inherit from nn.Linear and have a forward of their own (e.g. %s, a %s)"
+        logger.warning(said, len(own), own[0], type(model.get_submodule(own[0])).__name__, extra=SAME_ON_ALL_RANKS)
+    layers = linear_layers(model)
+    heads = head_names(model, layers)
+    if shared := tied_layers(model, [name for name in layers if name not in heads]):
+        said = "all-linear leaves out %d layers whose weight another module has, too (e.g. %s): an adapter on one cannot be merged"
+        logger.warning(said, len(shared), shared[0], extra=SAME_ON_ALL_RANKS)
 
 
 def stacked_weights(model: nn.Module, whole: Iterable[str] = ()) -> list[str]:

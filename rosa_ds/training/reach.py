@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from transformers import PreTrainedModel
 
 from rosa_ds.adapters.inject import adapted_layers
-from rosa_ds.adapters.targets import find_targets, linear_layers
+from rosa_ds.adapters.targets import find_targets, linear_layers, warn_of_left_out
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import Batch, collate
 from rosa_ds.data.labelled import LabelledSet
@@ -267,6 +267,7 @@ def settle_targets(settings: RunConfig, model: nn.Module, unused: Unused | None)
         len(wanted),
         summary(dead),
     )
+    warn_of_left_out(model)
     kept = [name for name in wanted if name not in set(dead)]
     if not kept:
         raise ValueError(_refusal("all-linear takes", dead, wanted))
