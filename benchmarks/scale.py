@@ -17,9 +17,9 @@ from transformers import LlamaConfig
 from rosa_ds.commands.program import run_program
 from rosa_ds.config.command_line import CommandLine, parse_command_line
 from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, WORKING
-from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.methods.sparse import COLLECTED, COLLECTING, PLANS
 from rosa_ds.methods.subspace import DRAWING, WORKSPACE
+from rosa_ds.models.no_numbers import Shape
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
 from rosa_ds.utils.files import write_json
 

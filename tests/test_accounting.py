@@ -16,11 +16,11 @@ from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.memory import fake_model
 from rosa_ds.memory.account import Account, table
-from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.memory.estimate import predict
 from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.methods import memory_terms
 from rosa_ds.methods.subspace import RESIDUAL
+from rosa_ds.models.no_numbers import Shape
 from rosa_ds.zero.engine import PERSISTENCE, keep_vectors_everywhere
 
 

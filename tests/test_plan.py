@@ -23,12 +23,13 @@ from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import AdapterConfig, ModelSettings, RunConfig
 from rosa_ds.data.batches import Batch
 from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, Account, Term
-from rosa_ds.memory.activation_tracer import Activations, LiveBytes, SavedBytes, Shape, watch_gradients
+from rosa_ds.memory.activation_tracer import Activations, LiveBytes, SavedBytes, watch_gradients
 from rosa_ds.memory.estimate import predict
 from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.models.head import BlockedHead
 from rosa_ds.models.load import TINY_FOLDER, enable_checkpointing, identify, load_model
 from rosa_ds.models.loss import find_head_with, token_loss_sum, use_head
+from rosa_ds.models.no_numbers import Shape
 from rosa_ds.planning.dry_run import dry_run, phases
 from rosa_ds.planning.search import GIB, Machine, Planner, best
 from rosa_ds.training.schedule import Schedule

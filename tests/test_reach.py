@@ -24,18 +24,19 @@ import rosa_ds
 from classifiers import SIZES, make_base, make_rows, write_rows
 from launching import ROOT, TRAIN, metrics, run
 from rosa_ds.adapters.quantize import quantize_as
+from rosa_ds.adapters.reach import Use, unreached, uses
 from rosa_ds.adapters.targets import find_targets, linear_layers
 from rosa_ds.config.command_line import build_config
 from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import DataSettings, ModelSettings
 from rosa_ds.data.prepare import prepare
-from rosa_ds.memory.activation_tracer import Shape
-from rosa_ds.memory.fake_model import ActivationPlan, alike_layers, with_layers
+from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.models.load import load_model
+from rosa_ds.models.no_numbers import Shape, alike_layers, with_layers
 from rosa_ds.models.quantized import QuantizedLinear
 from rosa_ds.planning.search import Planner
 from rosa_ds.training.model import adapt
-from rosa_ds.training.reach import Use, find_unused, keep_dense, probe, settle_targets, unreached, uses
+from rosa_ds.training.reach import keep_dense, look_at_base, probe, settle_targets
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 GROUPED = SMALL | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -80,7 +81,7 @@ def test_all_linear_takes_the_layers_that_the_loss_depends_on(
 ) -> None:
     """As a backward pass of a model with numbers says it, too; Falcon asks for those of its mask."""
     settings = build_config({"method": "lora"})
-    unused = find_unused(settings, config)
+    unused = look_at_base(settings, config)
     assert unused is not None
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -105,7 +106,24 @@ def test_a_layer_that_is_named_and_not_used_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"names 4 layers that no gradient reaches, .*dt_proj; name others, such as in_proj"
     ):
-        settle_targets(settings, model, find_unused(settings, config))
+        settle_targets(settings, model, look_at_base(settings, config))
+
+
+def test_inject_looks_at_a_model(caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_config(config_of("mamba", **MAMBA))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    before = model.double()(ids).logits
+    with pytest.raises(ValueError, match=r"target_modules names 4 layers that no gradient reaches, .*dt_proj"):
+        rosa_ds.inject(model, rosa_ds.AdapterConfig(method="lora", rank=2, target_modules=["dt_proj"]))
+    report = rosa_ds.inject(model, rosa_ds.AdapterConfig(method="subspace", rank=2, dropout=0.0))
+    assert "all-linear leaves out 4 of 16 layers" in caplog.text
+    assert report.adapted
+    assert not any("dt_proj" in name for name in report.adapted)
+    torch.testing.assert_close(
+        model(ids).logits, before, rtol=1e-9, atol=1e-12
+    )  # a draw of what it reads itself changed it
+    plain = nn.Sequential(nn.Linear(3, 3))
+    assert rosa_ds.inject(plain, rosa_ds.AdapterConfig(method="lora", rank=1)).adapted == ("0",)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,7 @@ def test_what_the_model_reads_itself_is_not_quantised(config: Any, dense: str | 
     """A tower that text never reaches is not adapted, and takes no more memory than what is."""
     settings = build_config({"model": {"quantization": "nf4", "quantization_skip": ["lm_head"]}})
     assert keep_dense(settings, None) is settings
-    settings = keep_dense(settings, find_unused(settings, config))
+    settings = keep_dense(settings, look_at_base(settings, config))
     model = AutoModelForCausalLM.from_config(config)
     layers = linear_layers(model)
     quantize_as(model, settings.model, torch.float32, [])
@@ -152,7 +170,7 @@ def test_a_layer_whose_gradient_is_always_zero_is_left_out(caplog: pytest.LogCap
     settings = build_config({"method": "lora"} | CLASSIFIER)
     config = config_of("longformer", **LONGFORMER, num_labels=2, pad_token_id=0)
     model = AutoModelForSequenceClassification.from_config(config)
-    unused = find_unused(settings, config)
+    unused = look_at_base(settings, config)
     settings = settle_targets(settings, model, unused)
     names = settings.adapter.target_modules
     local = [name for name in names if name.endswith((".query", ".key", ".value"))]
@@ -308,7 +326,7 @@ def test_kinds_of_layers_that_follow_from_their_number_under_another_name() -> N
 
 
 def test_a_plan_says_that_it_could_not_look(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("rosa_ds.training.reach._MOST_WITH_NUMBERS", 0)
+    monkeypatch.setattr("rosa_ds.adapters.reach._MOST_WITH_NUMBERS", 0)
     config = config_of("falcon", **{k: v for k, v in SMALL.items() if k != "intermediate_size"})
     with caplog.at_level("WARNING"):
         Planner(build_config({"method": "lora"}), {}, config)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rosa_ds import zero
 from rosa_ds.adapters.layer import MAX_POSITIONS, AdaptedLinear, plain_layer, stored_shape
 from rosa_ds.adapters.low_rank import draw_generator
+from rosa_ds.adapters.reach import leave_out, look_at_model
 from rosa_ds.adapters.registry import (
     DEFAULT,
     Adapter,
@@ -84,6 +85,7 @@ def inject(
     draw: DrawSettings | None = _DRAW,
     keep_base: bool = False,
     name: str = DEFAULT,
+    look: bool = True,
 ) -> InjectReport:
     """Freeze a model and give it trainable parts; the function it computes does not change.
 
@@ -99,10 +101,12 @@ def inject(
             are trained whole), so that :func:`rosa_ds.disable` and :func:`rosa_ds.set_adapter` can put it back. The other
             parts of an adapter leave the base as it is.
         name: of the adapter, beside others of this model that are not in it now.
+        look: find the layers that the loss does not depend on, by a forward pass without numbers of a model of this one's config,
+            if it is one of transformers and not partitioned: ``all-linear`` leaves them out.
 
     Returns: what matched, and counts.
-    Raises: ValueError if a target, pattern or module to save matches nothing, a rank is too large for a draw, or the model
-        has adapters already.
+    Raises: ValueError if a target, pattern or module to save matches nothing, a target is a layer that the loss does not depend
+        on, a rank is too large for a draw, or the model has adapters already.
     """
     check_room(model, name, bool(adapted_layers(model)))
     if config.parts.everything:
@@ -110,6 +114,9 @@ def inject(
         model.requires_grad_(True)
         _enter(model, config, seed, keep_base, name)
         return InjectReport((), ("all",), 0, 0, sum(map(zero.full_numel, model.parameters())), 0)
+    if look:
+        wanted = leave_out(model, config.target_modules, look_at_model(model))
+        config = config.model_copy(update={"target_modules": wanted})
     targets, whole = _match(model, config)
     _check_trainable(model, whole)
     if idle := [head for head in head_modules(model) if not any(f"{head}.".startswith(f"{w}.") for w in whole)]:

@@ -129,7 +129,9 @@ def load_adapter(
                 set_adapter(model, name)
             else:
                 check_task(folder, description.base, model)
-                inject(model, description.config, description.seed, draw=None, keep_base=keep_base, name=name)
+                inject(
+                    model, description.config, description.seed, draw=None, keep_base=keep_base, name=name, look=False
+                )
             fill_adapter(model, stored)
             return description
     except BaseException:
@@ -163,7 +165,7 @@ def fill_adapter(model: nn.Module, stored: StoredAdapter) -> None:
     where, description = stored.folder, stored.description
     check_task(where, description.base, model)
     if adapters_of(model).active is None:
-        inject(model, description.config, description.seed, draw=None)
+        inject(model, description.config, description.seed, draw=None, look=False)
     elif different := _differing(description.config, active_adapter(model).config):
         raise ValueError(
             f"{where} has another form than the adapter in the model ({different}): load it into the plain base model"

@@ -162,7 +162,7 @@ def open_adapted(source: StoredAdapter) -> tuple[PreTrainedModel, Base | None]:
         model, base = open_base(settings, stored_dtype(settings))
     else:
         model, base = open_quantized(settings, torch.float32, description.config.modules_to_save)
-    inject(model, description.config, description.seed, draw=None)
+    inject(model, description.config, description.seed, draw=None, look=False)
     return model, base
 
 

@@ -65,7 +65,7 @@ def export_merged(
         try:
             model, base = stream_base(settings, dtype or stored_dtype(settings))
             quantize_as(model, settings, torch.float32, description.config.modules_to_save)
-            inject(model, description.config, description.seed, draw=None)
+            inject(model, description.config, description.seed, draw=None, look=False)
             rows = MergedRows(model, base, source, dtype, chosen or "dequantized")
         except NotStreamableError as reason:
             logger.warning("%s is loaded whole to be merged: %s", settings.name_or_path, reason)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from typing import Any
@@ -14,12 +13,19 @@ from rosa_ds.adapters.inject import InjectReport, adapted_layers, inject
 from rosa_ds.adapters.quantize import quantize_as
 from rosa_ds.adapters.targets import with_head
 from rosa_ds.config.schema import RunConfig
-from rosa_ds.memory.activation_tracer import NOT_TRACED, Activations, Shape, trace, without_numbers
+from rosa_ds.memory.activation_tracer import Activations, trace
 from rosa_ds.models.load import enable_checkpointing
+from rosa_ds.models.no_numbers import (
+    FEW,
+    MORE,
+    NOT_TRACED,
+    Shape,
+    alike_layers,
+    with_layers,
+    with_padding,
+    without_numbers,
+)
 from rosa_ds.models.stream import build_on_meta
-
-_FEW, MORE = 1, 2
-"""How many layers are looked at where all are alike."""
 
 
 def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, InjectReport]:
@@ -34,7 +40,7 @@ def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tupl
     model = build_on_meta(with_padding(config), settings.model, dtype)
     settings = with_head(settings, model)
     quantize_as(model, settings.model, dtype, settings.adapter.modules_to_save)
-    report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
+    report = inject(model, settings.adapter_config(), settings.training.seed, draw=None, look=False)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -42,40 +48,6 @@ def build_skeleton(config: Any, settings: RunConfig, dtype: torch.dtype) -> tupl
         layer.mask_known = layer.entries > 0
     enable_checkpointing(model, settings.training.gradient_checkpointing)
     return model, report
-
-
-def with_padding(config: Any) -> Any:
-    """A copy of a config with a padding token, which tells classifiers where rows end."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.pad_token_id = getattr(text, "pad_token_id", None) or 0
-    return config
-
-
-def alike_layers(config: Any) -> int | None:
-    """Number of layers where all are alike, so that one and two of them tell what all of them keep."""
-    depth = getattr(config, "num_hidden_layers", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    uneven = any(getattr(config, name, None) for name in ("mlp_only_layers", "first_k_dense_replace", "sub_configs"))
-    uneven |= any(
-        isinstance(value, list) and len(value) == depth for name, value in vars(config).items() if name != "layer_types"
-    )
-    try:
-        copy.deepcopy(config).num_hidden_layers = MORE
-    except NotImplementedError:  # it has a number for each of its parts
-        return None
-    return depth if isinstance(depth, int) and depth > MORE and len(kinds) < 2 and not uneven else None
-
-
-def with_layers(config: Any, layers: int) -> Any:
-    """A copy of a config with as many layers, where all are alike."""
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    own_name = config.attribute_map.get("layer_types", "layer_types")
-    follows = isinstance(getattr(type(config), own_name, None), property)  # from the number, as Mamba's
-    if getattr(config, "layer_types", None) and not follows:
-        config.layer_types = config.layer_types[:layers]
-    return config
 
 
 class ActivationPlan:
@@ -101,11 +73,11 @@ class ActivationPlan:
         """Bytes of one micro-batch."""
         if self._depth is not None:
             try:
-                few, more = (self._trace(layers, checkpointing, shape) for layers in (_FEW, MORE))
+                few, more = (self._trace(layers, checkpointing, shape) for layers in (FEW, MORE))
             except ValueError:  # targets or patterns that name deeper layers
                 self._depth = None
             else:
-                return few.extended(more, (self._depth - _FEW) / (MORE - _FEW))
+                return few.extended(more, (self._depth - FEW) / (MORE - FEW))
         return self._trace(None, checkpointing, shape)
 
     def _trace(self, layers: int | None, checkpointing: bool, shape: Shape) -> Activations:

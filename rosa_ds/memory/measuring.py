@@ -20,11 +20,12 @@ from rosa_ds.config.schema import RunConfig
 from rosa_ds.data.batches import Batch, BatchPlan, LabelledBatch
 from rosa_ds.data.prepare import TokenSet
 from rosa_ds.memory.account import ACTIVATIONS, BUCKETS, GATHERED, Account
-from rosa_ds.memory.activation_tracer import LiveBytes, SavedBytes, Shape
+from rosa_ds.memory.activation_tracer import LiveBytes, SavedBytes
 from rosa_ds.memory.estimate import activation_terms, named_parts
 from rosa_ds.memory.fake_model import ActivationPlan
 from rosa_ds.models.attention import joins_results, makes_mask
 from rosa_ds.models.load import read_config
+from rosa_ds.models.no_numbers import Shape
 from rosa_ds.zero.gradients import gradient_bytes
 
 if TYPE_CHECKING:

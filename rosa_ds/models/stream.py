@@ -73,6 +73,18 @@ def build_on_meta(config: Any, settings: ModelSettings, dtype: torch.dtype) -> P
             model = auto_class(settings.task).from_config(config, dtype=dtype, trust_remote_code=False, **more)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model.name_or_path {settings.name_or_path!r} cannot be loaded: {error}") from error
+    return _completed(model)
+
+
+def build_like(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """As :func:`build_on_meta`, of a class of transformers."""
+    with parameters_on_meta():
+        model = kind._from_config(config, dtype=dtype)
+    return _completed(model)
+
+
+def _completed(model: PreTrainedModel) -> PreTrainedModel:
+    """A model on the meta device with its buffers, and with weights that are shared."""
     with torch.random.fork_rng(devices=[]):
         _compute_buffers(model)
     model.tie_weights()

@@ -14,12 +14,12 @@ from rosa_ds.config.command_line import CommandLine
 from rosa_ds.config.deepspeed import DeepSpeedPlan
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.memory.account import table
-from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.memory.estimate import activation_terms
 from rosa_ds.memory.measuring import largest
 from rosa_ds.methods.sparse import check_mask_file
 from rosa_ds.models.attention import can_be_by_sequence, makes_mask
 from rosa_ds.models.load import load_tokenizer, read_config
+from rosa_ds.models.no_numbers import Shape
 from rosa_ds.models.stream import build_on_meta
 from rosa_ds.planning.search import GIB, Planner
 from rosa_ds.training.init_adapter import begin_from

@@ -13,13 +13,13 @@ from rosa_ds.adapters.inject import adapter_parts
 from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import RunConfig
 from rosa_ds.memory.account import Account
-from rosa_ds.memory.activation_tracer import Shape
 from rosa_ds.memory.estimate import activation_terms, predict
-from rosa_ds.memory.fake_model import ActivationPlan, build_skeleton, with_padding
+from rosa_ds.memory.fake_model import ActivationPlan, build_skeleton
 from rosa_ds.methods import memory_terms
 from rosa_ds.models.load import read_config
+from rosa_ds.models.no_numbers import Shape, with_padding
 from rosa_ds.models.stream import build_on_meta
-from rosa_ds.training.reach import find_unused, keep_dense, settle_targets
+from rosa_ds.training.reach import keep_dense, look_at_base, settle_targets
 from rosa_ds.zero.engine import settle_zero
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Planner:
 
     def __init__(self, settings: RunConfig, deepspeed: Mapping[str, Any], config: Any = None) -> None:
         config = read_config(settings.model) if config is None else config
-        unused = find_unused(settings, config)
+        unused = look_at_base(settings, config)
         settings = keep_dense(settings, unused)
         shapes = build_on_meta(with_padding(config), settings.model, torch.bfloat16)
         settings = settle_targets(settings, shapes, unused)

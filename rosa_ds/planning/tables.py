@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rosa_ds.memory.account import ACTIVATIONS, WORKING
-from rosa_ds.memory.activation_tracer import Shape
+from rosa_ds.models.no_numbers import Shape
 from rosa_ds.planning.search import GIB, Choice, Machine, Planner
 
 

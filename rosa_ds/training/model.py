@@ -97,7 +97,7 @@ def adapt(model: PreTrainedModel, base: Base | None, settings: RunConfig, plan: 
 
     Raises: ValueError for targets that match nothing, and for such inside of a leaf module of stage 3.
     """
-    report = inject(model, settings.adapter_config(), settings.training.seed, draw=None)
+    report = inject(model, settings.adapter_config(), settings.training.seed, draw=None, look=False)
     if settings.parts.everything and getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         logger.warning("the routers' auxiliary loss (router_aux_loss_coef) is not part of the loss that is trained")
     logger.info("%s, %s: %s", settings.model.name_or_path, plan.dtype, report)

@@ -51,7 +51,7 @@ from rosa_ds.training.metrics import MetricsLog
 from rosa_ds.training.model import adapt, divide_positions, load_checked_base
 from rosa_ds.training.packing import plan_batches, settle_batches
 from rosa_ds.training.padding import needs_mask
-from rosa_ds.training.reach import find_unused, keep_dense, probe, settle_targets
+from rosa_ds.training.reach import keep_dense, look_at_base, probe, settle_targets
 from rosa_ds.training.settle import build_schedule, settle, warn_of
 from rosa_ds.training.task import prepare_data, prepare_sets, settle_clock
 from rosa_ds.utils.errors import RunError
@@ -121,7 +121,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
 
     # The base, what an adapter that the run begins with decides, and the adapters; sharded at stage 3.
     with distributed.together():
-        unused = find_unused(settings)
+        unused = look_at_base(settings)
         settings = keep_dense(settings, unused)
     model, weights, pad_id = load_checked_base(settings, plan, tokenizer, data, eval_data)
     with distributed.together():

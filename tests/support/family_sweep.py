@@ -31,6 +31,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import rosa_ds
 from family_shapes import TASKS, Family, NotBuiltError, build, families, one_line, token_ids
 from rosa_ds.adapters.inject import adapted_layers
+from rosa_ds.adapters.reach import unreached, uses
 from rosa_ds.config.command_line import build_config
 from rosa_ds.config.schema import ModelSettings
 from rosa_ds.data.batches import BatchPlan, Part, collate, pack
@@ -42,7 +43,7 @@ from rosa_ds.models.loss import batch_logits
 from rosa_ds.models.stream import NotStreamableError, allocate, stream_base
 from rosa_ds.models.task import auto_class
 from rosa_ds.training.packing import settle_batches
-from rosa_ds.training.reach import find_unused, probe, settle_targets, unreached, uses
+from rosa_ds.training.reach import look_at_base, probe, settle_targets
 
 State = Literal["right", "refused", "transformers", "wrong", "not built"]
 LABELS = ["no", "yes"]
@@ -130,7 +131,7 @@ class Subject:
             model = {"task": self.family.task} | ({} if self.causal else {"labels": LABELS})
             try:
                 settings = build_config({"method": "lora", "model": model, "data": {"max_length": 64}})
-                unused = find_unused(settings, self.config)
+                unused = look_at_base(settings, self.config)
                 settings = settle_targets(settings, self.plain, unused)
             except ValueError as error:
                 raise RefusedError(one_line(error)) from error

@@ -22,7 +22,7 @@ from rosa_ds.adapters.inject import adapted_layers
 from rosa_ds.adapters.mask import static_positions, top_positions
 from rosa_ds.config.deepspeed import plan_deepspeed
 from rosa_ds.config.schema import ModelSettings, RunConfig, StartedAdapterSettings
-from rosa_ds.memory.activation_tracer import Shape
+from rosa_ds.models.no_numbers import Shape
 from rosa_ds.planning.gpu_check.stage import NEEDS_A_GPU, Check
 from rosa_ds.planning.search import GIB, Planner
 from rosa_ds.training.engine import build_engine
