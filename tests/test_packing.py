@@ -223,6 +223,17 @@ def test_which_models_keep_sequences_apart(
     assert leak is None if reason is None else reason in str(leak)
 
 
+@pytest.mark.parametrize("by_sequence", [True, False])
+def test_which_attention_packed_rows_have(by_sequence: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Graphs of a compiler have masks: where sequences end would be another graph for each row."""
+    data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())
+    model = build("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    batches = BatchPlan(data.lengths, data.firsts, data.parts, 2, 2, 1, seed=1, batching="tokens")
+    assert settle_batches(batches, model, data, "tokens", by_sequence) is batches
+    assert model.config._attn_implementation == (BY_SEQUENCE if by_sequence else "sdpa")
+
+
 @pytest.mark.parametrize("leak", ["state", "position"])
 def test_a_leak_is_found(leak: str, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
     data = prepare("builtin:sql[:4]", "train", tokenizer, DataSettings())

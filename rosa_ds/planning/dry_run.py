@@ -67,7 +67,7 @@ def dry_run(command: CommandLine, ranks: int) -> None:
         batches = plan_batches(data, settings, plan, ranks, config)
         # which few language models need a mask only a pass with numbers tells
         masked = settings.model.task == "classification"
-        masked_rows = makes_mask(config) and not can_be_by_sequence(config)
+        masked_rows = makes_mask(config) and not (plan.compiler is None and can_be_by_sequence(config))
         shape = largest(data, batches, tokenizer.pad_token_id, masked, masked_rows)
     except ValueError as error:
         problem = error

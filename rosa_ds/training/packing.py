@@ -57,7 +57,7 @@ def plan_batches(
         return padded
     if wanted != "auto":
         return dataclasses.replace(packed, batching=wanted)
-    if can_be_by_sequence(config) or not makes_mask(config):
+    if (plan.compiler is None and can_be_by_sequence(config)) or not makes_mask(config):
         return packed
     return packed if _masks_pay(packed, config) else padded
 
@@ -90,7 +90,7 @@ def _of_micro_batch(batches: BatchPlan, sequences: NDArray[np.int64], width: int
     return rows * length * (6 * width + length)
 
 
-def settle_batches(batches: BatchPlan, engine: Any, data: TokenSet, wanted: str) -> BatchPlan:
+def settle_batches(batches: BatchPlan, engine: Any, data: TokenSet, wanted: str, by_sequence: bool = True) -> BatchPlan:
     """The batches of a run, padded if the model does not keep packed sequences apart; says why. Collective.
 
     Attention is by sequence from here on where the model is right with it.
@@ -98,12 +98,13 @@ def settle_batches(batches: BatchPlan, engine: Any, data: TokenSet, wanted: str)
     Args:
         engine: a causal language model or its DeepSpeed engine.
         wanted: ``data.batching``.
+        by_sequence: attention may be; not where it is compiled, since each row's sequences would need a graph of their own.
     """
     if not batches.packed:
         return batches
     model: PreTrainedModel = getattr(engine, "module", engine)
     padded = dataclasses.replace(batches, batching="sorted")
-    if can_be_by_sequence(model.config):
+    if by_sequence and can_be_by_sequence(model.config):
         model.set_attn_implementation(BY_SEQUENCE)
         leak = find_leak(engine, data)
         if leak is None:

@@ -169,7 +169,7 @@ def _train(command: CommandLine, interruption: Interruption) -> Path:
     logger.info("bytes of a rank, predicted:\n%s", table(account, {}, {}))
 
     calls = probe(engine, model, data, pad_id, traced=unused is not None)
-    batches = settle_batches(batches, engine, data, settings.data.batching)
+    batches = settle_batches(batches, engine, data, settings.data.batching, by_sequence=plan.compiler is None)
     masked = needs_mask(engine, data, pad_id)
     settings = settle_loss(settings, engine, data, pad_id)
     forget_order(engine)
