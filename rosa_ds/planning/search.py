@@ -82,8 +82,9 @@ class Planner:
         config = read_config(settings.model) if config is None else config
         unused = look_at_base(settings, config)
         settings = keep_dense(settings, unused)
-        shapes = build_on_meta(with_padding(config), settings.model, torch.bfloat16)
-        settings = settle_targets(settings, shapes, unused)
+        if unused is not None and unused.every:
+            shapes = build_on_meta(with_padding(config), settings.model, torch.bfloat16)
+            settings = settle_targets(settings, shapes, unused)
         if unused is None:
             logger.warning(
                 "which layers the loss depends on is not known without numbers for %s: all that are wanted are counted, and a run's "
