@@ -36,7 +36,8 @@ def test_no_other_test_sees_a_gpu() -> None:
 
 def test_without_a_gpu_all_of_them_are_skipped_with_the_reason() -> None:
     """Also those that otherwise run in Triton's interpreter: who asks for a GPU is not shown another thing."""
-    hidden = environment() | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    own = {name: value for name, value in environment().items() if name != "PYTEST_XDIST_WORKER"}
+    hidden = own | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     chosen = ["tests/gpu", "tests/kernels/test_triton.py", "-m", "gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *chosen], cwd=ROOT, env=hidden, capture_output=True, text=True
