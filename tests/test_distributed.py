@@ -135,14 +135,12 @@ distributed.barrier()
 """
 
 
-@pytest.mark.ranks
-def test_a_stalled_rank_is_named(tmp_path: Path) -> None:
-    script = tmp_path / "stall.py"
-    script.write_text(STALL)
+def first_of_two_ranks(script: Path, *arguments: str, timeout: float) -> tuple[int, str]:
+    """Exit status and standard error of the first of two ranks; the other one is killed when it has ended."""
     port = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, str(script), *arguments],
             env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
             stderr=subprocess.PIPE,
             text=True,
@@ -150,12 +148,20 @@ def test_a_stalled_rank_is_named(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        _, waiting = ranks[0].communicate(timeout=50)
+        _, said = ranks[0].communicate(timeout=timeout)
     finally:
         for rank in ranks:
             rank.kill()
             rank.communicate()
-    assert ranks[0].returncode == 74
+    return ranks[0].returncode, said
+
+
+@pytest.mark.ranks
+def test_a_stalled_rank_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "stall.py"
+    script.write_text(STALL)
+    status, waiting = first_of_two_ranks(script, timeout=50)
+    assert status == 74, waiting
     assert f"no progress for 2 s: rank 1 on {socket.gethostname()} at 'step 1' for" in waiting
     assert "the others wait at 'step 2'" in waiting
     assert "in barrier" in waiting  # the stack of the rank that waits
@@ -206,23 +212,8 @@ def test_a_dead_rank_under_nccl_is_named(backend: str, tmp_path: Path) -> None:
     """By the one that waits for it, before the stall's time where the backend sees it, and else after that."""
     script = tmp_path / "nccl.py"
     script.write_text(NCCL)
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), backend],
-            env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        _, waiting = ranks[0].communicate(timeout=80)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert ranks[0].returncode == 74, waiting
+    status, waiting = first_of_two_ranks(script, backend, timeout=80)
+    assert status == 74, waiting
     why = "no progress for 2 s" if backend == "hangs" else "a collective failed (REMOTE_ERROR)"
     assert f"{why}: rank 1 on {socket.gethostname()} (no sign of life) at 'step 1' for" in waiting
     assert "the others wait at 'step 2'" in waiting
